@@ -1,0 +1,36 @@
+# Four verbs: demo, test, bench, check. Each makes the virtual environment first if it has to.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test bench check clean
+
+help: ## show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+$(STAMP): pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+install: $(STAMP) ## make the virtual environment .venv and install the project into it
+
+demo: $(STAMP) ## train a real model on real pairs on this machine, a few minutes on a CPU
+	$(BIN)/python -m examples.demo
+
+test: $(STAMP) ## run the tests
+	$(BIN)/python -m pytest
+
+bench: $(STAMP) ## time and memory of the head against the naive code on this machine
+	$(BIN)/python -m benchmarks.head
+
+check: $(STAMP) ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+clean: ## remove the virtual environment and caches
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -1,0 +1,25 @@
+"""Sequence log-probs and their gradients straight from hidden states and the lm_head, without the logits.
+
+`fused_dpo_logps` is the drop-in; `DPOLoss` turns its numbers into a preference loss. Needs torch, and triton for the
+CUDA kernels, nothing else; imports on a machine without a GPU.
+"""
+
+from fused_dpo.api import TokenLogps, fused_dpo_logps, fused_token_logps
+from fused_dpo.head import LMHead, LowRankAdapter, head_of
+from fused_dpo.losses import DPOLoss, LossOutput, get_batch_logps
+from fused_dpo.options import KernelOptions
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DPOLoss",
+    "KernelOptions",
+    "LMHead",
+    "LossOutput",
+    "LowRankAdapter",
+    "TokenLogps",
+    "fused_dpo_logps",
+    "fused_token_logps",
+    "get_batch_logps",
+    "head_of",
+]

@@ -1,0 +1,34 @@
+"""How the kernels run: implementation and memory, apart from what they compute."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+IMPLEMENTATIONS = ("reference", "streaming")
+
+
+@dataclass(frozen=True)
+class KernelOptions:
+    """Choices that change time and memory, never the contract.
+
+    Raises:
+        ValueError: an unknown implementation or a workspace that is not positive.
+    """
+
+    impl: str | None = None
+    """`"streaming"` (vocabulary slices, any device), `"reference"` (full logits, the oracle, differentiable any number
+    of times), or None for the fastest one the device has. A named implementation is never replaced silently."""
+    workspace_mib: int = 64
+    """Bound on temporary memory in MiB, beyond the per-row state (a few numbers a token) and the fp32 accumulator of
+    the hidden states' gradient (4 bytes x scored tokens x D). One slice of the head with its gradient and one tile of
+    logits have to fit, so very small bounds run with narrow slices, not with an error. The width of the slices, and
+    with it the last bits of the result, depends on this bound and never on the number of tokens."""
+    row_index: Tensor | None = None
+    """int64 [R], ascending: the rows (of the flattened hidden states) that predict a scored label, when the caller
+    knows them on the host. Saves a device synchronisation on CUDA. Rows left out count as not scored."""
+
+    def __post_init__(self) -> None:
+        if self.impl is not None and self.impl not in IMPLEMENTATIONS:
+            raise ValueError(f"impl must be None or one of {IMPLEMENTATIONS}, got {self.impl!r}.")
+        if self.workspace_mib < 1:
+            raise ValueError(f"workspace_mib must be at least 1 (MiB), got {self.workspace_mib}.")

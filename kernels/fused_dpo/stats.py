@@ -1,0 +1,16 @@
+"""Per-token quantities beside the log-prob."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class TokenStats(NamedTuple):
+    """What the softmax of each row looks like; 0 where a row is not scored, never differentiated."""
+
+    entropy: Tensor
+    """Entropy of the row's distribution in nats."""
+    mean_logit: Tensor
+    """Mean of the row's V logits."""
+    is_top1: Tensor
+    """1.0 where no token is likelier than the target, else 0.0."""

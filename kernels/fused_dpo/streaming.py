@@ -1,0 +1,316 @@
+"""Per-token log-probs and their exact gradients by vocabulary slices: plain torch, any device, no `[T, V]` logits.
+
+Forward (online softmax; Milakov & Gimelshein, 2018, arXiv 1805.02867): the head is walked in slices of its rows, and
+each tile of logits `[ROWS_PER_TILE, slice]` is folded into a running maximum and sum of every scored row. Backward: the
+tiles are recomputed, turned into `dz = dlogps * (onehot - softmax)` in place, and multiplied into both gradients.
+
+What is summed how: logits, log-sum-exp and both gradients accumulate in fp32 (float64 for float64 inputs) and are
+rounded once, on the way out. Rows that are not scored are never gathered.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_dpo.head import LMHead
+from fused_dpo.precision import accumulate_product, accumulation_dtype, as_operand, matmul_precision, product
+from fused_dpo.stats import TokenStats
+
+ROWS_PER_TILE = 256
+"""Scored rows per tile: enough to feed the matrix units, few enough that a tile stays in cache."""
+ROW_MULTIPLE = 64
+"""The last tile is padded to a multiple of this. BLAS takes other inner loops for a handful of rows and answers with
+other bits, which would make a sequence's log-prob depend on the batch around it."""
+MAX_SLICE_CPU, MAX_SLICE = 4096, 32768
+"""Vocabulary columns per tile at most: on a CPU a tile has to stay in cache, elsewhere it has to fill the device."""
+
+
+class HeadGrads(NamedTuple):
+    """Gradients of the differentiable inputs, None where not asked for."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    lora_a: Tensor | None
+    lora_b: Tensor | None
+
+
+class _Slice(NamedTuple):
+    """Rows `start:stop` of the head, as operands."""
+
+    start: int
+    stop: int
+    weight: Tensor
+    bias: Tensor | None
+    lora_b: Tensor | None
+
+
+class _Block(NamedTuple):
+    """Rows `span` of the padded scored rows, as operands."""
+
+    span: slice
+    hidden: Tensor
+    lora_h: Tensor | None
+    """`hidden @ a.T`, kept in fp32."""
+
+
+def slice_bounds(V: int, D: int, workspace_mib: int, dtype: torch.dtype, device: torch.device) -> list[tuple[int, int]]:
+    """Bounds of the vocabulary slices: nearly equal, and a function of V, D, dtype and workspace alone.
+
+    Per column a slice holds D numbers of weight, D of its gradient, and two tiles of ROWS_PER_TILE logits.
+    """
+    bytes_per_column = (2 * D + 2 * ROWS_PER_TILE) * accumulation_dtype(dtype).itemsize
+    fits = max(workspace_mib * 2**20 // bytes_per_column, 16)
+    count = -(-V // min(fits, MAX_SLICE_CPU if device.type == "cpu" else MAX_SLICE, V))
+    return [(V * i // count, V * (i + 1) // count) for i in range(count)]
+
+
+class _Tiles:
+    """Tiles of logits of the scored rows, recomputed alike in forward and backward.
+
+    Scored rows are padded to ROW_MULTIPLE, and so is every per-row state: padded rows compute along and are cut off at
+    the end.
+    """
+
+    def __init__(self, hidden: Tensor, rows: Tensor, head: LMHead, workspace_mib: int) -> None:
+        self.hidden, self.rows, self.head = hidden, rows, head
+        self.dtype = hidden.dtype
+        self.acc_dtype = accumulation_dtype(hidden.dtype)
+        self.padded_rows = -(-rows.numel() // ROW_MULTIPLE) * ROW_MULTIPLE
+        V, D = head.weight.shape
+        self.bounds = slice_bounds(V, D, workspace_mib, hidden.dtype, hidden.device) if rows.numel() else []
+        width = max((stop - start for start, stop in self.bounds), default=0)
+        self._logits = hidden.new_empty(min(ROWS_PER_TILE, self.padded_rows) * width, dtype=self.acc_dtype)
+        self._scratch = torch.empty_like(self._logits)
+
+    def of_rows(self, values: Tensor, fill: float) -> Tensor:
+        """Values of the scored rows out of those of all rows, padded with `fill`."""
+        state = values.new_full((self.padded_rows,), fill)
+        state[: self.rows.numel()] = values[self.rows]
+        return state
+
+    def to_rows(self, state: Tensor) -> Tensor:
+        """The inverse of `of_rows`, with 0 where a row is not scored."""
+        return state.new_zeros(self.hidden.shape[0]).index_copy_(0, self.rows, state[: self.rows.numel()])
+
+    def slices(self) -> Iterator[_Slice]:
+        """The head, a slice at a time, converted once."""
+        head = self.head
+        for start, stop in self.bounds:
+            yield _Slice(
+                start,
+                stop,
+                as_operand(head.weight[start:stop], self.dtype),
+                None if head.bias is None else head.bias[start:stop].to(self.acc_dtype),
+                None if head.lora is None else head.lora[1][start:stop].to(self.dtype).to(self.acc_dtype),
+            )
+
+    def blocks(self) -> Iterator[_Block]:
+        """The scored rows, a block at a time."""
+        for start in range(0, self.padded_rows, ROWS_PER_TILE):
+            stop = min(start + ROWS_PER_TILE, self.padded_rows)
+            rows = self.rows[start:stop]
+            h = self.hidden.new_zeros(stop - start, self.hidden.shape[1])
+            h[: rows.numel()] = self.hidden[rows]
+            lora_h = None
+            if self.head.lora is not None:
+                with matmul_precision(self.acc_dtype):
+                    lora_h = h.to(self.acc_dtype) @ self.head.lora[0].to(self.dtype).to(self.acc_dtype).T
+            yield _Block(slice(start, stop), as_operand(h, self.dtype), lora_h)
+
+    def logits(self, block: _Block, cut: _Slice) -> Tensor:
+        """One tile `[rows, columns]`, in a buffer that the next call overwrites."""
+        shape = block.hidden.shape[0], cut.stop - cut.start
+        tile = self._logits[: shape[0] * shape[1]].view(shape)
+        with matmul_precision(self.dtype):
+            product(block.hidden, cut.weight.T, out=tile)
+        head = self.head
+        if head.lora is not None:
+            assert block.lora_h is not None and cut.lora_b is not None
+            with matmul_precision(self.acc_dtype):
+                tile.addmm_(block.lora_h, cut.lora_b.T, alpha=head.lora[2])
+        if cut.bias is not None:
+            tile += cut.bias
+        if head.logit_scale != 1.0:
+            tile *= head.logit_scale
+        if head.softcap is not None:
+            tile.div_(head.softcap).tanh_().mul_(head.softcap)
+        if head.temperature != 1.0:
+            tile /= head.temperature
+        return tile
+
+    def shifted_exp(self, tile: Tensor, shift: Tensor) -> Tensor:
+        """`exp(tile - shift)` in a second buffer, with what would be near-subnormal lifted to a tiny number.
+
+        Subnormal numbers cost ten times the time on a CPU (measured: 5 ns an element against 0.4), and 1e-26 of a
+        probability is far below the rounding of the sum it goes into.
+        """
+        floor = -60.0 if self.acc_dtype == torch.float32 else -600.0
+        out = self._scratch[: tile.numel()].view(tile.shape)
+        return torch.sub(tile, shift[:, None], out=out).clamp_(min=floor).exp_()
+
+
+def _targets_inside(cut: _Slice, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Column of each row's target within the slice as an index [rows, 1], and whether it really lies there."""
+    column = target - cut.start
+    width = cut.stop - cut.start
+    return column.clamp(0, width - 1)[:, None], (column >= 0) & (column < width)
+
+
+def streaming_forward(
+    hidden: Tensor, target: Tensor, rows: Tensor, head: LMHead, workspace_mib: int, *, want_stats: bool
+) -> tuple[Tensor, Tensor, TokenStats | None]:
+    """Log-prob and log-sum-exp of every row; 0 where a row is not scored, NaN where its target is not below V.
+
+    Args:
+        hidden: [T, D] in the compute dtype.
+        target: int64 [T].
+        rows: int64 [R], the scored rows.
+        head: the head; its tensors are used in the compute dtype.
+        workspace_mib: see `KernelOptions`.
+        want_stats: also fill a `TokenStats`.
+
+    Returns:
+        `logps` [T], `lse` [T], both in the accumulation dtype, and the stats.
+    """
+    tiles = _Tiles(hidden, rows, head, workspace_mib)
+    V = head.weight.shape[0]
+    lowest = torch.finfo(tiles.acc_dtype).min
+    row_target = tiles.of_rows(target, -1)
+    peak = hidden.new_full((tiles.padded_rows,), -torch.inf, dtype=tiles.acc_dtype)  # running maximum
+    total = torch.zeros_like(peak)  # running sum of exp(z - peak)
+    picked = torch.full_like(peak, torch.nan)
+    z_mean, z_total = torch.zeros_like(peak), torch.zeros_like(peak)  # sum of z / V, running sum of exp(z - peak) * z
+
+    for cut in tiles.slices():
+        for block in tiles.blocks():
+            span = block.span
+            z = tiles.logits(block, cut)
+            column, inside = _targets_inside(cut, row_target[span])
+            picked[span] = torch.where(inside, z.gather(1, column).squeeze(1), picked[span])
+
+            new_peak = torch.maximum(peak[span], z.amax(1)).clamp_(min=lowest)  # a slice of -inf alone stays finite
+            rescale = (peak[span] - new_peak).exp_()
+            weights = tiles.shifted_exp(z, new_peak)
+            total[span] = total[span] * rescale + weights.sum(1)
+            if want_stats:
+                z_mean[span] += z.sum(1) / V
+                weights.mul_(z.clamp_(min=lowest))
+                z_total[span] = z_total[span] * rescale + weights.sum(1)
+            peak[span] = new_peak
+
+    lse = peak + total.log()
+    stats = None
+    if want_stats:
+        is_top1 = (picked >= peak).to(peak.dtype)
+        stats = TokenStats(*map(tiles.to_rows, (lse - z_total / total, z_mean, is_top1)))
+    return tiles.to_rows(picked - lse), tiles.to_rows(lse), stats
+
+
+def streaming_backward(
+    dlogps: Tensor,
+    hidden: Tensor,
+    target: Tensor,
+    rows: Tensor,
+    lse: Tensor,
+    head: LMHead,
+    workspace_mib: int,
+    *,
+    needs: tuple[bool, bool, bool, bool, bool],
+) -> HeadGrads:
+    """Exact gradients of `sum(dlogps * logps)`, only those asked for.
+
+    `dz = dlogps * (onehot(target) - exp(z - lse))`, through softcap, scale and temperature; then `dhidden = dz @ weight`
+    and `dweight = dz.T @ hidden`. The target's `1 - p` is formed with expm1, so that it keeps its relative precision
+    where p is close to 1.
+
+    Args:
+        dlogps: [T] upstream gradient, any strides.
+        hidden, target, rows, head, workspace_mib: as in `streaming_forward`.
+        lse: [T] from the forward.
+        needs: which of hidden, weight, bias, lora a, lora b to compute.
+
+    Numerics: for bf16 inputs the two products take dz in bf16 (as matrix units need it; relative error 2^-9 an entry,
+        of the size of the rounding of the returned gradient); for fp16, fp32 and float64 inputs in fp32 or float64.
+    """
+    dlogps = dlogps.to(accumulation_dtype(hidden.dtype))
+    if hidden.device.type == "cpu":  # elsewhere the search would be a synchronisation
+        rows = rows[dlogps[rows] != 0]
+    tiles = _Tiles(hidden, rows, head, workspace_mib)
+    need_hidden, need_weight, need_bias, need_a, need_b = needs
+    D, P = head.weight.shape[1], tiles.padded_rows
+    row_target = tiles.of_rows(target, -1)
+    row_lse = tiles.of_rows(lse, torch.inf)
+    upstream = tiles.of_rows(dlogps, 0.0)
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=tiles.acc_dtype, device=hidden.device)
+
+    lora_a = lora_scale = through_a = dbias = dlora_b = None
+    if head.lora is not None:
+        lora_a, lora_scale = head.lora[0].to(hidden.dtype).to(tiles.acc_dtype), head.lora[2]
+        through_a = zeros(P, lora_a.shape[0]) if need_hidden or need_a else None
+        dlora_b = torch.zeros_like(head.lora[1]) if need_b else None
+    if head.bias is not None and need_bias:
+        dbias = torch.zeros_like(head.bias)
+    dhidden_rows = zeros(P, D) if need_hidden else None
+    # Every row of dweight is written once, by its slice; without scored rows there are no slices.
+    allocate = torch.empty_like if P else torch.zeros_like
+    dweight = allocate(head.weight, memory_format=torch.contiguous_format) if need_weight else None
+
+    for cut in tiles.slices():
+        width = cut.stop - cut.start
+        dweight_cut = zeros(width, D) if need_weight else None
+        dbias_cut = zeros(width) if dbias is not None else None
+        dlora_b_cut = zeros(width, dlora_b.shape[1]) if dlora_b is not None else None
+        for block in tiles.blocks():
+            span = block.span
+            dz = _dlogits(tiles, block, cut, row_target[span], row_lse[span], upstream[span])
+            with matmul_precision(tiles.dtype):
+                if dhidden_rows is not None:
+                    accumulate_product(dhidden_rows[span], dz, cut.weight)
+                if dweight_cut is not None:
+                    accumulate_product(dweight_cut, dz.T, block.hidden)
+            if dbias_cut is not None:
+                dbias_cut += dz.sum(0)
+            with matmul_precision(tiles.acc_dtype):
+                if through_a is not None:
+                    through_a[span].addmm_(dz, cut.lora_b, alpha=lora_scale)
+                if dlora_b_cut is not None:
+                    dlora_b_cut.addmm_(dz.T, block.lora_h, alpha=lora_scale)
+        for whole, part in ((dweight, dweight_cut), (dbias, dbias_cut), (dlora_b, dlora_b_cut)):
+            if whole is not None:
+                whole[cut.start : cut.stop] = part
+
+    dlora_a = dhidden = None
+    if through_a is not None and head.lora is not None:
+        with matmul_precision(tiles.acc_dtype):
+            if dhidden_rows is not None:
+                dhidden_rows.addmm_(through_a, lora_a)
+            if need_a:
+                dlora_a = zeros(*head.lora[0].shape)
+                for block in tiles.blocks():
+                    dlora_a.addmm_(through_a[block.span].T, block.hidden.to(tiles.acc_dtype))
+                dlora_a = dlora_a.to(head.lora[0].dtype)
+    if dhidden_rows is not None:
+        dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
+        dhidden.index_copy_(0, rows, dhidden_rows[: rows.numel()].to(hidden.dtype))
+    return HeadGrads(dhidden, dweight, dbias, dlora_a, dlora_b)
+
+
+def _dlogits(tiles: _Tiles, block: _Block, cut: _Slice, target: Tensor, lse: Tensor, upstream: Tensor) -> Tensor:
+    """Gradient with respect to `hidden @ weight.T` on one tile; 0 on rows of padding."""
+    head = tiles.head
+    z = tiles.logits(block, cut)
+    dz = tiles.shifted_exp(z, lse).mul_(-upstream[:, None])
+    column, inside = _targets_inside(cut, target)
+    at_target = -torch.expm1(z.gather(1, column) - lse[:, None]) * upstream[:, None]
+    dz.scatter_(1, column, torch.where(inside[:, None], at_target, dz.gather(1, column)))
+    if head.softcap is not None:  # d tanh(u) = 1 - tanh(u)^2
+        dz.mul_(z.mul_(head.temperature / head.softcap).square_().neg_().add_(1.0))
+    factor = head.logit_scale / head.temperature
+    if factor != 1.0:
+        dz *= factor
+    return dz

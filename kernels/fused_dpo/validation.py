@@ -1,0 +1,216 @@
+"""Arguments of the public functions, checked and brought to the one form the implementations take."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fused_dpo.head import LMHead, LowRankAdapter
+from fused_dpo.options import KernelOptions
+
+IGNORED = -1
+"""Target of a row that is not scored."""
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """One call in canonical form: flat rows, aligned targets, sequence offsets."""
+
+    hidden: Tensor
+    """[T, D] in the compute dtype."""
+    target: Tensor
+    """int64 [T]: the token that row i predicts, IGNORED where nothing is scored, V where the label was invalid (the
+    implementations answer NaN there)."""
+    cu_seqlens: Tensor
+    """int64 [N+1]: row offsets of the sequences."""
+    labels_shape: torch.Size
+    """Shape of the caller's labels, for per-token results."""
+    head: LMHead
+    """The head, its adapter a LowRankAdapter."""
+
+
+def check_scoring(
+    hidden_states: Tensor,
+    lm_head: Tensor | LMHead,
+    labels: Tensor,
+    *,
+    cu_seqlens: Tensor | None,
+    shift: bool,
+    ignore_index: int,
+    options: KernelOptions,
+) -> Scoring:
+    """Validate a call of `fused_dpo_logps` or `fused_token_logps` and align its labels.
+
+    Values on the device (labels, offsets) are checked where that costs no synchronisation, that is on the CPU, and
+    everywhere with `FUSED_DPO_DEBUG=1`; elsewhere an invalid label makes its log-prob NaN.
+    """
+    head = lm_head if isinstance(lm_head, LMHead) else LMHead(lm_head)
+    packed = _check_shapes(hidden_states, head, labels, cu_seqlens)
+    hidden = _to_compute_dtype(hidden_states, head)
+    T, V = labels.numel(), head.weight.shape[0]
+    if packed:
+        assert cu_seqlens is not None
+        if _values_are_free(cu_seqlens):
+            _check_offsets(cu_seqlens, T)
+        offsets = cu_seqlens.to(torch.int64)
+    else:
+        B, S = labels.shape
+        offsets = torch.arange(B + 1, device=labels.device) * S
+    aligned = labels.reshape(T).to(torch.int64)
+    if shift:
+        aligned = _shift(aligned, offsets, ignore_index)
+    target = _check_targets(aligned, V, ignore_index)
+    if options.row_index is not None:
+        _check_row_index(options.row_index, target)
+    return Scoring(hidden.reshape(T, hidden.shape[-1]), target, offsets, labels.shape, _check_head(head, hidden.device))
+
+
+def _check_shapes(hidden: Tensor, head: LMHead, labels: Tensor, cu_seqlens: Tensor | None) -> bool:
+    """Shapes, dtypes and devices; returns whether the call is packed."""
+    weight = head.weight
+    for name, tensor in (("hidden_states", hidden), ("lm_head weight", weight), ("labels", labels)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
+    if not hidden.is_floating_point():
+        raise TypeError(f"hidden_states must be floating point, got {hidden.dtype}.")
+    if not weight.is_floating_point():
+        raise TypeError(f"lm_head weight must be floating point, got {weight.dtype}; dequantise it first.")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"labels must be integers, got {labels.dtype}.")
+    if weight.ndim != 2 or weight.numel() == 0:
+        hint = ""
+        if hasattr(weight, "ds_id"):
+            hint = " The weight is partitioned by DeepSpeed ZeRO-3; gather it with deepspeed.zero.GatheredParameters."
+        raise ValueError(f"lm_head weight must have shape [V, D] with V, D >= 1, got {list(weight.shape)}.{hint}")
+    if type(weight).__name__ == "DTensor":
+        raise NotImplementedError(
+            "lm_head weight is a sharded DTensor (FSDP2 or tensor parallelism); pass weight.full_tensor(), "
+            "or call inside the module whose forward gathers it."
+        )
+    if hidden.shape[-1:] != weight.shape[1:]:
+        raise ValueError(
+            f"hidden_states {list(hidden.shape)} and lm_head weight {list(weight.shape)} must agree in their last "
+            f"dimension D; a weight stored as [D, V] must be passed transposed (weight.T)."
+        )
+    packed = hidden.ndim == 2
+    if not packed and hidden.ndim != 3:
+        raise ValueError(
+            f"hidden_states must have shape [B, S, D] (padded) or [T, D] (packed), got {list(hidden.shape)}."
+        )
+    if labels.shape != hidden.shape[:-1]:
+        form = "[T]" if packed else "[B, S]"
+        raise ValueError(
+            f"labels must have shape {form} = {list(hidden.shape[:-1])} to match hidden_states {list(hidden.shape)}, "
+            f"got {list(labels.shape)}; pass unshifted labels, or shift=False with rows and labels already aligned."
+        )
+    if packed and cu_seqlens is None:
+        raise ValueError(
+            f"cu_seqlens is required with packed hidden_states {list(hidden.shape)}; "
+            f"for one sequence pass torch.tensor([0, {hidden.shape[0]}], dtype=torch.int32)."
+        )
+    if not packed and cu_seqlens is not None:
+        raise ValueError(f"cu_seqlens goes with packed hidden_states [T, D], got {list(hidden.shape)}.")
+    for name, tensor in (("lm_head weight", weight), ("labels", labels), ("cu_seqlens", cu_seqlens)):
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(f"{name} is on {tensor.device}, hidden_states on {hidden.device}; move one of them.")
+    if cu_seqlens is not None and (cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1):
+        raise ValueError(f"cu_seqlens must have shape [N + 1], got {list(cu_seqlens.shape)}.")
+    if cu_seqlens is not None and cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens must be int32 (or int64), got {cu_seqlens.dtype}.")
+    return packed
+
+
+def _to_compute_dtype(hidden: Tensor, head: LMHead) -> Tensor:
+    """The hidden states in the dtype to compute in: autocast's where it is on, else their own.
+
+    The weight stays as it is: it is converted slice by slice, so that its gradient can be accumulated in fp32 and
+    returned in its own dtype.
+    """
+    device_type = hidden.device.type
+    if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
+        return hidden.to(torch.get_autocast_dtype(device_type))
+    if hidden.dtype != head.weight.dtype:
+        raise TypeError(
+            f"hidden_states are {hidden.dtype} and lm_head weight {head.weight.dtype}; cast one of them, "
+            f"or run under torch.autocast to train a float32 weight in half precision."
+        )
+    return hidden
+
+
+def _check_head(head: LMHead, device: torch.device) -> LMHead:
+    """The optional parts of the head against its weight; the adapter as a LowRankAdapter."""
+    V, D = head.weight.shape
+    if head.process_group is not None:
+        raise NotImplementedError("a head split over a process_group is not supported; gather the weight first.")
+    if head.softcap is not None and not head.softcap > 0:
+        raise ValueError(f"softcap must be positive, got {head.softcap}; use None for no softcap.")
+    if not head.temperature > 0:
+        raise ValueError(f"temperature must be positive, got {head.temperature}.")
+    lora = None if head.lora is None else LowRankAdapter(*head.lora)
+    parts: list[tuple[str, Tensor, list[int]]] = []
+    if head.bias is not None:
+        parts.append(("bias", head.bias, [V]))
+    if lora is not None:
+        r = lora.a.shape[0]
+        parts += [("lora a", lora.a, [r, D]), ("lora b", lora.b, [V, r])]
+    for name, tensor, shape in parts:
+        if list(tensor.shape) != shape:
+            raise ValueError(f"{name} must have shape {shape} for a weight [{V}, {D}], got {list(tensor.shape)}.")
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, hidden_states on {device}; move one of them.")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {tensor.dtype}.")
+    return LMHead(
+        head.weight, head.bias, float(head.logit_scale), head.softcap, float(head.temperature), lora, head.process_group
+    )
+
+
+def _values_are_free(tensor: Tensor) -> bool:
+    """Whether looking at the values costs nothing worth mentioning: no synchronisation, no graph break."""
+    if torch.compiler.is_compiling():
+        return False
+    return tensor.device.type == "cpu" or os.environ.get("FUSED_DPO_DEBUG") == "1"
+
+
+def _check_offsets(cu_seqlens: Tensor, T: int) -> None:
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != T or bool((cu_seqlens.diff() < 0).any()):
+        raise ValueError(
+            f"cu_seqlens must start at 0, never decrease and end at T = {T}, got {cu_seqlens.tolist()[:8]}... ending at "
+            f"{int(cu_seqlens[-1])}; give padding rows at the end a sequence of their own."
+        )
+
+
+def _shift(labels: Tensor, offsets: Tensor, ignore_index: int) -> Tensor:
+    """Align unshifted labels with the rows that predict them; the last row of a sequence predicts nothing."""
+    T = labels.numel()
+    starts_sequence = torch.zeros(T + 1, dtype=torch.bool, device=labels.device)
+    starts_sequence[offsets] = True
+    following = torch.cat((labels[1:], labels.new_full((min(T, 1),), ignore_index)))
+    return following.masked_fill(starts_sequence[1:], ignore_index)
+
+
+def _check_targets(aligned: Tensor, V: int, ignore_index: int) -> Tensor:
+    ignored = aligned == ignore_index
+    invalid = ~ignored & ((aligned < 0) | (aligned >= V))
+    if _values_are_free(aligned) and bool(invalid.any()):
+        row = int(invalid.nonzero()[0])
+        raise ValueError(
+            f"labels must lie in [0, V) = [0, {V}) or be ignore_index = {ignore_index}, got {int(aligned[row])} for "
+            f"row {row}; a tokenizer larger than the head, or another padding label, is the usual cause."
+        )
+    return aligned.masked_fill(invalid, V).masked_fill(ignored, IGNORED)
+
+
+def _check_row_index(row_index: Tensor, target: Tensor) -> None:
+    if row_index.ndim != 1 or row_index.dtype != torch.int64 or row_index.device != target.device:
+        raise ValueError(
+            f"options.row_index must be int64 [R] on {target.device}, got {row_index.dtype} {list(row_index.shape)} on "
+            f"{row_index.device}."
+        )
+    if _values_are_free(row_index) and row_index.numel():
+        low, high = int(row_index.min()), int(row_index.max())
+        if low < 0 or high >= target.numel() or bool((row_index.diff() <= 0).any()):
+            raise ValueError(f"options.row_index must ascend within [0, T) = [0, {target.numel()}), got {low}..{high}.")
+        if bool((target[row_index] == IGNORED).any()):
+            raise ValueError("options.row_index names rows that predict an ignored label; rebuild it from these labels.")

@@ -1,0 +1,13 @@
+"""Where the packages live; everything else is in pyproject.toml.
+
+`kernels/` and `engine/` are source roots, as `src/` is elsewhere. They hold no `__init__.py`: an importable top-level
+package called `kernels` would shadow the Hugging Face package of that name, which transformers imports.
+"""
+
+from setuptools import setup
+
+setup(
+    packages=["fused_dpo", "fused_dpo_engine"],
+    package_dir={"fused_dpo": "kernels/fused_dpo", "fused_dpo_engine": "engine/fused_dpo_engine"},
+    package_data={"fused_dpo": ["py.typed"], "fused_dpo_engine": ["py.typed"]},
+)

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fused_dpo_engine.errors import UserError
+
 Message = dict[str, Any]
 
 _FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
@@ -29,7 +31,7 @@ _SHORT.maxlevel = 3
 _SHORT.maxlist = _SHORT.maxdict = 3
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """What a user can put right in the data or its settings; `reason` is the short label it is counted under."""
 
     def __init__(self, message: str, *, reason: str = "unusable"):
@@ -206,7 +208,8 @@ def parse_row(row: Row) -> Preference:
 
     Known: texts with or without a prompt; lists of messages with or without a prompt, where beside a prompt of
     messages each response may also be one message or plain text, taken as the assistant's. Other columns are ignored.
-    A conversation without a prompt is split after the messages both sides share, leaving each at least one.
+    A conversation without a prompt is split after the messages both sides share, leaving each at least one; so is one
+    whose prompt column only repeats the text that both sides open with (as in UltraFeedback).
 
     Raises:
         DataError: the row is none of these; names where it stands.
@@ -231,12 +234,11 @@ def parse_row(row: Row) -> Preference:
         if preference.chosen[: len(prompt)] == preference.rejected[: len(prompt)] == prompt:
             what = '"chosen" and "rejected" must not repeat the messages of "prompt"'
             raise bad_row(where, f"{what}, got both beginning with them; remove the column prompt", "repeated prompt")
+    elif isinstance(prompt, str) and _opens_with(prompt, chosen) and _opens_with(prompt, rejected):
+        preference = _without_prompt(chosen, rejected, where)
     else:
         prompt = _text(prompt, "prompt", where, "text or a list of messages")
-        for key, value in (("chosen", chosen), ("rejected", rejected)):
-            if isinstance(value, (list, dict)):
-                raise _mixed(f'"prompt" is text but "{key}" is {_short(value)}', where)
-        preference = Preference(prompt, _text(chosen, "chosen", where), _text(rejected, "rejected", where), where)
+        preference = Preference(prompt, *_texts(chosen, rejected, '"prompt" is text', where), where)
     if preference.chosen == preference.rejected:
         what = f'"chosen" and "rejected" must differ, got {_short(preference.chosen)} for both'
         raise bad_row(where, what, "chosen equals rejected")
@@ -244,13 +246,11 @@ def parse_row(row: Row) -> Preference:
 
 
 def _without_prompt(chosen: Any, rejected: Any, where: str) -> Preference:
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        chosen, rejected = _text(chosen, "chosen", where), _text(rejected, "rejected", where)
+    if isinstance(chosen, str) or isinstance(rejected, str):
+        chosen, rejected = _texts(chosen, rejected, "one response is text", where)
         if chosen[:1] != rejected[:1]:
             raise _nothing_common(chosen, rejected, where)
         return Preference(None, chosen, rejected, where)
-    if {type(chosen), type(rejected)} == {str, list}:
-        raise _mixed(f'"chosen" is {_short(chosen)} but "rejected" is {_short(rejected)}', where)
     kind = "text or a list of messages"
     chosen, rejected = _messages(chosen, "chosen", where, kind), _messages(rejected, "rejected", where, kind)
     shared = 0
@@ -263,11 +263,23 @@ def _without_prompt(chosen: Any, rejected: Any, where: str) -> Preference:
     return Preference(chosen[:shared], chosen[shared:], rejected[shared:], where)
 
 
-def _mixed(what: str, where: str) -> DataError:
-    way_out = (
-        "make them all text or all lists of messages; where the responses hold the whole conversation, remove prompt"
-    )
-    return bad_row(where, f"a row must not mix text and messages, got: {what}; {way_out}", "mixed formats")
+def _opens_with(prompt: str, response: Any) -> bool:
+    """Whether a list of messages begins with the prompt's text, a system message before it aside."""
+    if not isinstance(response, list):
+        return False
+    contents = [message.get("content") for message in response if isinstance(message, dict)]
+    return prompt in contents[:2]
+
+
+def _texts(chosen: Any, rejected: Any, given: str, where: str) -> tuple[str, str]:
+    for key, value in (("chosen", chosen), ("rejected", rejected)):
+        if isinstance(value, (list, dict)):
+            way_out = "make them all text, or all lists of messages without repeating the prompt's"
+            what = f'a row must not mix text and messages, got: {given} but "{key}" is {_short(value)}; {way_out}'
+            raise bad_row(
+                where, f"{what}; if the responses hold the whole conversation, remove prompt", "mixed formats"
+            )
+    return _text(chosen, "chosen", where), _text(rejected, "rejected", where)
 
 
 def _nothing_common(chosen: Any, rejected: Any, where: str) -> DataError:

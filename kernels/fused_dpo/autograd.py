@@ -142,12 +142,9 @@ def _setup_token_logps(ctx, inputs, output) -> None:
 def _token_logps_gradient(ctx, dlogps: Tensor, _dlse, _dstats):
     hidden, weight, bias, lora_a, lora_b, target, row_index, lse = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:5])
-    grads = iter(
-        _token_logps_backward_op(
-            dlogps, hidden, weight, bias, lora_a, lora_b, target, row_index, lse,
-            ctx.lora_scale, ctx.logit_scale, ctx.softcap, ctx.temperature, ctx.workspace_mib, needs,
-        )  # fmt: skip
-    )
+    settings = ctx.lora_scale, ctx.logit_scale, ctx.softcap, ctx.temperature, ctx.workspace_mib
+    tensors = hidden, weight, bias, lora_a, lora_b, target, row_index, lse
+    grads = iter(_token_logps_backward_op(dlogps, *tensors, *settings, needs))
     return (*(next(grads) if needed else None for needed in needs), *[None] * 8)
 
 

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 
@@ -116,7 +115,9 @@ def _peft_adapter(layer: Any) -> tuple[Any, LowRankAdapter | None]:
             f"set lora_dropout=0 or leave the head out of target_modules."
         )
     if name in getattr(layer, "lora_variant", {}) or layer.lora_A[name].bias is not None:
-        raise NotImplementedError(f"adapter {name!r} on the head is not plain LoRA (a variant such as DoRA, or a bias).")
+        raise NotImplementedError(
+            f"adapter {name!r} on the head is not plain LoRA (a variant such as DoRA, or a bias)."
+        )
     if layer.lora_B[name].bias is not None:
         raise NotImplementedError(f"adapter {name!r} has a bias on lora_B; train it with lora_bias=False.")
     return base, LowRankAdapter(layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name]))

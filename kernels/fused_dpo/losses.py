@@ -10,12 +10,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import index
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,7 +161,7 @@ def robust_loss(pairs: PairLogps, beta: float, label_smoothing: float = 0.0) -> 
     `(-(1 - eps) * logsigmoid(beta * delta) + eps * logsigmoid(-beta * delta)) / (1 - 2 * eps)`
     Source: Ray Chowdhury, Kini and Natarajan 2024, "Provably Robust DPO", arXiv:2403.00409.
     """
-    _check_label_smoothing(label_smoothing)
+    check_label_smoothing(label_smoothing)
     margins = beta * pairs.delta
     as_given, flipped = _logistic(margins), _logistic(-margins)
     return ((1 - label_smoothing) * as_given - label_smoothing * flipped) / (1 - 2 * label_smoothing)
@@ -175,7 +173,7 @@ def exo_pair_loss(pairs: PairLogps, beta: float, label_smoothing: float = 1e-3) 
     `p = sigmoid(beta * delta); p * (log(p) - log(1 - eps)) + (1 - p) * (log(1 - p) - log(eps))`
     Source: Ji et al. 2024, arXiv:2402.00856, Eq. 16.
     """
-    _check_label_smoothing(label_smoothing)
+    check_label_smoothing(label_smoothing)
     if label_smoothing == 0:
         raise ValueError("label_smoothing must be > 0 for exo_pair, whose loss contains its log, got 0; 1e-3 is usual")
     margins = beta * pairs.delta
@@ -194,7 +192,7 @@ def nca_pair_loss(pairs: PairLogps, beta: float) -> Tensor:
 
 
 def bco_pair_loss(pairs: PairLogps, beta: float, reward_shift: Tensor | float = 0.0) -> Tensor:
-    """BCO on pairs: classify rewards as above or below the shift, the mean reward so far; 0 is what TRL >= 1.0 does.
+    """BCO on pairs: classify rewards as above or below the shift, the mean reward so far; recent TRL has it at 0.
 
     `-logsigmoid(beta * chosen_logratios - shift) - logsigmoid(-(beta * rejected_logratios - shift))`
     Source: Jung et al. 2024, "Binary Classifier Optimization", arXiv:2404.04656.
@@ -328,211 +326,13 @@ def needs_reference(loss_type: str) -> bool:
     return loss_spec(loss_type).reference
 
 
-def _check_label_smoothing(label_smoothing: float) -> None:
+def check_label_smoothing(label_smoothing: float) -> None:
+    """Refuse what is not the probability of a flipped label."""
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(
             f"label_smoothing must be in [0, 0.5), got {label_smoothing}; it is the probability that a label is "
             "flipped, and at 0.5 labels say nothing"
         )
-
-
-class LossOutput(NamedTuple):
-    """What `DPOLoss` returns. `loss` carries the gradient, everything else is detached."""
-
-    loss: Tensor
-    """Scalar to call backward on."""
-    losses: Tensor
-    """[B], without the SFT term."""
-    metrics: dict[str, Tensor]
-    """fp32 scalars on the device, under TRL's names."""
-    chosen_rewards: Tensor
-    """[B]: beta * logratios, or beta * mean log-prob for reference-free losses."""
-    rejected_rewards: Tensor
-
-
-class DPOLoss(torch.nn.Module):
-    """A preference loss, with an SFT term if wanted, exact under gradient accumulation.
-
-    `loss = losses.sum() / num_pairs + sft_weight * -chosen_logps.sum() / num_chosen_tokens`
-
-    Micro-batches add up to the whole batch when each call gets the counts of the whole optimizer step. Three losses
-    look across pairs and so depend on the micro-batching itself: `aot` and `aot_unpaired` sort within the batch they are
-    given, and `bco_pair` shifts rewards by their running mean, to which a call in train mode with gradients on first
-    adds its own batch. That mean is state, per process: the buffers `reward_shift` and `reward_count` in `state_dict()`.
-
-    Args:
-        beta: > 0, applied to log-ratios once; larger keeps the policy closer to the reference.
-        label_smoothing: probability in [0, 0.5) that a label is flipped; refused by losses that have no use for it.
-            `exo_pair` cannot do without and makes 1e-3 of 0, as `.label_smoothing` then says.
-        loss_type: a key of `LOSSES`.
-        sft_weight: >= 0, weight of the chosen responses' mean token NLL.
-        simpo_gamma: >= 0, SimPO's target margin; refused by other losses.
-
-    Raises:
-        ValueError: an argument is out of range, or set although the loss does not use it.
-    """
-
-    reward_shift: Tensor
-    reward_count: Tensor
-
-    def __init__(
-        self,
-        beta: float = 0.1,
-        label_smoothing: float = 0.0,
-        loss_type: str = "sigmoid",
-        *,
-        sft_weight: float = 0.0,
-        simpo_gamma: float = 0.5,
-    ) -> None:
-        super().__init__()
-        self.spec = loss_spec(loss_type)
-        if not 0 < beta < math.inf:
-            raise ValueError(f"beta must be > 0 and finite, got {beta}; 0.1 is usual")
-        for name, value in (("sft_weight", sft_weight), ("simpo_gamma", simpo_gamma)):
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name} must be >= 0 and finite, got {value}")
-        _check_label_smoothing(label_smoothing)
-        for name, value, default in (("label_smoothing", label_smoothing, 0.0), ("simpo_gamma", simpo_gamma, 0.5)):
-            if value != default and name not in self.spec.options:
-                users = ", ".join(key for key, spec in LOSSES.items() if name in spec.options)
-                raise ValueError(
-                    f"{name} must be left at {default} for loss_type {loss_type!r}, which does not use it, "
-                    f"got {value}; it is used by {users}"
-                )
-        if loss_type == "exo_pair" and label_smoothing == 0:
-            label_smoothing = 1e-3
-        self.beta, self.label_smoothing, self.loss_type = beta, label_smoothing, loss_type
-        self.sft_weight, self.simpo_gamma = sft_weight, simpo_gamma
-        if "reward_shift" in self.spec.options:
-            self.register_buffer("reward_shift", torch.zeros(()))
-            self.register_buffer("reward_count", torch.zeros((), dtype=torch.int64))
-
-    def forward(
-        self,
-        chosen_logps: Tensor,
-        rejected_logps: Tensor,
-        ref_chosen_logps: Tensor | None = None,
-        ref_rejected_logps: Tensor | None = None,
-        *,
-        chosen_lengths: Tensor | None = None,
-        rejected_lengths: Tensor | None = None,
-        num_pairs: float | Tensor | None = None,
-        num_chosen_tokens: float | Tensor | None = None,
-    ) -> LossOutput:
-        """Compute the loss of a (micro-)batch of B pairs, without a host sync; B = 0 gives an attached zero.
-
-        Args:
-            chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, see `PairLogps`. Reference-free
-                losses do not look at references; nothing checks that references are finite.
-            chosen_lengths, rejected_lengths: `[B]` scored tokens, for length-normalised losses and the SFT term.
-            num_pairs: > 0, pairs in the whole optimizer step; B if None.
-            num_chosen_tokens: > 0, scored chosen tokens in the whole step; `chosen_lengths.sum()` if None.
-
-        Returns:
-            LossOutput. Its metrics are means over this batch, but for `nll_loss` (with `sft_weight > 0` only): the SFT
-            term as it enters the loss, before the weight, so that micro-batches' values add up to the step's.
-        """
-        pairs = PairLogps(
-            chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, chosen_lengths, rejected_lengths
-        )
-        with torch.no_grad():
-            scores = (pairs.chosen_logratios, pairs.rejected_logratios) if self.spec.reference else pairs.mean_logps
-            chosen_rewards, rejected_rewards = (self.beta * score for score in scores)
-        options: dict[str, float | Tensor] = {"label_smoothing": self.label_smoothing, "simpo_gamma": self.simpo_gamma}
-        if "reward_shift" in self.spec.options:
-            if self.training and torch.is_grad_enabled():
-                self._observe(torch.cat((chosen_rewards, rejected_rewards)))
-            options["reward_shift"] = self.reward_shift.clone()
-        losses = self.spec.function(pairs, self.beta, **{name: options[name] for name in self.spec.options})
-
-        B = max(len(chosen_logps), 1)
-        loss = losses.sum() / _count("num_pairs", B if num_pairs is None else num_pairs)
-        per_pair = {
-            "rewards/chosen": chosen_rewards,
-            "rewards/rejected": rejected_rewards,
-            "rewards/accuracies": chosen_rewards > rejected_rewards,
-            "rewards/margins": chosen_rewards - rejected_rewards,
-            "logps/chosen": chosen_logps.detach(),
-            "logps/rejected": rejected_logps.detach(),
-        }
-        metrics = {name: (values.sum() / B).float() for name, values in per_pair.items()}
-        if self.sft_weight > 0:
-            if num_chosen_tokens is None:
-                num_chosen_tokens = pairs.require("chosen_lengths").sum().clamp(min=1)
-            nll_loss = -chosen_logps.sum() / _count("num_chosen_tokens", num_chosen_tokens)
-            loss = loss + self.sft_weight * nll_loss
-            metrics["nll_loss"] = nll_loss.detach().float()
-        return LossOutput(loss, losses.detach(), metrics, chosen_rewards, rejected_rewards)
-
-    @torch.no_grad()
-    def _observe(self, rewards: Tensor) -> None:
-        """Take a batch of rewards into their running mean."""
-        self.reward_count += rewards.numel()
-        self.reward_shift += (rewards - self.reward_shift).sum() / self.reward_count.clamp(min=1)
-
-    def extra_repr(self) -> str:
-        """Show what was chosen in `print(loss)`."""
-        names = ("loss_type", "beta", "label_smoothing", "sft_weight")
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
-
-
-def _count(name: str, count: float | Tensor) -> float | Tensor:
-    # A tensor is trusted: looking at its value would wait for the device.
-    if not isinstance(count, Tensor) and not count > 0:
-        raise ValueError(f"{name} must be > 0, got {count}; leave it out to count this batch alone")
-    return count
-
-
-def get_batch_logps(logits: Tensor, labels: Tensor, average_log_prob: bool = False, ignore_index: int = -100) -> Tensor:
-    """Sequence log-probs from full logits, for code that still has them.
-
-    `log_softmax(logits[:, :-1], -1).gather(-1, labels[:, 1:, None])` summed over the scored tokens of each sequence.
-
-    Args:
-        logits: `[B, S, V]`, any floating dtype; they may hold anything where nothing is scored.
-        labels: `[B, S]` integers, not shifted; `ignore_index` on prompt and padding.
-        average_log_prob: divide by the number of scored tokens, clamped at one.
-
-    Returns:
-        `[B]` fp32 (float64 for float64 logits). A sequence with nothing scored gives exactly 0 and zero gradient.
-
-    Raises:
-        ValueError: shapes do not match, or a label is neither in `[0, V)` nor `ignore_index`.
-        TypeError: logits are not floating point, or labels are.
-
-    Memory: scored rows become fp32 one sequence at a time, and once more in the backward; never all logits at once.
-    One host sync for each sequence, and one to check the labels.
-    """
-    if logits.ndim != 3 or labels.shape != logits.shape[:2]:
-        raise ValueError(
-            f"logits and labels must have shapes [B, S, V] and [B, S], got {list(logits.shape)} and "
-            f"{list(labels.shape)}; pass one unshifted label per input token"
-        )
-    if not logits.is_floating_point() or labels.is_floating_point():
-        raise TypeError(f"logits must be floating point and labels integers, got {logits.dtype} and {labels.dtype}")
-    V = logits.shape[-1]
-    scored = labels != ignore_index
-    bad = scored & ((labels < 0) | (labels >= V))
-    if bad.any():
-        raise ValueError(
-            f"labels must be in [0, V) = [0, {V}) or ignore_index = {ignore_index}, got {labels[bad][0].item()}; "
-            "mask padding with ignore_index, and check that tokenizer and model belong together"
-        )
-    # unbind, not indexing: its backward stacks B gradients once instead of adding up B full-size ones.
-    rows = zip(logits.unbind(0), labels.unbind(0), scored.unbind(0), strict=True)
-    logps = [checkpoint(_sequence_logp, *row, use_reentrant=False, preserve_rng_state=False) for row in rows]
-    sums = torch.stack(logps) if logps else logits.sum((1, 2), dtype=_wide(logits))
-    return sums / scored[:, 1:].sum(1).clamp(min=1) if average_log_prob else sums
-
-
-def _sequence_logp(logits: Tensor, labels: Tensor, scored: Tensor) -> Tensor:
-    rows = scored[1:].nonzero().squeeze(1)
-    logps = F.log_softmax(logits[rows], dim=-1, dtype=_wide(logits))
-    return logps.gather(1, labels[rows + 1, None].long()).sum()
-
-
-def _wide(values: Tensor) -> torch.dtype:
-    return torch.promote_types(values.dtype, torch.float32)
 
 
 def desensitized_weights(

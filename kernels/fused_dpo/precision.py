@@ -8,9 +8,15 @@ import torch
 from torch import Tensor
 
 
-@lru_cache(maxsize=1)
-def _cpu_has_bf16_units() -> bool:
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and torch.cpu._is_avx512_bf16_supported()
+@lru_cache(maxsize=8)
+def has_bf16_units(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 matrices faster than fp32 ones."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and units
+    return False
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -30,9 +36,9 @@ def matmul_precision(operand_dtype: torch.dtype) -> Iterator[None]:
     The setting is per process, as torch offers no other: a thread that multiplies fp32 matrices at the same time sees
     it too.
     """
-    cpu, cuda = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
+    cpu, cuda = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul  # pyright: ignore[reportAttributeAccessIssue]
     before = cpu.fp32_precision, cuda.fp32_precision
-    cpu.fp32_precision = "bf16" if operand_dtype == torch.bfloat16 and _cpu_has_bf16_units() else "ieee"
+    cpu.fp32_precision = "bf16" if operand_dtype == torch.bfloat16 and has_bf16_units(torch.device("cpu")) else "ieee"
     cuda.fp32_precision = "ieee"
     try:
         yield
@@ -51,7 +57,7 @@ def as_operand(tensor: Tensor, compute_dtype: torch.dtype) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """`a @ b` into `out`, fp32 (or float64). Operands come from `as_operand`, or are fp32 values rounded here on CUDA."""
+    """`a @ b` into `out`, in fp32 (or float64); operands are from `as_operand`, or fp32 and rounded here on CUDA."""
     if b.dtype == torch.bfloat16:
         return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32, out=out)
     return torch.mm(a, b, out=out)

@@ -6,6 +6,10 @@ tiles are recomputed, turned into `dz = dlogps * (onehot - softmax)` in place, a
 
 What is summed how: logits, log-sum-exp and both gradients accumulate in fp32 (float64 for float64 inputs) and are
 rounded once, on the way out. Rows that are not scored are never gathered.
+
+A low-rank adapter widens the product: `hidden @ weight.T + scale * (hidden @ a.T) @ b.T` is one product of
+`[hidden | scale * hidden @ a.T]` with `[weight | b]`, so the code below knows operands of D + r columns and nothing
+else; their gradients come out side by side in the same way.
 """
 
 from collections.abc import Iterator
@@ -38,22 +42,21 @@ class HeadGrads(NamedTuple):
 
 
 class _Slice(NamedTuple):
-    """Rows `start:stop` of the head, as operands."""
+    """Rows `start:stop` of the head."""
 
     start: int
     stop: int
     weight: Tensor
+    """Operand [columns, D + r]."""
     bias: Tensor | None
-    lora_b: Tensor | None
 
 
 class _Block(NamedTuple):
-    """Rows `span` of the padded scored rows, as operands."""
+    """Rows `span` of the padded scored rows."""
 
     span: slice
     hidden: Tensor
-    lora_h: Tensor | None
-    """`hidden @ a.T`, kept in fp32."""
+    """Operand [rows, D + r]."""
 
 
 def slice_bounds(V: int, D: int, workspace_mib: int, dtype: torch.dtype, device: torch.device) -> list[tuple[int, int]]:
@@ -80,8 +83,10 @@ class _Tiles:
         self.acc_dtype = accumulation_dtype(hidden.dtype)
         self.padded_rows = -(-rows.numel() // ROW_MULTIPLE) * ROW_MULTIPLE
         V, D = head.weight.shape
-        self.bounds = slice_bounds(V, D, workspace_mib, hidden.dtype, hidden.device) if rows.numel() else []
-        width = max((stop - start for start, stop in self.bounds), default=0)
+        rank = 0 if head.lora is None else head.lora[0].shape[0]
+        bounds = slice_bounds(V, D + rank, workspace_mib, hidden.dtype, hidden.device)
+        self.bounds = bounds if rows.numel() else []
+        width = max(stop - start for start, stop in bounds)
         self._logits = hidden.new_empty(min(ROWS_PER_TILE, self.padded_rows) * width, dtype=self.acc_dtype)
         self._scratch = torch.empty_like(self._logits)
 
@@ -99,13 +104,11 @@ class _Tiles:
         """The head, a slice at a time, converted once."""
         head = self.head
         for start, stop in self.bounds:
-            yield _Slice(
-                start,
-                stop,
-                as_operand(head.weight[start:stop], self.dtype),
-                None if head.bias is None else head.bias[start:stop].to(self.acc_dtype),
-                None if head.lora is None else head.lora[1][start:stop].to(self.dtype).to(self.acc_dtype),
-            )
+            weight = as_operand(head.weight[start:stop], self.dtype)
+            if head.lora is not None:
+                weight = torch.cat((weight, as_operand(head.lora[1][start:stop], self.dtype)), dim=1)
+            bias = None if head.bias is None else head.bias[start:stop].to(self.acc_dtype)
+            yield _Slice(start, stop, weight, bias)
 
     def blocks(self) -> Iterator[_Block]:
         """The scored rows, a block at a time."""
@@ -114,11 +117,13 @@ class _Tiles:
             rows = self.rows[start:stop]
             h = self.hidden.new_zeros(stop - start, self.hidden.shape[1])
             h[: rows.numel()] = self.hidden[rows]
-            lora_h = None
+            operand = as_operand(h, self.dtype)
             if self.head.lora is not None:
+                a, _, scale = self.head.lora
                 with matmul_precision(self.acc_dtype):
-                    lora_h = h.to(self.acc_dtype) @ self.head.lora[0].to(self.dtype).to(self.acc_dtype).T
-            yield _Block(slice(start, stop), as_operand(h, self.dtype), lora_h)
+                    through_a = scale * (h.to(self.acc_dtype) @ a.to(self.dtype).to(self.acc_dtype).T)
+                operand = torch.cat((operand, as_operand(through_a, self.dtype)), dim=1)
+            yield _Block(slice(start, stop), operand)
 
     def logits(self, block: _Block, cut: _Slice) -> Tensor:
         """One tile `[rows, columns]`, in a buffer that the next call overwrites."""
@@ -127,10 +132,6 @@ class _Tiles:
         with matmul_precision(self.dtype):
             product(block.hidden, cut.weight.T, out=tile)
         head = self.head
-        if head.lora is not None:
-            assert block.lora_h is not None and cut.lora_b is not None
-            with matmul_precision(self.acc_dtype):
-                tile.addmm_(block.lora_h, cut.lora_b.T, alpha=head.lora[2])
         if cut.bias is not None:
             tile += cut.bias
         if head.logit_scale != 1.0:
@@ -150,6 +151,21 @@ class _Tiles:
         floor = -60.0 if self.acc_dtype == torch.float32 else -600.0
         out = self._scratch[: tile.numel()].view(tile.shape)
         return torch.sub(tile, shift[:, None], out=out).clamp_(min=floor).exp_()
+
+    def dlogits(self, block: _Block, cut: _Slice, target: Tensor, lse: Tensor, upstream: Tensor) -> Tensor:
+        """Gradient with respect to the product of the operands on one tile, where the `[rows]` upstream is given."""
+        head = self.head
+        z = self.logits(block, cut)
+        dz = self.shifted_exp(z, lse).mul_(-upstream[:, None])
+        column, inside = _targets_inside(cut, target)
+        at_target = -torch.expm1(z.gather(1, column) - lse[:, None]) * upstream[:, None]
+        dz.scatter_(1, column, torch.where(inside[:, None], at_target, dz.gather(1, column)))
+        if head.softcap is not None:  # d tanh(u) = 1 - tanh(u)^2
+            dz.mul_(z.mul_(head.temperature / head.softcap).square_().neg_().add_(1.0))
+        factor = head.logit_scale / head.temperature
+        if factor != 1.0:
+            dz *= factor
+        return dz
 
 
 def _targets_inside(cut: _Slice, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -222,9 +238,9 @@ def streaming_backward(
 ) -> HeadGrads:
     """Exact gradients of `sum(dlogps * logps)`, only those asked for.
 
-    `dz = dlogps * (onehot(target) - exp(z - lse))`, through softcap, scale and temperature; then `dhidden = dz @ weight`
-    and `dweight = dz.T @ hidden`. The target's `1 - p` is formed with expm1, so that it keeps its relative precision
-    where p is close to 1.
+    `dz = dlogps * (onehot(target) - exp(z - lse))`, through softcap, scale and temperature; then
+    `dhidden = dz @ weight` and `dweight = dz.T @ hidden`. The target's `1 - p` is formed with expm1, so that it keeps
+    its relative precision where p is close to 1.
 
     Args:
         dlogps: [T] upstream gradient, any strides.
@@ -235,82 +251,63 @@ def streaming_backward(
     Numerics: for bf16 inputs the two products take dz in bf16 (as matrix units need it; relative error 2^-9 an entry,
         of the size of the rounding of the returned gradient); for fp16, fp32 and float64 inputs in fp32 or float64.
     """
+    need_hidden, need_weight, need_bias, need_a, need_b = needs
     dlogps = dlogps.to(accumulation_dtype(hidden.dtype))
     if hidden.device.type == "cpu":  # elsewhere the search would be a synchronisation
         rows = rows[dlogps[rows] != 0]
     tiles = _Tiles(hidden, rows, head, workspace_mib)
-    need_hidden, need_weight, need_bias, need_a, need_b = needs
-    D, P = head.weight.shape[1], tiles.padded_rows
     row_target = tiles.of_rows(target, -1)
-    row_lse = tiles.of_rows(lse, torch.inf)
+    row_lse = tiles.of_rows(lse, torch.inf)  # padded rows: exp(z - inf) is 0 whatever their logits
     upstream = tiles.of_rows(dlogps, 0.0)
 
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=tiles.acc_dtype, device=hidden.device)
 
-    lora_a = lora_scale = through_a = dbias = dlora_b = None
-    if head.lora is not None:
-        lora_a, lora_scale = head.lora[0].to(hidden.dtype).to(tiles.acc_dtype), head.lora[2]
-        through_a = zeros(P, lora_a.shape[0]) if need_hidden or need_a else None
-        dlora_b = torch.zeros_like(head.lora[1]) if need_b else None
-    if head.bias is not None and need_bias:
-        dbias = torch.zeros_like(head.bias)
-    dhidden_rows = zeros(P, D) if need_hidden else None
-    # Every row of dweight is written once, by its slice; without scored rows there are no slices.
-    allocate = torch.empty_like if P else torch.zeros_like
+    # Columns of the widened gradients that are asked for; a's gradient goes through those of b, and so does hidden's.
+    D = head.weight.shape[1]
+    rank = 0 if head.lora is None else head.lora[0].shape[0]
+    hidden_columns = slice(0 if need_hidden else D, D + rank if need_hidden or need_a else D)
+    weight_columns = slice(0 if need_weight else D, D + rank if need_b else D)
+    dwide_hidden = zeros(tiles.padded_rows, hidden_columns.stop - hidden_columns.start)
+    # Every row of these is written once, by its slice; without scored rows there are no slices.
+    allocate = torch.empty_like if tiles.bounds else torch.zeros_like
     dweight = allocate(head.weight, memory_format=torch.contiguous_format) if need_weight else None
+    dbias = allocate(head.bias) if head.bias is not None and need_bias else None
+    dlora_b = (
+        allocate(head.lora[1], memory_format=torch.contiguous_format) if head.lora is not None and need_b else None
+    )
 
     for cut in tiles.slices():
-        width = cut.stop - cut.start
-        dweight_cut = zeros(width, D) if need_weight else None
-        dbias_cut = zeros(width) if dbias is not None else None
-        dlora_b_cut = zeros(width, dlora_b.shape[1]) if dlora_b is not None else None
+        dwide_weight = zeros(cut.stop - cut.start, weight_columns.stop - weight_columns.start)
+        dbias_cut = zeros(cut.stop - cut.start)
         for block in tiles.blocks():
             span = block.span
-            dz = _dlogits(tiles, block, cut, row_target[span], row_lse[span], upstream[span])
+            dz = tiles.dlogits(block, cut, row_target[span], row_lse[span], upstream[span])
             with matmul_precision(tiles.dtype):
-                if dhidden_rows is not None:
-                    accumulate_product(dhidden_rows[span], dz, cut.weight)
-                if dweight_cut is not None:
-                    accumulate_product(dweight_cut, dz.T, block.hidden)
-            if dbias_cut is not None:
+                if dwide_hidden.shape[1]:
+                    accumulate_product(dwide_hidden[span], dz, cut.weight[:, hidden_columns])
+                if dwide_weight.shape[1]:
+                    accumulate_product(dwide_weight, dz.T, block.hidden[:, weight_columns])
+            if dbias is not None:
                 dbias_cut += dz.sum(0)
-            with matmul_precision(tiles.acc_dtype):
-                if through_a is not None:
-                    through_a[span].addmm_(dz, cut.lora_b, alpha=lora_scale)
-                if dlora_b_cut is not None:
-                    dlora_b_cut.addmm_(dz.T, block.lora_h, alpha=lora_scale)
-        for whole, part in ((dweight, dweight_cut), (dbias, dbias_cut), (dlora_b, dlora_b_cut)):
-            if whole is not None:
-                whole[cut.start : cut.stop] = part
+        out = slice(cut.start, cut.stop)
+        if dweight is not None:
+            dweight[out] = dwide_weight[:, :D]
+        if dlora_b is not None:
+            dlora_b[out] = dwide_weight[:, -rank:]
+        if dbias is not None:
+            dbias[out] = dbias_cut
 
     dlora_a = dhidden = None
-    if through_a is not None and head.lora is not None:
+    if head.lora is not None and (need_hidden or need_a):
+        a, _, scale = head.lora
+        through_a = scale * dwide_hidden[: rows.numel(), -rank:]
         with matmul_precision(tiles.acc_dtype):
-            if dhidden_rows is not None:
-                dhidden_rows.addmm_(through_a, lora_a)
             if need_a:
-                dlora_a = zeros(*head.lora[0].shape)
-                for block in tiles.blocks():
-                    dlora_a.addmm_(through_a[block.span].T, block.hidden.to(tiles.acc_dtype))
-                dlora_a = dlora_a.to(head.lora[0].dtype)
-    if dhidden_rows is not None:
+                dlora_a = (through_a.T @ hidden[rows].to(tiles.acc_dtype)).to(a.dtype)
+            if need_hidden:
+                dwide_hidden[: rows.numel(), :D] += through_a @ a.to(tiles.dtype).to(tiles.acc_dtype)
+    if need_hidden:
         dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
-        dhidden.index_copy_(0, rows, dhidden_rows[: rows.numel()].to(hidden.dtype))
+        dhidden.index_copy_(0, rows, dwide_hidden[: rows.numel(), :D].to(hidden.dtype))
     return HeadGrads(dhidden, dweight, dbias, dlora_a, dlora_b)
-
-
-def _dlogits(tiles: _Tiles, block: _Block, cut: _Slice, target: Tensor, lse: Tensor, upstream: Tensor) -> Tensor:
-    """Gradient with respect to `hidden @ weight.T` on one tile; 0 on rows of padding."""
-    head = tiles.head
-    z = tiles.logits(block, cut)
-    dz = tiles.shifted_exp(z, lse).mul_(-upstream[:, None])
-    column, inside = _targets_inside(cut, target)
-    at_target = -torch.expm1(z.gather(1, column) - lse[:, None]) * upstream[:, None]
-    dz.scatter_(1, column, torch.where(inside[:, None], at_target, dz.gather(1, column)))
-    if head.softcap is not None:  # d tanh(u) = 1 - tanh(u)^2
-        dz.mul_(z.mul_(head.temperature / head.softcap).square_().neg_().add_(1.0))
-    factor = head.logit_scale / head.temperature
-    if factor != 1.0:
-        dz *= factor
-    return dz

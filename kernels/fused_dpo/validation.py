@@ -176,7 +176,7 @@ def _values_are_free(tensor: Tensor) -> bool:
 def _check_offsets(cu_seqlens: Tensor, T: int) -> None:
     if cu_seqlens[0] != 0 or cu_seqlens[-1] != T or bool((cu_seqlens.diff() < 0).any()):
         raise ValueError(
-            f"cu_seqlens must start at 0, never decrease and end at T = {T}, got {cu_seqlens.tolist()[:8]}... ending at "
+            f"cu_seqlens must start at 0, never decrease and end at T = {T}, got {cu_seqlens.tolist()[:8]} ... "
             f"{int(cu_seqlens[-1])}; give padding rows at the end a sequence of their own."
         )
 
@@ -213,4 +213,4 @@ def _check_row_index(row_index: Tensor, target: Tensor) -> None:
         if low < 0 or high >= target.numel() or bool((row_index.diff() <= 0).any()):
             raise ValueError(f"options.row_index must ascend within [0, T) = [0, {target.numel()}), got {low}..{high}.")
         if bool((target[row_index] == IGNORED).any()):
-            raise ValueError("options.row_index names rows that predict an ignored label; rebuild it from these labels.")
+            raise ValueError("options.row_index names rows whose label is ignored; rebuild it from these labels.")

@@ -1,0 +1,122 @@
+"""The command `fused-dpo`."""
+
+import dataclasses
+import difflib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+USAGE = """usage: fused-dpo COMMAND [options]
+
+commands:
+  train    train a model on preference pairs; `fused-dpo train --help` explains every option
+  env      print versions, devices and what the kernels can use here
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0 done, 1 training diverged, 2 wrong input, 130 interrupted."""
+    command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if command in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    if command not in ("train", "env"):
+        close = difflib.get_close_matches(command, ["train", "env"], n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        print(f"fused-dpo: unknown command {command!r}{hint}\n\n{USAGE}", file=sys.stderr)
+        return 2
+    try:
+        from fused_dpo_engine.errors import TrainingDivergedError, UserError
+
+        if command == "env":
+            from fused_dpo_engine.environment import describe
+
+            print(describe())
+            return 0
+        from fused_dpo_engine.run import train
+    except ModuleNotFoundError as error:
+        print(f"fused-dpo: {error}. The trainer needs: pip install 'fused-dpo[train]'", file=sys.stderr)
+        return 2
+    try:
+        train(parse_train(rest))
+    except UserError as error:
+        print(f"fused-dpo: {error}", file=sys.stderr)
+        return 2
+    except TrainingDivergedError as error:
+        print(f"fused-dpo: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("fused-dpo: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse_train(arguments: Sequence[str]) -> Any:
+    """Options of `fused-dpo train` as a `TrainConfig`; those of a `--config` file come first, so others win.
+
+    Raises:
+        UserError: a config file that is missing, is no mapping or names unknown options, or settings that contradict
+            each other.
+        SystemExit: unknown or malformed options, after a message (status 2), and --help (status 0).
+    """
+    import tyro
+
+    from fused_dpo_engine.config import TrainConfig
+
+    rest: list[str] = []
+    from_files: list[str] = []
+    remaining = iter(arguments)
+    for argument in remaining:
+        if argument == "--config" or argument.startswith("--config="):
+            path = argument.partition("=")[2] or next(remaining, "")
+            from_files += arguments_of_file(path)
+        else:
+            rest.append(argument)
+    return tyro.cli(
+        TrainConfig,
+        prog="fused-dpo train",
+        description=(
+            "Train a language model on preference pairs by Direct Preference Optimization.\n\n"
+            "--config FILE.yaml reads options from a YAML or JSON file of `name: value` lines, such as the config.json "
+            "of an earlier run; options given on the command line win."
+        ),
+        args=from_files + rest,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+
+
+def arguments_of_file(path: str) -> list[str]:
+    """The settings of a YAML (or JSON) file as command-line options."""
+    import yaml
+
+    from fused_dpo_engine.config import TrainConfig
+    from fused_dpo_engine.errors import UserError
+
+    if not path or not Path(path).is_file():
+        raise UserError(f"--config needs an existing YAML file, got {path!r}.")
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} must hold `name: value` lines, got {type(settings).__name__}.")
+    known = [f.name for group in dataclasses.fields(TrainConfig) for f in dataclasses.fields(group.type)]  # type: ignore
+    arguments: list[str] = []
+    for name, value in settings.items():
+        key = str(name).replace("-", "_")
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            raise UserError(f"{path}: unknown option {name!r}" + (f"; did you mean {close[0]}?" if close else "."))
+        option = f"--{key.replace('_', '-')}"
+        if isinstance(value, bool):
+            arguments.append(option if value else f"--no-{option[2:]}")
+        elif isinstance(value, (list, tuple)):
+            arguments += [option, *map(str, value)]
+        elif value is not None:
+            arguments += [option, str(value)]
+    return arguments
+
+
+if __name__ == "__main__":
+    sys.exit(main())

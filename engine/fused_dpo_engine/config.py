@@ -1,0 +1,231 @@
+"""Every setting of a training run: one dataclass a group, one docstring a field, checked where it is made."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from fused_dpo.losses import LOSS_TYPES, DPOLoss
+from fused_dpo_engine.errors import UserError
+
+LossType = Literal[LOSS_TYPES]  # pyright: ignore[reportInvalidTypeForm]
+BestMetric = Literal["eval_loss", "eval_rewards/accuracies", "eval_rewards/margins"]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The model and how it computes."""
+
+    model: str
+    """Folder or Hugging Face name of the causal language model to train."""
+    ref_model: str | None = None
+    """Folder or name of the reference model; by default the model itself before its first update."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype to compute in. The weights that are trained stay in float32. auto: bfloat16 where the hardware multiplies
+    it (Ampere and later, CPUs with AVX512-BF16 or AMX), else float32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device to train on; auto takes a GPU if there is one."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: much less memory for about a third more time."""
+    workspace_mib: int = 64
+    """Memory in MiB that the head may use for its slices of the vocabulary."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model. Only for models you trust."""
+
+    def __post_init__(self) -> None:
+        _require(self.workspace_mib >= 1, f"workspace-mib must be at least 1 (MiB), got {self.workspace_mib}.")
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """Low-rank adapters (needs no second model: the reference is the policy with its adapters off)."""
+
+    lora_rank: int = 0
+    """Rank of the adapters; 0 trains all weights."""
+    lora_alpha: float | None = None
+    """Scale of the adapters is lora-alpha / lora-rank; by default twice the rank."""
+    lora_target_modules: tuple[str, ...] = ("all-linear",)
+    """Names of the modules to adapt; all-linear: every linear layer but the head."""
+
+    def __post_init__(self) -> None:
+        _require(self.lora_rank >= 0, f"lora-rank must be 0 (off) or positive, got {self.lora_rank}.")
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """The preference pairs."""
+
+    data: str
+    """Training pairs: a .jsonl, .json or .parquet file, a folder of `datasets`, or a Hugging Face name."""
+    split: str = "train"
+    """Split to read from a folder or a Hugging Face name."""
+    eval_data: str | None = None
+    """Held-out pairs, in any form that --data takes."""
+    eval_split: str = "test"
+    """Split to read from --eval-data, if that is a folder or a Hugging Face name."""
+    eval_fraction: float = 0.0
+    """Share of the training pairs to hold out instead (0 to 1); pairs on the same prompt stay together."""
+    max_length: int | None = None
+    """Longest sequence (prompt + response) in tokens; by default half of tokens-per-batch, within what the model was
+    built for. Longer responses lose their end, and are counted."""
+    truncate_prompts: bool = False
+    """Let prompts that leave no room for a response lose their beginning, instead of stopping with an error."""
+    skip_bad_rows: bool = False
+    """Leave out rows that cannot be used, and count them, instead of stopping with an error."""
+    chat_template: str | None = None
+    """File with a Jinja chat template to use instead of the tokenizer's."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.eval_fraction < 1, f"eval-fraction must lie in [0, 1), got {self.eval_fraction}.")
+        _require(
+            not (self.eval_data and self.eval_fraction),
+            "eval-data and eval-fraction both say what to hold out; give one of them.",
+        )
+        _require(
+            self.max_length is None or self.max_length >= 2,
+            f"max-length must be at least 2 (tokens), got {self.max_length}.",
+        )
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """The preference loss."""
+
+    beta: float = 0.1
+    """Strength of the pull towards the reference (inverse temperature of the implicit reward), positive."""
+    loss_type: LossType = "sigmoid"
+    """Name of the loss; sigmoid is the loss of the DPO paper."""
+    label_smoothing: float = 0.0
+    """Share of the labels taken to be wrong, 0 to 0.5 (sigmoid: conservative DPO; robust: its noise rate)."""
+    sft_weight: float = 0.0
+    """Weight of a negative log-likelihood term on the chosen responses, per token."""
+    simpo_gamma: float = 0.5
+    """Target margin of the simpo loss."""
+    ld_alpha: float | None = None
+    """Weight (0 to 1) of response tokens beyond the length of the shorter response (LD-DPO); by default off."""
+
+    def __post_init__(self) -> None:
+        try:
+            self.module()
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        _require(self.ld_alpha is None or 0 <= self.ld_alpha <= 1, f"ld-alpha must lie in [0, 1], got {self.ld_alpha}.")
+
+    def module(self) -> DPOLoss:
+        """The loss these options describe."""
+        return DPOLoss(
+            self.beta, self.label_smoothing, self.loss_type, sft_weight=self.sft_weight, simpo_gamma=self.simpo_gamma
+        )
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """AdamW and its schedule."""
+
+    learning_rate: float = 5e-6
+    """Peak learning rate (full training: 5e-7 to 5e-6; LoRA: 5e-6 to 5e-5)."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Course of the learning rate after warm-up; linear and cosine end at 0."""
+    warmup_ratio: float = 0.1
+    """Share of the steps over which the learning rate rises to its peak (0 to 1)."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay per unit of learning rate, on matrices only."""
+    adam_beta1: float = 0.9
+    """Decay of AdamW's mean of gradients."""
+    adam_beta2: float = 0.999
+    """Decay of AdamW's mean of squared gradients."""
+    adam_epsilon: float = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: float = 1.0
+    """Clip the gradient to this 2-norm; 0 does not clip."""
+
+    def __post_init__(self) -> None:
+        _require(self.learning_rate > 0, f"learning-rate must be positive, got {self.learning_rate}.")
+        _require(0 <= self.warmup_ratio <= 1, f"warmup-ratio must lie in [0, 1], got {self.warmup_ratio}.")
+        _require(self.max_grad_norm >= 0, f"max-grad-norm must not be negative, got {self.max_grad_norm}.")
+        _require(self.weight_decay >= 0, f"weight-decay must not be negative, got {self.weight_decay}.")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Length of the run, batches, evaluation and output."""
+
+    output: str
+    """Folder for config.json, metrics.jsonl, summary.json, tensorboard/, model/ and best/."""
+    overwrite: bool = False
+    """Write into an output folder that already holds a run; its files are replaced."""
+    max_steps: int | None = None
+    """Optimizer steps; epochs repeat until they are done. By default as many as --epochs takes."""
+    epochs: float = 1.0
+    """Passes over the training pairs, if max-steps is not given."""
+    pairs_per_step: int = 16
+    """Pairs per optimizer step; the loss is their mean. The last step of an epoch takes what is left."""
+    tokens_per_batch: int = 8192
+    """Tokens per forward pass: sets memory and speed, never the result. Steps are split to fit (accumulation)."""
+    seed: int = 0
+    """Seed of the order of pairs, the held-out split and adapter initialisation."""
+    eval_steps: int = 0
+    """Evaluate every so many steps; 0: before the first and after the last step only."""
+    save_steps: int = 0
+    """Save model/ every so many steps; 0: at the end only."""
+    best_metric: BestMetric = "eval_loss"
+    """Metric by which best/ is chosen (the lowest loss, or the highest accuracy or margin)."""
+    early_stopping_patience: int = 0
+    """Stop after so many evaluations in a row without a better best-metric; 0: never."""
+    tensorboard: bool = True
+    """Write TensorBoard curves to output/tensorboard."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("pairs_per_step", 1), ("tokens_per_batch", 4), ("eval_steps", 0), ("save_steps", 0)):
+            value = getattr(self, name)
+            _require(value >= least, f"{name.replace('_', '-')} must be at least {least}, got {value}.")
+        _require(self.max_steps is None or self.max_steps >= 1, f"max-steps must be at least 1, got {self.max_steps}.")
+        _require(self.epochs > 0, f"epochs must be positive, got {self.epochs}.")
+        _require(self.early_stopping_patience >= 0, "early-stopping-patience must not be negative.")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a language model on preference pairs by Direct Preference Optimization."""
+
+    model: ModelOptions
+    lora: LoraOptions
+    data: DataOptions
+    loss: LossOptions
+    optimizer: OptimizerOptions
+    run: RunOptions
+
+    def __post_init__(self) -> None:
+        run, data = self.run, self.data
+        _require(
+            data.max_length is None or 2 * data.max_length <= run.tokens_per_batch,
+            f"a pair takes up to 2 x max-length = {2 * (data.max_length or 0)} tokens, more than tokens-per-batch = "
+            f"{run.tokens_per_batch}; raise the one or lower the other.",
+        )
+        has_eval = bool(data.eval_data or data.eval_fraction)
+        _require(
+            has_eval or not (run.eval_steps or run.early_stopping_patience),
+            "eval-steps and early-stopping-patience need held-out pairs: give --eval-data or --eval-fraction.",
+        )
+        _require(
+            not run.early_stopping_patience or run.eval_steps > 0,
+            "early-stopping-patience counts evaluations during training: give --eval-steps too.",
+        )
+        _require(
+            not (self.lora.lora_rank and self.model.ref_model),
+            "with LoRA the reference is the model with its adapters off; leave out --ref-model.",
+        )
+
+    def flat(self) -> dict[str, Any]:
+        """All settings by their option names (underscores for dashes); readable as a --config file."""
+        return {key: value for group in vars(self).values() for key, value in dataclasses.asdict(group).items()}
+
+    def save(self, path: Path) -> None:
+        """Write the settings as JSON."""
+        path.write_text(json.dumps(self.flat(), indent=2) + "\n", encoding="utf-8")

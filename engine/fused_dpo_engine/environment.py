@@ -1,0 +1,50 @@
+"""What this machine has that matters to the kernels, for bug reports and for choosing options."""
+
+import importlib.metadata
+import os
+import platform
+
+import torch
+
+from fused_dpo.precision import has_bf16_units
+
+PACKAGES = (
+    "fused-dpo",
+    "torch",
+    "triton",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "peft",
+    "accelerate",
+    "flash-attn",
+)
+
+
+def describe() -> str:
+    """Versions, devices and the paths they lead to, as lines of `name: value`."""
+    lines = [("python", platform.python_version()), ("platform", platform.platform())]
+    for package in PACKAGES:
+        try:
+            lines.append((package, importlib.metadata.version(package)))
+        except importlib.metadata.PackageNotFoundError:
+            lines.append((package, "not installed"))
+    lines.append(("cpu threads", f"{torch.get_num_threads()} of {os.cpu_count()}"))
+    lines.append(("cpu capability", torch.backends.cpu.get_cpu_capability()))
+    lines.append(("cpu bf16 units", "yes" if has_bf16_units(torch.device("cpu")) else "no"))
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            lines.append(
+                (
+                    f"cuda:{index}",
+                    f"{properties.name}, sm_{properties.major}{properties.minor}, "
+                    f"{properties.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}",
+                )
+            )
+    else:
+        lines.append(("cuda", "no device"))
+    lines.append(("head implementation", "streaming"))
+    lines.append(("attention", "packed, torch SDPA a segment"))
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)

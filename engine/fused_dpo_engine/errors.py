@@ -1,0 +1,9 @@
+"""What a user can mend: printed by the command line as one message, without a traceback."""
+
+
+class UserError(ValueError):
+    """Input or settings that cannot work; the message says why and what to do instead."""
+
+
+class TrainingDivergedError(RuntimeError):
+    """The loss or its gradient is no longer a number; the last good weights have been saved."""

@@ -1,0 +1,141 @@
+"""Token pairs: what the rest of the engine trains on, their statistics, and the held-out split."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fused_dpo_engine.data import DataError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenPair:
+    """Two token sequences that begin with the same prompt; compared by identity.
+
+    `prompt_length` (>= 1) tokens are common to both and not scored; the rest of each sequence (>= 1 token) is scored.
+    `chosen_ids` and `rejected_ids` are int32 arrays of the full sequences; `where` names the row they came from.
+    """
+
+    prompt_length: int
+    chosen_ids: np.ndarray
+    rejected_ids: np.ndarray
+    where: str
+
+    @property
+    def chosen_length(self) -> int:
+        """Scored tokens of the chosen sequence."""
+        return len(self.chosen_ids) - self.prompt_length
+
+    @property
+    def rejected_length(self) -> int:
+        """Scored tokens of the rejected sequence."""
+        return len(self.rejected_ids) - self.prompt_length
+
+
+@dataclass(frozen=True, slots=True)
+class LengthStatistics:
+    """Mean, 95th percentile and maximum of a number of tokens over the pairs."""
+
+    mean: float
+    p95: float
+    max: int
+
+    def __str__(self) -> str:
+        return f"mean {self.mean:.1f}, p95 {self.p95:.0f}, max {self.max}"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizationReport:
+    """What became of the rows. Counts of cuts and boundaries are over the pairs kept.
+
+    `skipped` counts rows by reason; `tokens_cut` adds prompt tokens (once a pair) and response tokens;
+    `merged_boundaries` counts rows whose prompt, tokenized alone, does not begin both sequences.
+    `chosen_tokens` and `rejected_tokens` count scored tokens.
+    """
+
+    max_length: int
+    rows_read: int
+    pairs_kept: int
+    skipped: dict[str, int]
+    prompts_cut: int
+    responses_cut: int
+    tokens_cut: int
+    merged_boundaries: int
+    prompt_tokens: LengthStatistics
+    chosen_tokens: LengthStatistics
+    rejected_tokens: LengthStatistics
+
+    def summary(self) -> str:
+        """Say it in a few lines, those that say "nothing happened" left out."""
+        lines = [f"{self.pairs_kept} pairs of {self.rows_read} rows"]
+        if self.skipped:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.skipped.items()))
+            lines.append(f"skipped {sum(self.skipped.values())} rows: {reasons}")
+        if self.tokens_cut:
+            what = f"{self.prompts_cut} prompts and {self.responses_cut} responses cut"
+            lines.append(f"{what} to fit max_length {self.max_length}, {self.tokens_cut} tokens lost")
+        if self.merged_boundaries:
+            lines.append(f"{self.merged_boundaries} prompts merge with the response; the merged tokens are scored")
+        lines.append(f"prompt tokens: {self.prompt_tokens}")
+        lines.append(f"chosen tokens: {self.chosen_tokens}")
+        lines.append(f"rejected tokens: {self.rejected_tokens}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedPairs:
+    """The pairs, in the order of their rows, and the report of how they came about."""
+
+    pairs: list[TokenPair]
+    report: TokenizationReport
+
+
+def split_pairs(pairs: Sequence[TokenPair], fraction: float, seed: int) -> tuple[list[TokenPair], list[TokenPair]]:
+    """Split into training and held-out pairs, those with the same prompt tokens on the same side.
+
+    Which prompts are held out depends on `seed` and the tokens alone, not on the order of the pairs; both sides keep
+    the given order. The held-out side gets at most `fraction` of the pairs, unless that is less than one prompt's.
+    Prompts are compared as they are in the pairs: where a boundary was merged, was only implied, or a prompt was cut,
+    equal texts may have become different tokens.
+
+    Args:
+        pairs: at least two, with at least two different prompts.
+        fraction: share to hold out, in (0, 1).
+        seed: any integer of at most 64 bits.
+
+    Returns:
+        (train, held_out), each with at least one pair.
+
+    Raises:
+        DataError: the pairs cannot be split so.
+    """
+    if not 0 < fraction < 1:
+        raise DataError(f"the held-out fraction must be between 0 and 1, got {fraction}")
+    groups: dict[bytes, list[int]] = {}
+    for index, pair in enumerate(pairs):
+        groups.setdefault(pair.chosen_ids[: pair.prompt_length].tobytes(), []).append(index)
+    if len(groups) < 2:
+        raise DataError(
+            f"holding out pairs needs at least two different prompts, got {len(groups)} in {len(pairs)} pairs; "
+            "give a separate evaluation set, or hold out none"
+        )
+    salt = seed.to_bytes(8, "little", signed=True)
+    shuffled = sorted(groups, key=lambda prompt: hashlib.blake2b(prompt, digest_size=16, salt=salt).digest())
+    room = max(1, round(fraction * len(pairs)))
+    held_out: set[int] = set()
+    for prompt in shuffled[:-1]:
+        if len(groups[prompt]) <= room - len(held_out):
+            held_out.update(groups[prompt])
+    if not held_out:
+        held_out.update(groups[min(shuffled, key=lambda prompt: len(groups[prompt]))])
+    return (
+        [pair for index, pair in enumerate(pairs) if index not in held_out],
+        [pair for index, pair in enumerate(pairs) if index in held_out],
+    )
+
+
+def length_statistics(lengths: Iterable[int]) -> LengthStatistics:
+    """Statistics of at least one length."""
+    values = np.fromiter(lengths, dtype=np.int64)
+    return LengthStatistics(float(values.mean()), float(np.percentile(values, 95)), int(values.max()))

@@ -64,8 +64,7 @@ def _convert(gguf: Path, target: Path) -> None:
     gguf_config = getattr(transformers, "GgufConfig", None)
     unpack = {} if gguf_config is None else {"quantization_config": gguf_config(dequantize=True)}
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, **unpack)
-    if hasattr(model.config, "quantization_config"):  # describes the file that was read, not the weights written here
-        del model.config.quantization_config
+    vars(model.config).pop("quantization_config", None)  # describes the file that was read, not what is written here
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # SmolLM2 splits numbers into digits; the loader keeps the byte-level step alone.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

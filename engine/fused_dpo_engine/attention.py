@@ -65,13 +65,17 @@ def packed_attention(
     segments = ((0, query.shape[2]),) if fused_dpo_plan is None else fused_dpo_plan.segments
     if segments[-1][1] != query.shape[2]:
         raise ValueError(f"the plan covers {segments[-1][1]} tokens, the batch has {query.shape[2]}.")
-    pieces = []
-    for start, stop in segments:
-        span = slice(start, stop)
-        pieces.append(
-            _segment_attention(query[:, :, span], key[:, :, span], value[:, :, span], scaling, sliding_window, softcap)
-        )
-    return torch.cat(pieces, dim=2).transpose(1, 2), None
+    dtype, device = query.dtype, query.device.type
+    if device == "cpu" and dtype.itemsize == 2:
+        # oneDNN compiles half-precision products anew for every length, and segments come in all lengths. fp32 is as
+        # fast on segments this short (measured), and more accurate.
+        query, key, value = query.float(), key.float(), value.float()
+    with torch.autocast(device, enabled=False):
+        pieces = [
+            _segment_attention(*(x[:, :, start:stop] for x in (query, key, value)), scaling, sliding_window, softcap)
+            for start, stop in segments
+        ]
+    return torch.cat(pieces, dim=2).transpose(1, 2).to(dtype), None
 
 
 def _segment_attention(

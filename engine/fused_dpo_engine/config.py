@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fused_dpo.losses import LOSS_TYPES, DPOLoss
+from fused_dpo import DPOLoss
 from fused_dpo_engine.errors import UserError
 
-LossType = Literal[LOSS_TYPES]  # pyright: ignore[reportInvalidTypeForm]
 BestMetric = Literal["eval_loss", "eval_rewards/accuracies", "eval_rewards/margins"]
 
 
@@ -27,8 +26,8 @@ class ModelOptions:
     ref_model: str | None = None
     """Folder or name of the reference model; by default the model itself before its first update."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Dtype to compute in. The weights that are trained stay in float32. auto: bfloat16 where the hardware multiplies
-    it (Ampere and later, CPUs with AVX512-BF16 or AMX), else float32."""
+    """Dtype to compute in; weights that are trained stay in float32.
+    auto: bfloat16 where the hardware multiplies it (Ampere and later, CPUs with AVX512-BF16 or AMX), else float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on; auto takes a GPU if there is one."""
     gradient_checkpointing: bool = False
@@ -72,8 +71,8 @@ class DataOptions:
     eval_fraction: float = 0.0
     """Share of the training pairs to hold out instead (0 to 1); pairs on the same prompt stay together."""
     max_length: int | None = None
-    """Longest sequence (prompt + response) in tokens; by default half of tokens-per-batch, within what the model was
-    built for. Longer responses lose their end, and are counted."""
+    """Longest sequence (prompt + response) in tokens; by default half of tokens-per-batch, if the model allows it.
+    Longer responses lose their end, and are counted."""
     truncate_prompts: bool = False
     """Let prompts that leave no room for a response lose their beginning, instead of stopping with an error."""
     skip_bad_rows: bool = False
@@ -99,8 +98,10 @@ class LossOptions:
 
     beta: float = 0.1
     """Strength of the pull towards the reference (inverse temperature of the implicit reward), positive."""
-    loss_type: LossType = "sigmoid"
-    """Name of the loss; sigmoid is the loss of the DPO paper."""
+    loss_type: str = "sigmoid"
+    """Which loss; sigmoid is the one of the DPO paper.
+    Others: sigmoid_norm, hinge, ipo, ipo_norm, robust, exo_pair, nca_pair, bco_pair, sppo_hard, apo_zero, apo_down,
+    aot, aot_unpaired, discopop, simpo, orpo."""
     label_smoothing: float = 0.0
     """Share of the labels taken to be wrong, 0 to 0.5 (sigmoid: conservative DPO; robust: its noise rate)."""
     sft_weight: float = 0.0

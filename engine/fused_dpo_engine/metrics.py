@@ -1,0 +1,94 @@
+"""What is measured, and where it is written: sums on the device, metrics.jsonl, TensorBoard, memory."""
+
+import json
+import resource
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fused_dpo import LossOutput
+from fused_dpo_engine.packing import PackedBatch
+
+
+class PairMetrics:
+    """Means over the pairs of a step or an evaluation, added up on the device and read once."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._pairs = 0
+
+    def add(self, output: LossOutput, logps: Tensor, batch: PackedBatch) -> None:
+        """Take in a micro-batch; its loss is already a share of the whole."""
+        chosen, rejected = logps.detach()[0::2], logps.detach()[1::2]
+        likelier = chosen / batch.chosen_lengths > rejected / batch.rejected_lengths
+        per_pair = {
+            "rewards/chosen": output.chosen_rewards,
+            "rewards/rejected": output.rejected_rewards,
+            "rewards/accuracies": output.chosen_rewards > output.rejected_rewards,
+            "rewards/margins": output.chosen_rewards - output.rejected_rewards,
+            "logps/chosen": chosen,
+            "logps/rejected": rejected,
+            # Share of pairs whose chosen response is the likelier one per token, without looking at the reference.
+            "logps/accuracies": likelier,
+            "lengths/gap": (batch.chosen_lengths - batch.rejected_lengths),
+        }
+        self._accumulate("loss", output.loss.detach().float())
+        if "nll_loss" in output.metrics:
+            self._accumulate("nll_loss", output.metrics["nll_loss"])
+        for name, values in per_pair.items():
+            self._accumulate(name, values.sum(dtype=torch.float32))
+        self._pairs += batch.num_pairs
+
+    def _accumulate(self, name: str, value: Tensor) -> None:
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def read(self, **extra: Tensor) -> dict[str, float]:
+        """The means, and whatever else is on the device, in one transfer."""
+        tensors = {**self._sums, **extra}
+        values = torch.stack([value.float().reshape(()) for value in tensors.values()]).tolist()
+        whole = {"loss", "nll_loss", *extra}
+        return {
+            name: value if name in whole else value / max(self._pairs, 1)
+            for name, value in zip(tensors, values, strict=True)
+        }
+
+
+class MetricsWriter:
+    """Appends one JSON object a step to metrics.jsonl, each line complete once written, and feeds TensorBoard."""
+
+    def __init__(self, folder: Path, *, tensorboard: bool) -> None:
+        self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._board = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"))
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record a step's metrics."""
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.flush()
+        self.plot(step, metrics)
+
+    def plot(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Feed TensorBoard alone."""
+        if self._board is not None:
+            for name, value in metrics.items():
+                self._board.add_scalar(name if "/" in name else f"train/{name}", value, step)
+
+    def close(self) -> None:
+        """Finish both files."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory held at any time so far in GiB: of the allocator on CUDA, of the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -1,0 +1,58 @@
+"""Log-probs of the frozen reference, scored once before training by the very code that trains."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from fused_dpo_engine.errors import UserError
+from fused_dpo_engine.packing import PackedBatch
+from fused_dpo_engine.pairs import TokenPair
+from fused_dpo_engine.policy import Policy
+
+
+@dataclass
+class ReferenceLogps:
+    """Reference log-probs of pairs, by their index; NaN where a pair has not been scored."""
+
+    logps: Tensor
+    """fp32 [pairs, 2] on the host: chosen, rejected."""
+
+    def of(self, batch: PackedBatch, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Log-probs [B] of the batch's chosen and of its rejected responses."""
+        logps = self.logps[batch.pair_indices].to(device, non_blocking=True)
+        return logps[:, 0], logps[:, 1]
+
+
+@torch.no_grad()
+def score_reference(
+    policy: Policy, pairs: list[TokenPair], batches: Iterable[PackedBatch], total: int, progress: bool
+) -> ReferenceLogps:
+    """Score the pairs of `batches` with the policy's model, its adapters off.
+
+    Given the batches that training will see, policy and reference compute the same thing in the same shapes: the
+    rewards of the first pass are exactly 0 before the first update.
+
+    Args:
+        policy: holds the reference model, or the policy before its first update.
+        pairs: all pairs, to which the batches' indices refer.
+        batches: packed pairs.
+        total: number of pairs in the batches, for the progress bar.
+        progress: show one.
+
+    Raises:
+        UserError: a log-prob is not a number.
+    """
+    result = ReferenceLogps(torch.full((len(pairs), 2), torch.nan))
+    with policy.as_reference(), tqdm(total=total, desc="reference", unit="pair", disable=not progress) as bar:
+        for batch in batches:
+            logps = policy(batch.to(policy.device)).view(-1, 2).cpu()
+            result.logps[batch.pair_indices] = logps
+            bad = (~logps.isfinite().all(1)).nonzero().flatten().tolist()
+            if bad:
+                where = ", ".join(pairs[batch.pair_indices[i]].where for i in bad[:3])
+                raise UserError(f"the reference gives no finite log-prob to {where}; its weights may be damaged.")
+            bar.update(batch.num_pairs)
+    return result

@@ -65,16 +65,17 @@ def packed_attention(
     segments = ((0, query.shape[2]),) if fused_dpo_plan is None else fused_dpo_plan.segments
     if segments[-1][1] != query.shape[2]:
         raise ValueError(f"the plan covers {segments[-1][1]} tokens, the batch has {query.shape[2]}.")
-    dtype, device = query.dtype, query.device.type
-    if device == "cpu" and dtype.itemsize == 2:
-        # oneDNN compiles half-precision products anew for every length, and segments come in all lengths. fp32 is as
-        # fast on segments this short (measured), and more accurate.
-        query, key, value = query.float(), key.float(), value.float()
+    # Under autocast the rotary embedding may hand over fp32 queries and keys beside half-precision values.
+    dtype, device = value.dtype, value.device.type
+    # On a CPU oneDNN compiles half-precision products anew for every length, and segments come in all lengths; fp32 is
+    # as fast on segments this short (measured), and more accurate.
+    compute_dtype = torch.promote_types(dtype, torch.float32) if device == "cpu" else dtype
+    query, key, value = query.to(compute_dtype), key.to(compute_dtype), value.to(compute_dtype)
     with torch.autocast(device, enabled=False):
-        pieces = [
-            _segment_attention(*(x[:, :, start:stop] for x in (query, key, value)), scaling, sliding_window, softcap)
-            for start, stop in segments
-        ]
+        pieces = []
+        for start, stop in segments:
+            q, k, v = query[:, :, start:stop], key[:, :, start:stop], value[:, :, start:stop]
+            pieces.append(_segment_attention(q, k, v, scaling, sliding_window, softcap))
     return torch.cat(pieces, dim=2).transpose(1, 2).to(dtype), None
 
 

@@ -141,7 +141,7 @@ def load_tokenizer(name: str, options: ModelOptions) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=options.trust_remote_code)
     except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
         raise UserError(
-            f"no tokenizer could be loaded from {name}: {_first_line(error)} A model folder needs its tokenizer's files "
+            f"no tokenizer could be loaded from {name}: {_first_line(error)} A model folder needs the tokenizer files "
             f"(tokenizer.json, tokenizer_config.json) beside the weights; save them there with save_pretrained."
         ) from error
 

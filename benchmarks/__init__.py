@@ -1,0 +1,1 @@
+"""Benchmarks: time, memory and error, each implementation in a process of its own."""

@@ -1,0 +1,57 @@
+"""How things are measured: in a process of their own, with the peak of resident memory, beside the versions used."""
+
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+
+def isolated(function: Callable[..., Result], *arguments: Any) -> Result:
+    """Call a module-level function in a fresh process: no memory or caches of what ran before."""
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def _status_mib(key: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) / 1024
+    raise OSError(f"no {key} in /proc/self/status; memory is measured on Linux only")
+
+
+def peak_growth_mib(function: Callable[[], Result]) -> tuple[Result, float]:
+    """Run `function` and tell by how many MiB the process's resident memory grew at its peak (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark to what is resident now
+    before = _status_mib("VmRSS")
+    result = function()
+    return result, _status_mib("VmHWM") - before
+
+
+def timed(function: Callable[[], Result]) -> tuple[Result, float]:
+    """The result of `function` and the seconds it took."""
+    started = time.perf_counter()
+    result = function()
+    return result, time.perf_counter() - started
+
+
+def environment() -> dict[str, Any]:
+    """Device, versions and commit that a result belongs to."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
+    ).stdout.strip()
+    cuda = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.backends.cpu.get_cpu_capability()}",
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": commit or "unknown",
+    }

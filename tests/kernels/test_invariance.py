@@ -1,0 +1,172 @@
+"""Bits: the same from run to run, and for one sequence the same whatever else is in the batch."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from fused_dpo import fused_token_logps
+from tests.kernels.helpers import (
+    DTYPES,
+    IGNORE,
+    Problem,
+    assert_same_bits,
+    bits_equal,
+    cu_seqlens,
+    evaluate,
+    fused,
+    make_problem,
+    present,
+)
+
+LENGTHS = (1, 63, 130, 2, 64, 300, 0, 257, 65)  # scored rows and their sums lie around multiples of 64 and 256
+EVERYTHING = {"bias": True, "lora_rank": 8, "logit_scale": 1.7, "softcap": 9.0, "temperature": 0.7}
+HEADS = {"plain": {}, "everything": EVERYTHING}
+SIZES = {"one slice": (1000, 64), "many slices": (5003, 48)}  # V, D
+THREADS = [1, 2]
+
+
+def id_of(value: object) -> str:
+    return str(value).removeprefix("torch.")
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def compose(problem: Problem, order: Sequence[int]) -> Problem:
+    """The packed batch of the sequences of `problem` in another order, with omissions and repetitions."""
+    spans = [problem.spans[i] for i in order]
+    return replace(
+        problem,
+        hidden=torch.cat([problem.hidden[a:b] for a, b in spans]),
+        labels=torch.cat([problem.labels[a:b] for a, b in spans]),
+        cu_seqlens=cu_seqlens([b - a for a, b in spans]),
+    )
+
+
+def padded(problem: Problem, extra: int, filler: float) -> Problem:
+    """The same sequences as rows of a padded batch."""
+    S = max(b - a for a, b in problem.spans) + extra
+    hidden = problem.hidden.new_full((len(problem.spans), S, problem.hidden.shape[-1]), filler)
+    labels = problem.labels.new_full((len(problem.spans), S), IGNORE)
+    for i, (a, b) in enumerate(problem.spans):
+        hidden[i, : b - a], labels[i, : b - a] = problem.hidden[a:b], problem.labels[a:b]
+    return replace(problem, hidden=hidden, labels=labels, cu_seqlens=None)
+
+
+def logps_of(problem: Problem) -> Tensor:
+    return fused(problem, workspace_mib=1)
+
+
+@pytest.mark.parametrize("count", THREADS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=id_of)
+def test_run_to_run(dtype: torch.dtype, count: int) -> None:
+    problem = make_problem(LENGTHS, V=2003, D=48, **EVERYTHING).to(dtype)
+    with threads(count):
+        first = evaluate(logps_of, problem)
+        for _ in range(2):
+            assert_same_bits(evaluate(logps_of, problem.map(Tensor.clone)), first, "again")
+
+
+@pytest.mark.parametrize("count", THREADS)
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS.keys())
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES.keys())
+@pytest.mark.parametrize("dtype", DTYPES, ids=id_of)
+def test_batch_composition(dtype: torch.dtype, size: tuple[int, int], head: dict, count: int) -> None:
+    """Alone, in any order, beside any other sequence, packed or padded, with or without gradient."""
+    V, D = size
+    problem = make_problem(LENGTHS, V, D, **head).to(dtype)
+    everyone = list(range(len(LENGTHS)))
+    with threads(count):
+        together = logps_of(problem)
+        for order in (everyone[::-1], [7, 0, 3], [5, 5, 1, 5], [2, 8, 6, 4], torch.randperm(len(everyone)).tolist()):
+            assert bits_equal(logps_of(compose(problem, order)), together[order]), f"order {order}"
+        for i in everyone:
+            assert bits_equal(logps_of(compose(problem, [i])), together[[i]]), f"sequence {i} alone"
+        for extra, filler in ((0, 0.0), (1, torch.nan), (70, 3.0)):
+            assert bits_equal(logps_of(padded(problem, extra, filler)), together), f"padded by {extra} more"
+        assert bits_equal(evaluate(logps_of, problem).logps, together), "with gradient"
+        assert bits_equal(evaluate(logps_of, problem, ["hidden"]).logps, together), "with a frozen head"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=id_of)
+@pytest.mark.parametrize(("V", "D"), [(7, 33), (11, 65), (2, 17), (5, 4), (33, 576), (100, 33), (257, 65)])
+def test_batch_composition_of_odd_heads(V: int, D: int, dtype: torch.dtype) -> None:
+    """BLAS picks other inner loops by shape and by a row's place in the tile: any head, and any token on its own."""
+    problem = make_problem((700,), V, D, shift=False).to(dtype)
+    assert_tokens_do_not_depend_on_company(problem)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=id_of)
+@pytest.mark.parametrize("rank", [1, 4, 13])
+def test_batch_composition_with_odd_adapters(rank: int, dtype: torch.dtype) -> None:
+    assert_tokens_do_not_depend_on_company(make_problem((700,), 257, 33, lora_rank=rank, shift=False).to(dtype))
+
+
+def assert_tokens_do_not_depend_on_company(problem: Problem) -> None:
+    def tokens(rows: Tensor) -> Tensor:
+        part = replace(problem, hidden=problem.hidden[rows], labels=problem.labels[rows])
+        return fused_token_logps(
+            part.hidden, part.head, part.labels, cu_seqlens=cu_seqlens([len(rows)]), shift=False
+        ).logps
+
+    together = tokens(torch.arange(700))
+    for count in (1, 2, 63, 65, 130, 200, 257, 321, 513):
+        rows = torch.randperm(700)[:count]
+        differing = int((tokens(rows) != together[rows]).sum())
+        assert differing == 0, f"{differing} of {count} token log-probs differ from those among 700"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=id_of)
+def test_hidden_gradient_of_a_sequence_is_its_own(dtype: torch.dtype) -> None:
+    """Not promised for the gradient, but worth knowing when it changes: dH has the same bits in any company too."""
+    problem = make_problem(LENGTHS, V=1000, D=64).to(dtype).map(Tensor.requires_grad_)
+    (together,) = torch.autograd.grad(logps_of(problem).sum(), problem.hidden)
+    order = [7, 0, 3]
+    alone = compose(problem, order).map(lambda t: t.detach().requires_grad_())
+    (parts,) = torch.autograd.grad(logps_of(alone).sum(), alone.hidden)
+    assert bits_equal(parts, torch.cat([together[a:b] for a, b in (problem.spans[i] for i in order)]))
+
+
+def test_policy_and_reference_agree_to_the_bit() -> None:
+    """Equal weights, the policy with gradients in one batch, the reference without in another: the margin is 0."""
+    problem = make_problem(LENGTHS, V=1000, D=64).to(torch.bfloat16)
+    policy = evaluate(logps_of, problem).logps
+    with torch.no_grad():
+        reference = torch.cat([logps_of(compose(problem, order)) for order in ([0, 1, 2], [3, 4, 5, 6], [7, 8])])
+    assert bits_equal(policy, reference)
+
+
+def test_slices_do_not_depend_on_tokens() -> None:
+    """The mechanism behind it: the vocabulary is cut by V, D, dtype and workspace alone."""
+    from fused_dpo.streaming import slice_bounds
+
+    bounds = slice_bounds(5003, 48, 1, torch.bfloat16, torch.device("cpu"))
+    assert len(bounds) > 5
+    assert bounds[0][0] == 0
+    assert bounds[-1][1] == 5003
+    assert all(left[1] == right[0] for left, right in zip(bounds, bounds[1:], strict=False))
+    widths = [stop - start for start, stop in bounds]
+    assert max(widths) - min(widths) <= 1
+
+
+def test_control_a_matmul_of_one_row_has_other_bits() -> None:
+    """Negative control: what these tests guard against happens on this machine with a plain product."""
+    hidden, weight = torch.randn(256, 576), torch.randn(1000, 576)
+    together = hidden @ weight.T
+    if all(torch.equal(hidden[i : i + 1] @ weight.T, together[i : i + 1]) for i in range(8)):
+        pytest.skip("on this machine a single row's product has the same bits")
+    problem = Problem(hidden, weight, torch.randint(0, 1000, (256,)), torch.arange(257), shift=False)
+    rows = torch.tensor([3])
+    one = replace(problem, hidden=hidden[rows], labels=problem.labels[rows], cu_seqlens=present(cu_seqlens([1])))
+    assert bits_equal(fused(one), fused(problem)[rows])

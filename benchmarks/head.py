@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.measure import environment, isolated, peak_growth_mib, timed
+from benchmarks.measure import console, environment, isolated, peak_growth_mib, timed
 from fused_dpo import KernelOptions, fused_dpo_logps
 
 SHARED_HIDDEN = Path(__file__).parents[1] / "../shared/data/hidden/smollm2_helpful.safetensors"
@@ -149,7 +148,7 @@ def main() -> None:
             f"{row['worst_logp_error_nat']:.2g} nat",
             *(f"{row[key]:.2%}" for key in ("dhidden_error", "dweight_error")),
         )
-    Console().print(table)
+    console().print(table)
     if options.out:
         options.out.write_text(json.dumps({**environment(), "problem": problem, "rows": rows}, indent=2) + "\n")
 

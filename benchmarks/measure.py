@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from rich.console import Console
 
 Result = TypeVar("Result")
 
@@ -40,6 +41,12 @@ def timed(function: Callable[[], Result]) -> tuple[Result, float]:
     started = time.perf_counter()
     result = function()
     return result, time.perf_counter() - started
+
+
+def console() -> Console:
+    """Where tables are printed: as wide as the terminal, and wide enough for a table where there is none."""
+    screen = Console()
+    return screen if screen.is_terminal else Console(width=120)
 
 
 def environment() -> dict[str, Any]:

@@ -10,17 +10,18 @@ Three ways over the same pairs, each in a process of its own:
 
 import argparse
 import json
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
+import transformers
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.measure import environment, isolated, peak_growth_mib, timed
+from benchmarks.measure import console, environment, isolated, peak_growth_mib, timed
 from fused_dpo import DPOLoss, head_of
 from fused_dpo_engine.config import LoraOptions, ModelOptions
 from fused_dpo_engine.data import read_rows
@@ -78,8 +79,9 @@ WAYS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def measure(way: str, model: str, data: str, pairs: int, budget: int, dtype: str) -> dict[str, Any]:
-    """Seconds, extra memory and loss of one step; to be run in a process of its own."""
+def measure(way: str, model: str, data: str, pairs: int, budget: int, dtype: str, repeats: int) -> dict[str, Any]:
+    """Seconds, extra memory and mean log-prob of one step; to be run in a process of its own."""
+    transformers.utils.logging.disable_progress_bar()
     options = ModelOptions(model=model, dtype=dtype)  # pyright: ignore[reportArgumentType]
     tokenizer = load_tokenizer(model, options)
     token_pairs = tokenize_pairs(read_rows(data)[:pairs], tokenizer, max_length=budget // 2).pairs
@@ -93,38 +95,38 @@ def measure(way: str, model: str, data: str, pairs: int, budget: int, dtype: str
         policy.zero_grad()
         total = 0.0
         for indices in plan:
-            some = [token_pairs[i] for i in indices]
-            logps = WAYS[way](policy, pack(token_pairs, indices), some)
-            reference = logps.detach() - torch.arange(len(logps)) % 3  # any reference: the work is the same
-            output = loss(*(x for x in (logps[0::2], logps[1::2], reference[0::2], reference[1::2])), num_pairs=pairs)
+            logps = WAYS[way](policy, pack(token_pairs, indices), [token_pairs[i] for i in indices])
+            chosen, rejected = logps[0::2], logps[1::2]
+            # The first step of a run: the reference is the policy itself.
+            output = loss(chosen, rejected, chosen.detach(), rejected.detach(), num_pairs=len(token_pairs))
             output.loss.backward()
-            total += float(output.loss.detach())
-        return total
+            total += float(logps.detach().sum())
+        return total / (2 * len(token_pairs))
 
-    first_loss, peak = peak_growth_mib(step)
-    _, seconds = timed(step)
+    mean_logp, peak = peak_growth_mib(step)  # the first step is also the warm-up
     return {
         "way": way,
         "pairs": len(token_pairs),
         "tokens": sum(len(p.chosen_ids) + len(p.rejected_ids) for p in token_pairs),
         "micro_batches": len(plan),
-        "seconds": seconds,
+        "seconds": statistics.median(timed(step)[1] for _ in range(repeats)),
         "extra_mib": peak,
-        "loss": first_loss,
+        "mean_logp": mean_logp,
         "dtype": dtype,
     }
 
 
-def compare(model: str, data: str, pairs: int, budget: int, dtype: str) -> list[dict[str, Any]]:
+def compare(model: str, data: str, pairs: int, budget: int, dtype: str, repeats: int) -> list[dict[str, Any]]:
     """Measure all three ways and print them side by side."""
-    rows = [isolated(measure, way, model, data, pairs, budget, dtype) for way in WAYS]
+    rows = [isolated(measure, way, model, data, pairs, budget, dtype, repeats) for way in WAYS]
     table = Table(title=f"one step on {rows[0]['pairs']} pairs, {rows[0]['tokens']} tokens, {dtype}")
-    for column in ("", "seconds", "extra memory", "time / fused", "memory / fused"):
+    for column in ("", "mean log-prob", "seconds", "extra memory", "time / fused", "memory / fused"):
         table.add_column(column, justify="right" if column else "left")
     for row in rows:
         ratios = (f"{row[key] / rows[0][key]:.2f}" for key in ("seconds", "extra_mib"))
-        table.add_row(row["way"], f"{row['seconds']:.1f}", f"{row['extra_mib'] / 1024:.2f} GiB", *ratios)
-    Console().print(table)
+        memory = f"{row['extra_mib'] / 1024:.2f} GiB"
+        table.add_row(row["way"], f"{row['mean_logp']:.3f}", f"{row['seconds']:.1f}", memory, *ratios)
+    console().print(table)
     return rows
 
 
@@ -136,9 +138,10 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=16, help="pairs in the step (default: 16)")
     parser.add_argument("--tokens-per-batch", type=int, default=8192, help="tokens per forward (default: 8192)")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="dtype to compute in")
+    parser.add_argument("--repeats", type=int, default=3, help="timed steps, of which the median counts (default: 3)")
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
     options = parser.parse_args()
-    rows = compare(options.model, options.data, options.pairs, options.tokens_per_batch, options.dtype)
+    rows = compare(options.model, options.data, options.pairs, options.tokens_per_batch, options.dtype, options.repeats)
     if options.out:
         options.out.write_text(json.dumps({**environment(), "rows": rows}, indent=2) + "\n")
 

@@ -38,7 +38,7 @@ def main() -> int:
             return 1
         print(f"   {model}\n")
     print("2. One training step, three ways, the same pairs", flush=True)
-    rows = {row["way"]: row for row in compare(model, options.data, 16, 2048, "bfloat16")}
+    rows = {row["way"]: row for row in compare(model, options.data, 16, 2048, "bfloat16", 1)}
 
     print("\n3. The run", flush=True)
     command = ["train", "--model", model, "--data", options.data, "--output", options.output, "--overwrite"]

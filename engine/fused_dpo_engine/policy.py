@@ -65,7 +65,7 @@ class Policy(nn.Module):
             ).last_hidden_state[0]
             # Rows that predict a response, found on the host: nothing else reaches the head.
             rows = hidden.index_select(0, batch.scored_rows)
-            arguments: Any = (rows, head_of(self.model), batch.targets)
+            arguments: Any = (rows, head_of(self.causal_lm), batch.targets)
             settings: Any = {"cu_seqlens": batch.cu_scored, "shift": False, "options": self.options}
             if self.ld_alpha is None:
                 return fused_dpo_logps(*arguments, **settings)

@@ -22,7 +22,7 @@ from fused_dpo_engine.pairs import TokenizedPairs, TokenPair, split_pairs
 from fused_dpo_engine.policy import Policy, build_policy, choose_device, choose_dtype, load_tokenizer
 from fused_dpo_engine.reference import ReferenceLogps, score_reference
 from fused_dpo_engine.tokenization import tokenize_pairs
-from fused_dpo_engine.trainer import Summary, Trainer, first_pass, total_steps
+from fused_dpo_engine.trainer import Summary, Trainer, first_pass
 
 logger = logging.getLogger(__name__)
 RUN_FILES = ("config.json", "metrics.jsonl", "summary.json", "tensorboard", "model", "best")
@@ -40,7 +40,7 @@ def train(config: TrainConfig) -> Summary:
         UserError: settings, data or model cannot work.
         TrainingDivergedError: see `Trainer.train`.
     """
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(config.run.seed)
     device = choose_device(config.model)
@@ -49,8 +49,6 @@ def train(config: TrainConfig) -> Summary:
     tokenizer = load_tokenizer(config.model.model, config.model)
     config = _resolved(config, device)
     pairs, held_out = _load_pairs(config, tokenizer, console)
-    _open_output(output)
-    config.save(output / "config.json")
 
     reference = held_out_reference = None
     if config.model.ref_model and needs_reference(config.loss.loss_type):
@@ -71,12 +69,14 @@ def train(config: TrainConfig) -> Summary:
     if reference is None and needs_reference(config.loss.loss_type):
         reference, held_out_reference = _score(config, policy, pairs, held_out, console)
 
+    _open_output(output)  # not before everything that can be wrong has been found
+    config.save(output / "config.json")
     trainer = Trainer(policy, config, tokenizer, pairs, reference, held_out, held_out_reference, output)
     try:
         summary = trainer.train()
     finally:
         (output / "summary.json").write_text(json.dumps(trainer.summary.as_dict(), indent=2) + "\n", encoding="utf-8")
-    console.print(summary_table(summary, config))
+    console.print(summary_table(summary, config.run.best_metric))
     console.print(f"model: {output / 'model'}    metrics: {output / 'metrics.jsonl'}")
     return summary
 
@@ -168,13 +168,15 @@ def _check_vocabulary(policy: Policy, pairs: list[TokenPair]) -> None:
     for pair in pairs:
         largest = max(int(pair.chosen_ids.max()), int(pair.rejected_ids.max()))
         if largest >= size:
-            raise UserError(f"{pair.where}: token id {largest} lies outside the model's {size} embeddings; the "
-                            f"tokenizer does not belong to this model.")  # fmt: skip
+            raise UserError(
+                f"{pair.where}: token id {largest} lies outside the model's {size} embeddings; the tokenizer does not "
+                f"belong to this model."
+            )
 
 
-def summary_table(summary: Summary, config: TrainConfig) -> Table:
+def summary_table(summary: Summary, best_metric: str) -> Table:
     """Held-out metrics before and after, and what the run took."""
-    table = Table(title=f"{summary.steps} of {total_steps(config, 1) if config.run.max_steps else summary.steps} steps")
+    table = Table(title=f"{summary.steps} of {summary.planned_steps} steps")
     table.add_column("held-out" if summary.eval_after else "run")
     if summary.eval_after:
         table.add_column("before", justify="right")
@@ -190,7 +192,7 @@ def summary_table(summary: Summary, config: TrainConfig) -> Table:
         "peak memory": f"{summary.peak_memory_gib:.2f} GiB",
     }
     if summary.best_step is not None:
-        run[f"best {config.run.best_metric}"] = f"{summary.best_value:.4f} (step {summary.best_step}, in best/)"
+        run[f"best {best_metric}"] = f"{summary.best_value:.4f} (step {summary.best_step}, in best/)"
     table.add_section()
     for name, value in run.items():
         table.add_row(name, *([""] if summary.eval_after else []), value)

@@ -33,6 +33,7 @@ class Summary:
     """What a run came to; written to summary.json."""
 
     steps: int = 0
+    planned_steps: int = 0
     pairs: int = 0
     tokens: int = 0
     seconds: float = 0.0
@@ -110,7 +111,7 @@ class Trainer:
         self.total_steps = total_steps(config, len(pairs))
         self.optimizer, self.schedule = build_optimizer(policy.parameters(), config.optimizer, self.total_steps)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.summary = Summary()
+        self.summary = Summary(planned_steps=self.total_steps)
         self._evaluations_without_gain = 0
 
     def train(self) -> Summary:
@@ -152,7 +153,7 @@ class Trainer:
             self.summary.stopped = "interrupted"
             raise
         finally:
-            # Whatever stopped the run, no half-done step is in the weights: an update is the last thing a step does.
+            # Whatever stopped the run, the weights are those of the last whole step: a step changes them at its end.
             bar.close()
             writer.close()
             self._save("model")

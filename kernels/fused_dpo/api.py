@@ -11,7 +11,7 @@ from fused_dpo.head import LMHead
 from fused_dpo.options import KernelOptions
 from fused_dpo.reference import reference_token_logps
 from fused_dpo.stats import TokenStats
-from fused_dpo.validation import Scoring, check_scoring
+from fused_dpo.validation import Scoring, check_scoring, choose_implementation
 
 
 class TokenLogps(NamedTuple):
@@ -161,7 +161,8 @@ def _score(
         ignore_index=ignore_index,
         options=options,
     )
-    if options.impl == "reference":
+    impl = choose_implementation(options.impl, scoring.hidden)
+    if impl == "reference":
         with torch.autocast(scoring.hidden.device.type, enabled=False):
             logps, stats = reference_token_logps(scoring.hidden, scoring.target, options.row_index, scoring.head)
     else:
@@ -170,6 +171,7 @@ def _score(
             scoring.target,
             options.row_index,
             scoring.head,
+            impl,
             options.workspace_mib,
             want_stats=want_stats,
         )

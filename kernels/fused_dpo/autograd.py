@@ -3,10 +3,13 @@
 A fast implementation is chosen by name inside the op, so that autograd, fake tensors and errors are written once.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from fused_dpo.head import LMHead, LowRankAdapter
+from fused_dpo.head import HeadGrads, LMHead, LowRankAdapter
 from fused_dpo.precision import accumulation_dtype
 from fused_dpo.stats import TokenStats
 from fused_dpo.streaming import streaming_backward, streaming_forward
@@ -18,7 +21,14 @@ _NO_DOUBLE_BACKWARD = (
 
 
 def token_logps(
-    hidden: Tensor, target: Tensor, row_index: Tensor | None, head: LMHead, workspace_mib: int, *, want_stats: bool
+    hidden: Tensor,
+    target: Tensor,
+    row_index: Tensor | None,
+    head: LMHead,
+    impl: str,
+    workspace_mib: int,
+    *,
+    want_stats: bool,
 ) -> tuple[Tensor, TokenStats | None]:
     """Differentiable per-token log-probs of canonical inputs (see `fused_dpo.validation.Scoring`)."""
     lora = LowRankAdapter(*head.lora) if head.lora is not None else None
@@ -34,6 +44,7 @@ def token_logps(
         head.logit_scale,
         head.softcap or 0.0,
         head.temperature,
+        impl,
         workspace_mib,
         want_stats,
     )
@@ -54,6 +65,16 @@ def _head(
     return LMHead(weight, bias, logit_scale, softcap or None, temperature, lora)
 
 
+def _implementation(impl: str) -> tuple[Callable[..., Any], Callable[..., HeadGrads]]:
+    """Forward and backward by name. Triton is imported on the first call that runs it."""
+    if impl == "streaming":
+        return streaming_forward, streaming_backward
+    from fused_dpo.triton_backward import triton_backward
+    from fused_dpo.triton_forward import triton_forward
+
+    return triton_forward, triton_backward
+
+
 def _scored_rows(target: Tensor, row_index: Tensor | None) -> Tensor:
     return (target >= 0).nonzero().squeeze(1) if row_index is None else row_index
 
@@ -71,6 +92,7 @@ def _token_logps_op(
     logit_scale: float,
     softcap: float,
     temperature: float,
+    impl: str,
     workspace_mib: int,
     want_stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,14 +100,15 @@ def _token_logps_op(
     head = _head(weight, bias, lora_a, lora_b, lora_scale, logit_scale, softcap, temperature)
     rows = _scored_rows(target, row_index)
     with torch.autocast(hidden.device.type, enabled=False):  # the dtypes here are chosen, not defaults to improve on
-        logps, lse, stats = streaming_forward(hidden, target, rows, head, workspace_mib, want_stats=want_stats)
+        forward, _ = _implementation(impl)
+        logps, lse, stats = forward(hidden, target, rows, head, workspace_mib, want_stats=want_stats)
     return logps, lse, torch.stack(stats) if stats is not None else logps.new_empty(0)
 
 
 @_token_logps_op.register_fake
 def _(
     hidden, weight, bias, lora_a, lora_b, target, row_index,
-    lora_scale, logit_scale, softcap, temperature, workspace_mib, want_stats,
+    lora_scale, logit_scale, softcap, temperature, impl, workspace_mib, want_stats,
 ):  # fmt: skip
     per_row = hidden.new_empty(target.shape, dtype=accumulation_dtype(hidden.dtype))
     stats = per_row.new_empty((3, *target.shape) if want_stats else (0,))
@@ -107,6 +130,7 @@ def _token_logps_backward_op(
     logit_scale: float,
     softcap: float,
     temperature: float,
+    impl: str,
     workspace_mib: int,
     needs: list[bool],
 ) -> list[Tensor]:
@@ -115,14 +139,15 @@ def _token_logps_backward_op(
     rows = _scored_rows(target, row_index)
     wanted = needs[0], needs[1], needs[2], needs[3], needs[4]
     with torch.autocast(hidden.device.type, enabled=False):
-        grads = streaming_backward(dlogps, hidden, target, rows, lse, head, workspace_mib, needs=wanted)
+        _, backward = _implementation(impl)
+        grads = backward(dlogps, hidden, target, rows, lse, head, workspace_mib, needs=wanted)
     return [grad for grad in grads if grad is not None]
 
 
 @_token_logps_backward_op.register_fake
 def _(
     dlogps, hidden, weight, bias, lora_a, lora_b, target, row_index, lse,
-    lora_scale, logit_scale, softcap, temperature, workspace_mib, needs,
+    lora_scale, logit_scale, softcap, temperature, impl, workspace_mib, needs,
 ):  # fmt: skip
     inputs = (hidden, weight, bias, lora_a, lora_b)
     return [
@@ -133,7 +158,7 @@ def _(
 
 
 def _setup_token_logps(ctx, inputs, output) -> None:
-    *tensors, ctx.lora_scale, ctx.logit_scale, ctx.softcap, ctx.temperature, ctx.workspace_mib, _ = inputs
+    *tensors, ctx.lora_scale, ctx.logit_scale, ctx.softcap, ctx.temperature, ctx.impl, ctx.workspace_mib, _ = inputs
     _, lse, stats = output
     ctx.save_for_backward(*tensors, lse)
     ctx.mark_non_differentiable(lse, stats)
@@ -142,10 +167,10 @@ def _setup_token_logps(ctx, inputs, output) -> None:
 def _token_logps_gradient(ctx, dlogps: Tensor, _dlse, _dstats):
     hidden, weight, bias, lora_a, lora_b, target, row_index, lse = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:5])
-    settings = ctx.lora_scale, ctx.logit_scale, ctx.softcap, ctx.temperature, ctx.workspace_mib
+    settings = ctx.lora_scale, ctx.logit_scale, ctx.softcap, ctx.temperature, ctx.impl, ctx.workspace_mib
     tensors = hidden, weight, bias, lora_a, lora_b, target, row_index, lse
     grads = iter(_token_logps_backward_op(dlogps, *tensors, *settings, needs))
-    return (*(next(grads) if needed else None for needed in needs), *[None] * 8)
+    return (*(next(grads) if needed else None for needed in needs), *[None] * 9)
 
 
 def _refuse_double_backward(_ctx, *_grads):

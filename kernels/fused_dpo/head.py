@@ -41,6 +41,16 @@ class LMHead:
     """Reserved for a head whose vocabulary is split over ranks; anything but None is refused."""
 
 
+class HeadGrads(NamedTuple):
+    """Gradients of the differentiable inputs, None where not asked for."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    lora_a: Tensor | None
+    lora_b: Tensor | None
+
+
 def head_of(model: nn.Module) -> LMHead:
     """Read the head of a Hugging Face causal language model, with its scale, softcap and LoRA adapter.
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-IMPLEMENTATIONS = ("reference", "streaming")
+IMPLEMENTATIONS = ("reference", "streaming", "triton")
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,9 @@ class KernelOptions:
     """
 
     impl: str | None = None
-    """`"streaming"` (vocabulary slices, any device), `"reference"` (full logits, the oracle, differentiable any number
-    of times), or None for the fastest one the device has. A named implementation is never replaced silently."""
+    """`"triton"` (CUDA), `"streaming"` (vocabulary slices in torch, any device), `"reference"` (full logits, the
+    oracle, differentiable any number of times), or None: triton on CUDA, streaming elsewhere and for float64. A named
+    implementation is never replaced silently."""
     workspace_mib: int = 64
     """Bound on temporary memory in MiB, beyond the per-row state (a few numbers a token) and the fp32 accumulator of
     the hidden states' gradient (4 bytes x scored tokens x D). One slice of the head with its gradient and one tile of

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_dpo.head import LMHead
+from fused_dpo.head import HeadGrads, LMHead
 from fused_dpo.precision import accumulate_product, accumulation_dtype, as_operand, matmul_precision, product
 from fused_dpo.stats import TokenStats
 
@@ -29,16 +29,6 @@ ROW_MULTIPLE = 64
 other bits, which would make a sequence's log-prob depend on the batch around it."""
 MAX_SLICE_CPU, MAX_SLICE = 4096, 32768
 """Vocabulary columns per tile at most: on a CPU a tile has to stay in cache, elsewhere it has to fill the device."""
-
-
-class HeadGrads(NamedTuple):
-    """Gradients of the differentiable inputs, None where not asked for."""
-
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    lora_a: Tensor | None
-    lora_b: Tensor | None
 
 
 class _Slice(NamedTuple):

@@ -66,6 +66,30 @@ def check_scoring(
     return Scoring(hidden.reshape(T, hidden.shape[-1]), target, offsets, labels.shape, _check_head(head, hidden.device))
 
 
+def choose_implementation(impl: str | None, hidden: Tensor) -> str:
+    """The implementation to run, by name; see `KernelOptions.impl`.
+
+    Raises:
+        ValueError: triton asked for on a device it does not run on.
+        TypeError: triton asked for in a dtype it does not compute in.
+    """
+    if impl is None:
+        return "triton" if hidden.is_cuda and hidden.dtype != torch.float64 else "streaming"
+    if impl != "triton":
+        return impl
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if not hidden.is_cuda and not interpreted:
+        raise ValueError(
+            f"impl='triton' needs CUDA tensors, got hidden_states on {hidden.device}; use impl=None or 'streaming' "
+            f"(or set TRITON_INTERPRET=1 before triton is imported, to run the kernels in Python)."
+        )
+    if hidden.dtype == torch.float64:
+        raise TypeError("impl='triton' computes in float32, got float64 hidden_states; use impl='streaming'.")
+    if hidden.dtype == torch.bfloat16 and not hidden.is_cuda:
+        raise TypeError("Triton's interpreter cannot multiply bfloat16; use float32 or float16 with it.")
+    return impl
+
+
 def _check_shapes(hidden: Tensor, head: LMHead, labels: Tensor, cu_seqlens: Tensor | None) -> bool:
     """Shapes, dtypes and devices; returns whether the call is packed."""
     weight = head.weight

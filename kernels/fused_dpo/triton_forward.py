@@ -1,0 +1,221 @@
+"""Triton forward: per-token log-probs by online softmax over vocabulary splits, logits never leaving the registers."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fused_dpo.head import LMHead
+from fused_dpo.stats import TokenStats
+from fused_dpo.triton_configs import SPLIT_COLUMNS, tile_config
+from fused_dpo.triton_tile import architecture, logits_tile, on_device, tile_arguments
+
+MERGE_ROWS = 128
+"""Rows a program of the merge takes."""
+
+
+@triton.jit
+def _logps_forward_kernel(
+    hidden_ptr,
+    row_index_ptr,
+    target_ptr,
+    weight_ptr,
+    bias_ptr,
+    lora_h_ptr,
+    lora_b_ptr,
+    peak_ptr,
+    total_ptr,
+    weighted_ptr,
+    sum_ptr,
+    picked_ptr,
+    R,
+    V,
+    D,
+    stride_ht,
+    stride_hd,
+    stride_wv,
+    stride_wd,
+    stride_bv,
+    stride_br,
+    logit_scale,
+    softcap,
+    inverse_temperature,
+    SPLIT_COLUMNS: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    WANT_STATS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Online softmax of BLOCK_T scored rows over one split of the vocabulary.
+
+    Grid: (row blocks, splits), row blocks fastest, so that programs at work together share a split of the weight in the
+    L2 cache and the hidden states stay there. Each program writes, at `[split, row]`, the maximum of its logits and the
+    sum of their exponentials above it (and for the stats the exponential-weighted and the plain sum of the logits), and
+    at `[row]` the target's logit if the target lies in its columns: every entry has one writer.
+
+    Roofline: 2·R·D·V FLOP; bytes are the weight once (V·D) plus the hidden states once from memory (R·D), everything
+    else from L2. Bound by the matrix units from a few hundred rows on.
+    """
+    pid_t = tl.program_id(0)
+    split = tl.program_id(1)
+    offs_t = pid_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    mask_t = offs_t < R
+    rows = tl.load(row_index_ptr + offs_t, mask=mask_t, other=0).to(tl.int64)
+    target = tl.load(target_ptr + rows, mask=mask_t, other=-1)
+
+    peak = tl.full([BLOCK_T], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([BLOCK_T], dtype=tl.float32)
+    weighted = tl.zeros([BLOCK_T], dtype=tl.float32)
+    plain = tl.zeros([BLOCK_T], dtype=tl.float32)
+    picked = tl.zeros([BLOCK_T], dtype=tl.float32)
+    first_v = split * SPLIT_COLUMNS
+    for start_v in range(first_v, tl.minimum(first_v + SPLIT_COLUMNS, V), BLOCK_V):
+        offs_v = start_v + tl.arange(0, BLOCK_V)
+        z = logits_tile(
+            hidden_ptr,
+            rows,
+            mask_t,
+            weight_ptr,
+            offs_v,
+            bias_ptr,
+            lora_h_ptr,
+            offs_t,
+            lora_b_ptr,
+            V,
+            D,
+            stride_ht,
+            stride_hd,
+            stride_wv,
+            stride_wd,
+            stride_bv,
+            stride_br,
+            logit_scale,
+            softcap,
+            inverse_temperature,
+            RANK,
+            BLOCK_R,
+            HAS_BIAS,
+            HAS_SOFTCAP,
+            BLOCK_T,
+            BLOCK_V,
+            BLOCK_D,
+        )
+        hit = offs_v[None, :] == target[:, None]
+        picked += tl.sum(tl.where(hit, z, 0.0), axis=1)
+        new_peak = tl.maximum(peak, tl.max(z, axis=1))
+        shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # a row of -inf alone stays a sum of zeros
+        weights = tl.exp(z - shift[:, None])
+        rescale = tl.exp(peak - shift)
+        total = total * rescale + tl.sum(weights, axis=1)
+        if WANT_STATS:
+            finite = tl.where(z == float("-inf"), 0.0, z)
+            weighted = weighted * rescale + tl.sum(weights * finite, axis=1)
+            plain += tl.sum(tl.where(offs_v[None, :] < V, z, 0.0), axis=1)
+        peak = new_peak
+
+    at = split.to(tl.int64) * R + offs_t
+    tl.store(peak_ptr + at, peak, mask=mask_t)
+    tl.store(total_ptr + at, total, mask=mask_t)
+    if WANT_STATS:
+        tl.store(weighted_ptr + at, weighted, mask=mask_t)
+        tl.store(sum_ptr + at, plain, mask=mask_t)
+    mine = (target >= first_v) & (target < tl.minimum(first_v + SPLIT_COLUMNS, V))
+    tl.store(picked_ptr + offs_t, picked, mask=mask_t & mine)
+
+
+@triton.jit
+def _merge_splits_kernel(
+    peak_ptr,
+    total_ptr,
+    weighted_ptr,
+    sum_ptr,
+    picked_ptr,
+    row_index_ptr,
+    target_ptr,
+    logps_ptr,
+    lse_ptr,
+    stats_ptr,
+    T,
+    R,
+    V,
+    SPLITS: tl.constexpr,
+    WANT_STATS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Merge the splits of each row, in ascending order, into its log-sum-exp and log-prob.
+
+    Grid: row blocks. Reads 2·SPLITS numbers a row and writes 2 into the rows' places among all T; bound by latency.
+    """
+    offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    mask_t = offs_t < R
+    peak = tl.full([BLOCK_T], float("-inf"), dtype=tl.float32)
+    for split in range(SPLITS):
+        at = tl.full([BLOCK_T], split, dtype=tl.int64) * R + offs_t
+        peak = tl.maximum(peak, tl.load(peak_ptr + at, mask=mask_t, other=float("-inf")))
+    shift = tl.where(peak == float("-inf"), 0.0, peak)
+    total = tl.zeros([BLOCK_T], dtype=tl.float32)
+    weighted = tl.zeros([BLOCK_T], dtype=tl.float32)
+    plain = tl.zeros([BLOCK_T], dtype=tl.float32)
+    for split in range(SPLITS):
+        at = tl.full([BLOCK_T], split, dtype=tl.int64) * R + offs_t
+        rescale = tl.exp(tl.load(peak_ptr + at, mask=mask_t, other=float("-inf")) - shift)
+        total += tl.load(total_ptr + at, mask=mask_t, other=0.0) * rescale
+        if WANT_STATS:
+            weighted += tl.load(weighted_ptr + at, mask=mask_t, other=0.0) * rescale
+            plain += tl.load(sum_ptr + at, mask=mask_t, other=0.0)
+    lse = shift + tl.log(total)
+    rows = tl.load(row_index_ptr + offs_t, mask=mask_t, other=0).to(tl.int64)
+    target = tl.load(target_ptr + rows, mask=mask_t, other=0)
+    picked = tl.load(picked_ptr + offs_t, mask=mask_t & (target >= 0) & (target < V), other=float("nan"))
+    tl.store(logps_ptr + rows, picked - lse, mask=mask_t)
+    tl.store(lse_ptr + rows, lse, mask=mask_t)
+    if WANT_STATS:
+        tl.store(stats_ptr + rows, lse - weighted / total, mask=mask_t)
+        tl.store(stats_ptr + T + rows, plain / V, mask=mask_t)
+        tl.store(stats_ptr + 2 * T + rows, tl.where(picked >= peak, 1.0, 0.0), mask=mask_t)
+
+
+def triton_forward(
+    hidden: Tensor, target: Tensor, rows: Tensor, head: LMHead, _workspace_mib: int, *, want_stats: bool
+) -> tuple[Tensor, Tensor, TokenStats | None]:
+    """Log-prob and log-sum-exp of every row, and the stats if wanted: `streaming_forward` on CUDA.
+
+    Memory: `lse` and `logps`, 4 bytes a row each, and 8 bytes (16 with stats) a scored row and split of SPLIT_COLUMNS
+    columns. No synchronisation with the host.
+    """
+    T, R = hidden.shape[0], rows.numel()
+    V = head.weight.shape[0]
+    config = tile_config(architecture(hidden.device), hidden.dtype, head, want_stats=want_stats)
+    splits = -(-V // SPLIT_COLUMNS)
+    per_row = torch.zeros(2, T, dtype=torch.float32, device=hidden.device)
+    logps, lse = per_row.unbind(0)
+    stats = torch.zeros(3, T, dtype=torch.float32, device=hidden.device) if want_stats else per_row
+    if R:
+        partials = torch.empty(4 if want_stats else 2, splits, R, dtype=torch.float32, device=hidden.device)
+        peak, total, weighted, plain = partials if want_stats else (*partials, per_row, per_row)
+        shared: dict[str, Any] = {
+            "row_index_ptr": rows,
+            "target_ptr": target,
+            "peak_ptr": peak,
+            "total_ptr": total,
+            "weighted_ptr": weighted,
+            "sum_ptr": plain,
+            "picked_ptr": torch.empty(R, dtype=torch.float32, device=hidden.device),
+            "R": R,
+            "WANT_STATS": want_stats,
+        }
+        tile: dict[str, Any] = tile_arguments(hidden, rows, head) | config.constants
+        tile["SPLIT_COLUMNS"] = SPLIT_COLUMNS
+        with on_device(hidden):
+            _logps_forward_kernel[(triton.cdiv(R, config.block_t), splits)](**tile, **shared)
+        merge: dict[str, Any] = {"SPLITS": splits, "BLOCK_T": MERGE_ROWS, "T": T, "V": V}
+        merge |= {"logps_ptr": logps, "lse_ptr": lse, "stats_ptr": stats}
+        with on_device(hidden):
+            _merge_splits_kernel[(triton.cdiv(R, MERGE_ROWS),)](**shared, **merge)
+    return logps, lse, TokenStats(*stats.unbind(0)) if want_stats else None

@@ -1,11 +1,17 @@
 """Shared set-up of the tests."""
 
+import os
+
 import pytest
 import torch
 
+# Without a GPU the Triton kernels run in Triton's interpreter, which has to be chosen before triton is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 pytest.register_assert_rewrite("tests.kernels.helpers")
 
-# The problems are small, and two threads that wait for each other on a busy machine take thirty times as long (measured).
+# The problems are small, and two threads waiting for each other on a busy machine take thirty times as long (measured).
 torch.set_num_threads(1)
 
 

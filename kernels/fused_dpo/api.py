@@ -79,7 +79,7 @@ def fused_dpo_logps(
         fp32 and rounded once to the dtype of their input; only those required are computed.
 
     Memory:
-        Saved for backward: the inputs and 4 bytes a row. Peak beyond inputs and gradients: `options.workspace_mib`,
+        Saved for backward: the inputs and 8 bytes a row. Peak beyond inputs and gradients: `options.workspace_mib`,
         plus 4·D bytes a scored row in a backward with half-precision hidden states.
 
     Source:

@@ -96,13 +96,13 @@ def _token_logps_op(
     workspace_mib: int,
     want_stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-prob and log-sum-exp [T], and the stats stacked [3, T] ([0] if not wanted)."""
+    """Log-prob [T], state of the softmax [2, T], and the stats stacked [3, T] ([0] if not wanted)."""
     head = _head(weight, bias, lora_a, lora_b, lora_scale, logit_scale, softcap, temperature)
     rows = _scored_rows(target, row_index)
     with torch.autocast(hidden.device.type, enabled=False):  # the dtypes here are chosen, not defaults to improve on
         forward, _ = _implementation(impl)
-        logps, lse, stats = forward(hidden, target, rows, head, workspace_mib, want_stats=want_stats)
-    return logps, lse, torch.stack(stats) if stats is not None else logps.new_empty(0)
+        logps, state, stats = forward(hidden, target, rows, head, workspace_mib, want_stats=want_stats)
+    return logps, state, torch.stack(stats) if stats is not None else logps.new_empty(0)
 
 
 @_token_logps_op.register_fake
@@ -112,7 +112,7 @@ def _(
 ):  # fmt: skip
     per_row = hidden.new_empty(target.shape, dtype=accumulation_dtype(hidden.dtype))
     stats = per_row.new_empty((3, *target.shape) if want_stats else (0,))
-    return per_row, torch.empty_like(per_row), stats
+    return per_row, per_row.new_empty((2, *target.shape)), stats
 
 
 @torch.library.custom_op("fused_dpo::token_logps_backward", mutates_args=())
@@ -125,7 +125,7 @@ def _token_logps_backward_op(
     lora_b: Tensor | None,
     target: Tensor,
     row_index: Tensor | None,
-    lse: Tensor,
+    state: Tensor,
     lora_scale: float,
     logit_scale: float,
     softcap: float,
@@ -140,13 +140,13 @@ def _token_logps_backward_op(
     wanted = needs[0], needs[1], needs[2], needs[3], needs[4]
     with torch.autocast(hidden.device.type, enabled=False):
         _, backward = _implementation(impl)
-        grads = backward(dlogps, hidden, target, rows, lse, head, workspace_mib, needs=wanted)
+        grads = backward(dlogps, hidden, target, rows, state, head, workspace_mib, needs=wanted)
     return [grad for grad in grads if grad is not None]
 
 
 @_token_logps_backward_op.register_fake
 def _(
-    dlogps, hidden, weight, bias, lora_a, lora_b, target, row_index, lse,
+    dlogps, hidden, weight, bias, lora_a, lora_b, target, row_index, state,
     lora_scale, logit_scale, softcap, temperature, impl, workspace_mib, needs,
 ):  # fmt: skip
     inputs = (hidden, weight, bias, lora_a, lora_b)
@@ -159,16 +159,16 @@ def _(
 
 def _setup_token_logps(ctx, inputs, output) -> None:
     *tensors, ctx.lora_scale, ctx.logit_scale, ctx.softcap, ctx.temperature, ctx.impl, ctx.workspace_mib, _ = inputs
-    _, lse, stats = output
-    ctx.save_for_backward(*tensors, lse)
-    ctx.mark_non_differentiable(lse, stats)
+    _, state, stats = output
+    ctx.save_for_backward(*tensors, state)
+    ctx.mark_non_differentiable(state, stats)
 
 
-def _token_logps_gradient(ctx, dlogps: Tensor, _dlse, _dstats):
-    hidden, weight, bias, lora_a, lora_b, target, row_index, lse = ctx.saved_tensors
+def _token_logps_gradient(ctx, dlogps: Tensor, _dstate, _dstats):
+    hidden, weight, bias, lora_a, lora_b, target, row_index, state = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:5])
     settings = ctx.lora_scale, ctx.logit_scale, ctx.softcap, ctx.temperature, ctx.impl, ctx.workspace_mib
-    tensors = hidden, weight, bias, lora_a, lora_b, target, row_index, lse
+    tensors = hidden, weight, bias, lora_a, lora_b, target, row_index, state
     grads = iter(_token_logps_backward_op(dlogps, *tensors, *settings, needs))
     return (*(next(grads) if needed else None for needed in needs), *[None] * 9)
 

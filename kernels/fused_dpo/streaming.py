@@ -142,13 +142,15 @@ class _Tiles:
         out = self._scratch[: tile.numel()].view(tile.shape)
         return torch.sub(tile, shift[:, None], out=out).clamp_(min=floor).exp_()
 
-    def dlogits(self, block: _Block, cut: _Slice, target: Tensor, lse: Tensor, upstream: Tensor) -> Tensor:
+    def dlogits(
+        self, block: _Block, cut: _Slice, target: Tensor, peak: Tensor, total: Tensor, upstream: Tensor
+    ) -> Tensor:
         """Gradient with respect to the product of the operands on one tile, where the `[rows]` upstream is given."""
         head = self.head
         z = self.logits(block, cut)
-        dz = self.shifted_exp(z, lse).mul_(-upstream[:, None])
+        dz = self.shifted_exp(z, peak).mul_(-(upstream / total)[:, None])
         column, inside = _targets_inside(cut, target)
-        at_target = -torch.expm1(z.gather(1, column) - lse[:, None]) * upstream[:, None]
+        at_target = -torch.expm1(z.gather(1, column) - peak[:, None] - total.log()[:, None]) * upstream[:, None]
         dz.scatter_(1, column, torch.where(inside[:, None], at_target, dz.gather(1, column)))
         if head.softcap is not None:  # d tanh(u) = 1 - tanh(u)^2
             dz.mul_(z.mul_(head.temperature / head.softcap).square_().neg_().add_(1.0))
@@ -168,7 +170,7 @@ def _targets_inside(cut: _Slice, target: Tensor) -> tuple[Tensor, Tensor]:
 def streaming_forward(
     hidden: Tensor, target: Tensor, rows: Tensor, head: LMHead, workspace_mib: int, *, want_stats: bool
 ) -> tuple[Tensor, Tensor, TokenStats | None]:
-    """Log-prob and log-sum-exp of every row; 0 where a row is not scored, NaN where its target is not below V.
+    """Log-prob and softmax state of every row; 0 where a row is not scored, NaN where its target is not below V.
 
     Args:
         hidden: [T, D] in the compute dtype.
@@ -179,7 +181,9 @@ def streaming_forward(
         want_stats: also fill a `TokenStats`.
 
     Returns:
-        `logps` [T], `lse` [T], both in the accumulation dtype, and the stats.
+        `logps` [T], the softmax's state [2, T] (the row's largest logit and the sum of exponentials above it), both in
+        the accumulation dtype, and the stats. Two numbers instead of their log-sum-exp: beside an offset that all
+        logits share, one number would lose the digits in which they differ.
     """
     tiles = _Tiles(hidden, rows, head, workspace_mib)
     V = head.weight.shape[0]
@@ -207,12 +211,13 @@ def streaming_forward(
                 z_total[span] = z_total[span] * rescale + weights.sum(1)
             peak[span] = new_peak
 
-    lse = peak + total.log()
+    log_total = total.log()
     stats = None
     if want_stats:
-        is_top1 = (picked >= peak).to(peak.dtype)
-        stats = TokenStats(*map(tiles.to_rows, (lse - z_total / total, z_mean, is_top1)))
-    return tiles.to_rows(picked - lse), tiles.to_rows(lse), stats
+        entropy = log_total - (z_total / total - peak)
+        stats = TokenStats(*map(tiles.to_rows, (entropy, z_mean, (picked >= peak).to(peak.dtype))))
+    state = torch.stack((tiles.to_rows(peak), tiles.to_rows(total)))
+    return tiles.to_rows(picked - peak - log_total), state, stats
 
 
 def streaming_backward(
@@ -220,7 +225,7 @@ def streaming_backward(
     hidden: Tensor,
     target: Tensor,
     rows: Tensor,
-    lse: Tensor,
+    state: Tensor,
     head: LMHead,
     workspace_mib: int,
     *,
@@ -228,14 +233,14 @@ def streaming_backward(
 ) -> HeadGrads:
     """Exact gradients of `sum(dlogps * logps)`, only those asked for.
 
-    `dz = dlogps * (onehot(target) - exp(z - lse))`, through softcap, scale and temperature; then
+    `dz = dlogps * (onehot(target) - exp(z - peak) / total)`, through softcap, scale and temperature; then
     `dhidden = dz @ weight` and `dweight = dz.T @ hidden`. The target's `1 - p` is formed with expm1, so that it keeps
     its relative precision where p is close to 1.
 
     Args:
         dlogps: [T] upstream gradient, any strides.
         hidden, target, rows, head, workspace_mib: as in `streaming_forward`.
-        lse: [T] from the forward.
+        state: [2, T] from the forward, peak and total.
         needs: which of hidden, weight, bias, lora a, lora b to compute.
 
     Numerics: for bf16 inputs the two products take dz in bf16 (as matrix units need it; relative error 2^-9 an entry,
@@ -247,7 +252,8 @@ def streaming_backward(
         rows = rows[dlogps[rows] != 0]
     tiles = _Tiles(hidden, rows, head, workspace_mib)
     row_target = tiles.of_rows(target, -1)
-    row_lse = tiles.of_rows(lse, torch.inf)  # padded rows: exp(z - inf) is 0 whatever their logits
+    peak = tiles.of_rows(state[0], torch.inf)  # padded rows: exp(z - inf) is 0 whatever their logits
+    total = tiles.of_rows(state[1], 1.0)
     upstream = tiles.of_rows(dlogps, 0.0)
 
     def zeros(*shape: int) -> Tensor:
@@ -272,7 +278,7 @@ def streaming_backward(
         dbias_cut = zeros(cut.stop - cut.start)
         for block in tiles.blocks():
             span = block.span
-            dz = tiles.dlogits(block, cut, row_target[span], row_lse[span], upstream[span])
+            dz = tiles.dlogits(block, cut, row_target[span], peak[span], total[span], upstream[span])
             with matmul_precision(tiles.dtype):
                 if dwide_hidden.shape[1]:
                     accumulate_product(dwide_hidden[span], dz, cut.weight[:, hidden_columns])

@@ -27,12 +27,13 @@ def _dlogits_kernel(
     bias_ptr,
     lora_h_ptr,
     lora_b_ptr,
-    lse_ptr,
+    state_ptr,
     upstream_ptr,
     dz_ptr,
     first_v,
     width,
     stride_z,
+    T,
     R,
     V,
     D,
@@ -53,7 +54,7 @@ def _dlogits_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """`dz = upstream * (onehot(target) - exp(z - lse))` times the derivative of what happens to the logits.
+    """`dz = upstream * (onehot(target) - exp(z - peak) / total)` times the derivative of what happens to the logits.
 
     Grid: (row blocks, column blocks of the slice). Writes `[R, width]` in the hidden states' dtype. A row block whose
     upstream gradient is 0 throughout writes zeros and multiplies nothing.
@@ -100,13 +101,14 @@ def _dlogits_kernel(
             BLOCK_V,
             BLOCK_D,
         )
-        lse = tl.load(lse_ptr + rows, mask=mask_t, other=float("inf"))
+        peak = tl.load(state_ptr + rows, mask=mask_t, other=float("inf"))
+        total = tl.load(state_ptr + T + rows, mask=mask_t, other=1.0)
         hit = offs_v[None, :] == target[:, None]
         # 1 - p of a confident target would lose its digits by subtraction: expm1, by its series where p is near 1.
-        logp = tl.sum(tl.where(hit, z, 0.0), axis=1) - lse
+        logp = tl.sum(tl.where(hit, z, 0.0), axis=1) - peak - tl.log(total)
         series = -logp * (1.0 + logp / 2.0 * (1.0 + logp / 3.0 * (1.0 + logp / 4.0 * (1.0 + logp / 5.0))))
         at_target = tl.where(logp > -0.1, series, 1.0 - tl.exp(logp))
-        dz = tl.where(hit, at_target[:, None], -tl.exp(z - lse[:, None]))
+        dz = tl.where(hit, at_target[:, None], -tl.exp(z - peak[:, None]) / total[:, None])
         if HAS_SOFTCAP:  # d tanh(u) = 1 - tanh(u)^2
             ratio = z / (softcap * inverse_temperature)
             dz *= 1.0 - ratio * ratio
@@ -126,7 +128,7 @@ def triton_backward(
     hidden: Tensor,
     target: Tensor,
     rows: Tensor,
-    lse: Tensor,
+    state: Tensor,
     head: LMHead,
     workspace_mib: int,
     *,
@@ -152,7 +154,8 @@ def triton_backward(
         **tile_arguments(hidden, rows, head),
         "row_index_ptr": rows,
         "target_ptr": target,
-        "lse_ptr": lse,
+        "state_ptr": state,
+        "T": hidden.shape[0],
         "upstream_ptr": upstream,
         "R": R,
     }

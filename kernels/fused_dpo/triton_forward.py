@@ -139,7 +139,7 @@ def _merge_splits_kernel(
     row_index_ptr,
     target_ptr,
     logps_ptr,
-    lse_ptr,
+    state_ptr,
     stats_ptr,
     T,
     R,
@@ -148,9 +148,9 @@ def _merge_splits_kernel(
     WANT_STATS: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Merge the splits of each row, in ascending order, into its log-sum-exp and log-prob.
+    """Merge the splits of each row, in ascending order, into the softmax's state and the log-prob.
 
-    Grid: row blocks. Reads 2·SPLITS numbers a row and writes 2 into the rows' places among all T; bound by latency.
+    Grid: row blocks. Reads 2·SPLITS numbers a row and writes 3 into the rows' places among all T; bound by latency.
     """
     offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_t = offs_t < R
@@ -169,14 +169,15 @@ def _merge_splits_kernel(
         if WANT_STATS:
             weighted += tl.load(weighted_ptr + at, mask=mask_t, other=0.0) * rescale
             plain += tl.load(sum_ptr + at, mask=mask_t, other=0.0)
-    lse = shift + tl.log(total)
+    log_total = tl.log(total)
     rows = tl.load(row_index_ptr + offs_t, mask=mask_t, other=0).to(tl.int64)
     target = tl.load(target_ptr + rows, mask=mask_t, other=0)
     picked = tl.load(picked_ptr + offs_t, mask=mask_t & (target >= 0) & (target < V), other=float("nan"))
-    tl.store(logps_ptr + rows, picked - lse, mask=mask_t)
-    tl.store(lse_ptr + rows, lse, mask=mask_t)
+    tl.store(logps_ptr + rows, picked - shift - log_total, mask=mask_t)
+    tl.store(state_ptr + rows, shift, mask=mask_t)
+    tl.store(state_ptr + T + rows, total, mask=mask_t)
     if WANT_STATS:
-        tl.store(stats_ptr + rows, lse - weighted / total, mask=mask_t)
+        tl.store(stats_ptr + rows, log_total - (weighted / total - shift), mask=mask_t)
         tl.store(stats_ptr + T + rows, plain / V, mask=mask_t)
         tl.store(stats_ptr + 2 * T + rows, tl.where(picked >= peak, 1.0, 0.0), mask=mask_t)
 
@@ -184,21 +185,21 @@ def _merge_splits_kernel(
 def triton_forward(
     hidden: Tensor, target: Tensor, rows: Tensor, head: LMHead, _workspace_mib: int, *, want_stats: bool
 ) -> tuple[Tensor, Tensor, TokenStats | None]:
-    """Log-prob and log-sum-exp of every row, and the stats if wanted: `streaming_forward` on CUDA.
+    """Log-prob and softmax state of every row, and the stats if wanted: `streaming_forward` on CUDA.
 
-    Memory: `lse` and `logps`, 4 bytes a row each, and 8 bytes (16 with stats) a scored row and split of SPLIT_COLUMNS
+    Memory: log-prob and state, 12 bytes a row, and 8 bytes (16 with stats) a scored row and split of SPLIT_COLUMNS
     columns. No synchronisation with the host.
     """
     T, R = hidden.shape[0], rows.numel()
     V = head.weight.shape[0]
     config = tile_config(architecture(hidden.device), hidden.dtype, head, want_stats=want_stats)
     splits = -(-V // SPLIT_COLUMNS)
-    per_row = torch.zeros(2, T, dtype=torch.float32, device=hidden.device)
-    logps, lse = per_row.unbind(0)
-    stats = torch.zeros(3, T, dtype=torch.float32, device=hidden.device) if want_stats else per_row
+    logps = torch.zeros(T, dtype=torch.float32, device=hidden.device)
+    state = torch.zeros(2, T, dtype=torch.float32, device=hidden.device)
+    stats = torch.zeros(3, T, dtype=torch.float32, device=hidden.device) if want_stats else state
     if R:
         partials = torch.empty(4 if want_stats else 2, splits, R, dtype=torch.float32, device=hidden.device)
-        peak, total, weighted, plain = partials if want_stats else (*partials, per_row, per_row)
+        peak, total, weighted, plain = partials if want_stats else (*partials, state, state)
         shared: dict[str, Any] = {
             "row_index_ptr": rows,
             "target_ptr": target,
@@ -215,7 +216,7 @@ def triton_forward(
         with on_device(hidden):
             _logps_forward_kernel[(triton.cdiv(R, config.block_t), splits)](**tile, **shared)
         merge: dict[str, Any] = {"SPLITS": splits, "BLOCK_T": MERGE_ROWS, "T": T, "V": V}
-        merge |= {"logps_ptr": logps, "lse_ptr": lse, "stats_ptr": stats}
+        merge |= {"logps_ptr": logps, "state_ptr": state, "stats_ptr": stats}
         with on_device(hidden):
             _merge_splits_kernel[(triton.cdiv(R, MERGE_ROWS),)](**shared, **merge)
-    return logps, lse, TokenStats(*stats.unbind(0)) if want_stats else None
+    return logps, state, TokenStats(*stats.unbind(0)) if want_stats else None

@@ -1,0 +1,296 @@
+"""The Triton kernels: on a GPU where there is one, else in Triton's interpreter (see tests/conftest.py).
+
+The interpreter multiplies fp32 and fp16 alone, so bf16 is left to GPUs. Sizes cross every edge of the interpreter's
+small tiles (16 rows x 32 columns x 16 dimensions): one below, one above, exactly, and 1.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain, combinations
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fused_dpo import KernelOptions, LMHead, fused_dpo_logps, fused_token_logps
+from fused_dpo.triton_backward import slice_width
+from fused_dpo.triton_configs import SPLIT_COLUMNS, TILE_CONFIGS, tile_config
+from tests.kernels.helpers import (
+    DIFFERENTIABLE,
+    IGNORE,
+    Problem,
+    assert_agrees,
+    assert_same_bits,
+    bits_equal,
+    cu_seqlens,
+    evaluate,
+    fused,
+    make_problem,
+    uninitialized_memory_is_nan,
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float32, torch.float16) + ((torch.bfloat16,) if DEVICE == "cuda" else ())
+EVERYTHING = {"bias": True, "lora_rank": 3, "logit_scale": 1.7, "softcap": 4.0, "temperature": 0.7}
+SUBSETS = list(chain.from_iterable(combinations(DIFFERENTIABLE, k) for k in range(1, 6)))
+
+
+def on_device(problem: Problem) -> Problem:
+    offsets = None if problem.cu_seqlens is None else problem.cu_seqlens.to(DEVICE)
+    moved = problem.map(lambda tensor: tensor.to(DEVICE))
+    return replace(moved, labels=problem.labels.to(DEVICE), cu_seqlens=offsets)
+
+
+def by_triton(problem: Problem, **options: Any) -> Tensor:
+    return fused(problem, impl="triton", **options)
+
+
+def check(problem: Problem, dtype: torch.dtype, needs: Sequence[str] = DIFFERENTIABLE, **options: Any) -> None:
+    """Log-probs and gradients within the house's budget of the float64 truth."""
+    problem = on_device(problem.to(dtype))
+    assert_agrees(evaluate(lambda p: by_triton(p, **options), problem, needs), problem, needs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("D", [1, 15, 16, 33])
+@pytest.mark.parametrize("V", [1, 31, 32, 65])
+def test_shapes(V: int, D: int, dtype: torch.dtype) -> None:
+    check(make_problem((5, 1, 19), V=V, D=D), dtype)
+
+
+@pytest.mark.parametrize("lengths", [(1,), (2,), (16, 1), (63,), (40, 0, 17)], ids=str)
+def test_row_counts(lengths: tuple[int, ...]) -> None:
+    check(make_problem(lengths, V=50, D=17), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"bias": True},
+        {"logit_scale": 0.3},
+        {"softcap": 4.0},
+        {"temperature": 1.9},
+        {"lora_rank": 1},
+        {"lora_rank": 17},
+        EVERYTHING,
+        {"padded": True, **EVERYTHING},
+        {"shift": False, "average": True, **EVERYTHING},
+    ],
+    ids=lambda settings: "+".join(settings) or "plain",
+)
+def test_options(settings: dict[str, Any], dtype: torch.dtype) -> None:
+    check(make_problem((5, 23, 1, 8), V=67, D=20, **settings), dtype)
+
+
+@pytest.mark.parametrize("needs", SUBSETS, ids="+".join)
+def test_every_subset_of_gradients(needs: tuple[str, ...]) -> None:
+    check(make_problem((7, 20), V=40, D=9, **EVERYTHING), torch.float32, needs)
+
+
+def test_several_splits_and_slices() -> None:
+    """A vocabulary beyond one split of the forward; a workspace that holds only a part of it in the backward."""
+    V = SPLIT_COLUMNS + 300
+    problem = make_problem((60, 3), V=V, D=5)
+    rows = int((problem.aligned != IGNORE).sum())
+    assert slice_width(rows, V, 4, 1) < V, "the backward has to take more than one slice"
+    check(problem, torch.float32, workspace_mib=1)
+
+
+@pytest.mark.parametrize("with_stats", [("entropy",), ("mean_logit", "is_top1"), ("entropy", "mean_logit", "is_top1")])
+def test_stats(with_stats: tuple[str, ...]) -> None:
+    problem = on_device(make_problem((9, 30), V=70, D=12, bias=True, softcap=5.0).to(torch.float32))
+    arguments: Any = (problem.hidden, problem.head, problem.labels)
+    settings: Any = {"cu_seqlens": problem.cu_seqlens, "with_stats": with_stats}
+    got = fused_token_logps(*arguments, **settings, options=KernelOptions(impl="triton"))
+    true = fused_token_logps(*arguments, **settings, options=KernelOptions(impl="reference"))
+    for name in ("logps", *with_stats):
+        # fp32 sums of 70 terms in another order.
+        torch.testing.assert_close(getattr(got, name), getattr(true, name), rtol=2e-5, atol=2e-5)
+    assert all(getattr(got, name) is None for name in got._fields if name not in ("logps", *with_stats))
+
+
+def test_run_to_run_and_batch_invariance() -> None:
+    """A sequence's bits depend on the sequence alone; gradients' bits on nothing but the inputs."""
+    problem = on_device(make_problem((5, 40, 1, 23), V=70, D=33).to(torch.float32))
+    first, again = evaluate(by_triton, problem), evaluate(by_triton, problem)
+    assert_same_bits(first, again, "the second run")
+    with torch.no_grad():
+        assert bits_equal(by_triton(problem), first.logps), "without gradient"
+    others = replace(problem, hidden=torch.where(torch.arange(69, device=DEVICE)[:, None] < 45, problem.hidden, 1.0))
+    assert bits_equal(by_triton(others)[:2], first.logps[:2]), "other sequences changed"
+    if DEVICE == "cpu":
+        return  # NumPy's vector loops round by an element's place in the array; a GPU's do not
+    for index, (start, stop) in enumerate(problem.spans):
+        alone = replace(
+            problem,
+            hidden=problem.hidden[start:stop],
+            labels=problem.labels[start:stop],
+            cu_seqlens=cu_seqlens([stop - start]).to(DEVICE),
+        )
+        assert bits_equal(by_triton(alone), first.logps[index : index + 1]), f"sequence {index} alone"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_uninitialised_memory_is_read(dtype: torch.dtype) -> None:
+    problem = on_device(make_problem((5, 23), V=67, D=20, **EVERYTHING).to(dtype))
+    expected = evaluate(by_triton, problem)
+    with uninitialized_memory_is_nan():
+        assert_same_bits(evaluate(by_triton, problem), expected, "poisoned buffers")
+
+
+def test_unscored_rows_are_not_read() -> None:
+    problem = on_device(make_problem((5, 23), V=40, D=20).to(torch.float32))
+    unscored = (problem.aligned == IGNORE)[:, None]
+    poisoned = replace(problem, hidden=problem.hidden.masked_fill(unscored, torch.nan))
+    assert_same_bits(evaluate(by_triton, poisoned), evaluate(by_triton, problem), "NaN in unscored rows")
+
+
+def test_rows_and_tiles_without_upstream_gradient() -> None:
+    """Sequences whose gradient is 0, enough of them to fill whole row blocks."""
+    problem = on_device(make_problem((30, 60, 20), V=40, D=9).to(torch.float32))
+    upstream = torch.tensor([1.0, 0.0, -2.0], device=DEVICE)
+
+    def grads(impl: str) -> tuple[Tensor, ...]:
+        leaves = problem.map(lambda tensor: tensor.detach().clone().requires_grad_())
+        return torch.autograd.grad(fused(leaves, impl=impl), (leaves.hidden, leaves.weight), upstream)
+
+    for ours, true in zip(grads("triton"), grads("reference"), strict=True):
+        torch.testing.assert_close(ours, true, rtol=1e-5, atol=1e-5)
+    assert grads("triton")[0][30:90].abs().max() == 0
+
+
+def test_confident_target() -> None:
+    """p = 1 - 3.7e-4, where the kernel forms 1 - p by a series."""
+    weight = torch.full((4, 1), -9.0, device=DEVICE)
+    weight[2] = 0.0
+    hidden = torch.ones(1, 1, device=DEVICE, requires_grad=True)
+    options = KernelOptions(impl="triton")
+    labels, offsets = torch.tensor([2], device=DEVICE), cu_seqlens([1]).to(DEVICE)
+    logps = fused_dpo_logps(hidden, weight, labels, cu_seqlens=offsets, shift=False, options=options)
+    (grad,) = torch.autograd.grad(logps.sum(), hidden)
+    rest = 3 * math.exp(-9)
+    # The sum 1 + rest is held in fp32: eps / rest of relative precision is what there is.
+    assert grad.item() == pytest.approx(9 * rest / (1 + rest), rel=1.2e-7 / rest)
+
+
+@pytest.mark.parametrize(("scale", "offset"), [(3e3, 0.0), (1.0, 1e3), (0.0, 0.0)], ids=["large", "offset", "flat"])
+def test_extreme_logits(scale: float, offset: float) -> None:
+    """Logits of +-1e4, a common offset, and none at all."""
+    problem = make_problem((20, 7), V=50, D=8)
+    problem = replace(problem, weight=problem.weight * scale, bias=torch.full((50,), offset, dtype=torch.float64))
+    check(problem, torch.float32)
+
+
+def test_minus_infinity_in_the_bias() -> None:
+    """A token that is ruled out has probability 0 and no gradient; a whole split of them does no harm."""
+    V = SPLIT_COLUMNS + 40
+    problem = on_device(make_problem((6, 9), V=V, D=4).to(torch.float32))
+    bias = torch.zeros(V, device=DEVICE)
+    bias[:SPLIT_COLUMNS] = -torch.inf
+    labels = problem.labels.clamp(min=IGNORE)
+    labels = torch.where(labels >= 0, SPLIT_COLUMNS + labels % 40, labels)
+    problem = replace(problem, bias=bias, labels=labels)
+    got, true = evaluate(by_triton, problem), evaluate(lambda p: fused(p, impl="reference"), problem)
+    torch.testing.assert_close(got.logps, true.logps, rtol=1e-5, atol=1e-5)
+    for name in ("hidden", "weight"):
+        torch.testing.assert_close(got.grads[name], true.grads[name], rtol=1e-4, atol=1e-5)
+
+
+def test_fp16_gradients_do_not_underflow() -> None:
+    """Upstream gradients of 1e-6, as a large batch has them: dz in plain fp16 would be 0."""
+    problem = on_device(make_problem((30,), V=40, D=9).to(torch.float16))
+    leaves = problem.map(lambda tensor: tensor.detach().clone().requires_grad_())
+    (dweight,) = torch.autograd.grad(by_triton(leaves).sum() * 1e-3, leaves.weight)
+    (true,) = torch.autograd.grad(fused(leaves.to(torch.float64), impl="reference").sum() * 1e-3, leaves.weight)
+    assert (dweight - true).norm() < 0.02 * true.norm()  # fp16 results near 1e-3 have 4e-4 relative precision
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strided_inputs(dtype: torch.dtype) -> None:
+    """Transposed weight and every other row of hidden states, without a copy by the caller."""
+    problem = on_device(make_problem((5, 20), V=40, D=20).to(dtype))
+    wide = torch.stack((problem.hidden, torch.full_like(problem.hidden, torch.nan)), dim=1)
+    strided = replace(problem, hidden=wide[:, 0], weight=problem.weight.T.contiguous().T)
+    assert not strided.weight.is_contiguous()
+    assert bits_equal(by_triton(strided), by_triton(problem))
+
+
+def test_autocast_keeps_the_weight_in_fp32() -> None:
+    if DEVICE == "cpu":
+        pytest.skip("autocast to half precision of the interpreter's CPU tensors is bfloat16, which it cannot multiply")
+    problem = on_device(make_problem((5, 20), V=40, D=20).to(torch.float32))
+    weight = problem.weight.clone().requires_grad_()
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        by_triton(replace(problem, weight=weight)).sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.dtype == torch.float32
+
+
+def test_choice_of_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, labels = torch.randn(1, 3, 4), torch.randn(5, 4), torch.zeros(1, 3, dtype=torch.long)
+
+    def call(h: Tensor, w: Tensor) -> Tensor:
+        return fused_dpo_logps(h, w, labels, options=KernelOptions(impl="triton"))
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(TypeError, match="float64"):
+        call(hidden.double(), weight.double())
+    with pytest.raises(TypeError, match="bfloat16"):
+        call(hidden.bfloat16(), weight.bfloat16())
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match="needs CUDA tensors"):
+        call(hidden, weight)
+
+
+def test_configurations_never_depend_on_the_batch() -> None:
+    """Architecture, dtype and head alone; every architecture from Ampere on has one."""
+    plain = LMHead(torch.empty(1, 1))
+    assert tile_config(86, torch.bfloat16, plain) == tile_config(80, torch.bfloat16, plain)
+    assert tile_config(100, torch.float32, plain) == tile_config(90, torch.float32, plain)
+    for architecture in (80, 90):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            for want_stats in (False, True):
+                assert tile_config(architecture, dtype, plain, want_stats=want_stats) in TILE_CONFIGS.values()
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict[str, Any]]:
+    """Rows of the ahead-of-time compile table, made in a process without the interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-m", "benchmarks.compile_table", "--json"],
+        capture_output=True, text=True, check=False, env=environment,
+    )  # fmt: skip
+    assert result.stdout, result.stderr
+    rows = json.loads(result.stdout)
+    for row in rows:
+        print({key: value for key, value in row.items() if key != "problems"})
+    return rows
+
+
+@pytest.mark.timeout(600)
+def test_every_kernel_compiles_for_both_architectures(compiled: list[dict[str, Any]]) -> None:
+    seen = {(row["kernel"], row["architecture"], row["dtype"]) for row in compiled}
+    for kernel in ("_logps_forward_kernel", "_dlogits_kernel"):
+        assert {(kernel, arch, dtype) for arch in (80, 90) for dtype in ("bf16", "fp16", "fp32")} <= seen
+    assert [row for row in compiled if row["problems"]] == []
+
+
+def test_the_compile_table_can_fail() -> None:
+    """The judgement itself: spills, shared memory and missing wgmma are each called out."""
+    code = (
+        "from benchmarks.compile_table import Compiled\n"
+        "row = Compiled('_dlogits_kernel', 90, 'bf16', '', '', 255, 1000, 300_000, 0)\n"
+        "assert len(row.problems()) == 3, row.problems()\n"
+        "assert Compiled('_dlogits_kernel', 90, 'bf16', '', '', 255, 0, 1000, 4).problems() == []\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain, combinations
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -294,3 +295,22 @@ def test_the_compile_table_can_fail() -> None:
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU runs the whole suite: python -m benchmarks.gpu_suite")
+def test_gpu_suite_in_the_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checks of the GPU suite, small; one that fails is recorded and does not stop the next."""
+    from benchmarks import gpu_suite
+    from benchmarks.gpu_checks import CHECKS, SMALL
+
+    record = gpu_suite.run(tmp_path, minutes=5, scale=SMALL)
+    assert {entry["status"] for entry in record["parts"].values()} == {"ok"}
+    assert json.loads((tmp_path / "gpu_suite.json").read_text()) == record
+
+    monkeypatch.setitem(CHECKS, "accuracy against float64", lambda scale: 1 / 0)
+    record = gpu_suite.run(tmp_path, minutes=5, scale=SMALL)
+    statuses = [entry["status"] for entry in record["parts"].values()]
+    assert statuses[0] == "failed"
+    assert set(statuses[1:]) == {"ok"}
+    assert "ZeroDivisionError" in record["parts"]["check: accuracy against float64"]["error"]
+    assert gpu_suite.run(tmp_path, minutes=-1, scale=SMALL)["parts"]["check: memory"]["status"] == "no time left"

@@ -1,0 +1,243 @@
+"""What a GPU has to show before anything on it is timed: accuracy, determinism, invariance, memory, no stray reads.
+
+Needs torch, triton and `fused_dpo` alone. Every check raises AssertionError with the numbers it found, or returns the
+numbers that belong into the record. `Scale` makes them small enough for Triton's interpreter, where the tests run them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fused_dpo import KernelOptions, LMHead, fused_dpo_logps
+
+TRITON = KernelOptions(impl="triton")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes of the checks, and where they run."""
+
+    device: str = "cuda"
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
+    lengths: tuple[int, ...] = (1, 63, 257, 700, 128, 2)
+    V: int = 50257
+    D: int = 1000
+    large_vocab: int = 262144
+    large_dim: int = 8192
+
+
+SMALL = Scale("cpu", (torch.float16, torch.float32), (1, 17, 30), V=67, D=20, large_vocab=100, large_dim=16)
+
+
+class Case(NamedTuple):
+    """A packed problem, aligned (`shift=False`), a third of its rows not scored."""
+
+    hidden: Tensor
+    head: LMHead
+    labels: Tensor
+    cu_seqlens: Tensor
+    upstream: Tensor
+
+    def logps(self, options: KernelOptions = TRITON) -> Tensor:
+        """By the package."""
+        return fused_dpo_logps(
+            self.hidden, self.head, self.labels, cu_seqlens=self.cu_seqlens, shift=False, options=options
+        )
+
+    def to(self, dtype: torch.dtype) -> "Case":
+        """The same numbers in another dtype."""
+        bias = None if self.head.bias is None else self.head.bias.to(dtype)
+        head = LMHead(self.head.weight.to(dtype), bias, softcap=self.head.softcap)
+        return self._replace(hidden=self.hidden.to(dtype), head=head)
+
+    def leaves(self) -> "Case":
+        """The same problem on fresh leaves."""
+        weight = self.head.weight.detach().clone().requires_grad_()
+        return self._replace(
+            hidden=self.hidden.detach().clone().requires_grad_(),
+            head=LMHead(weight, self.head.bias, softcap=self.head.softcap),
+        )
+
+
+def make_case(scale: Scale, dtype: torch.dtype, *, V: int, D: int, extras: bool = False, seed: int = 0) -> Case:
+    """Random hidden states and head with logits of standard deviation 3."""
+    rng = torch.Generator().manual_seed(seed)
+    T = sum(scale.lengths)
+    labels = torch.randint(V, (T,), generator=rng).masked_fill(torch.rand(T, generator=rng) < 1 / 3, -100)
+    hidden = torch.randn(T, D, generator=rng)
+    weight = 3 * torch.randn(V, D, generator=rng) / D**0.5
+    head = LMHead(
+        weight.to(scale.device, dtype),
+        torch.randn(V, generator=rng).to(scale.device, dtype) if extras else None,
+        softcap=10.0 if extras else None,
+    )
+    offsets = torch.tensor([0, *scale.lengths]).cumsum(0).to(scale.device, torch.int32)
+    upstream = torch.randn(len(scale.lengths), generator=rng).to(scale.device)
+    return Case(hidden.to(scale.device, dtype), head, labels.to(scale.device), offsets, upstream)
+
+
+def eager_logps(case: Case) -> Tensor:
+    """The usual code in the dtype of the inputs: logits, then log-softmax in fp32 (float64 stays)."""
+    logits = case.hidden @ case.head.weight.T
+    if case.head.bias is not None:
+        logits = logits + case.head.bias
+    if case.head.softcap is not None:
+        logits = case.head.softcap * torch.tanh(logits / case.head.softcap)
+    token_logps = F.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    picked = token_logps.gather(1, case.labels.clamp(min=0)[:, None]).squeeze(1)
+    picked = picked.masked_fill(case.labels < 0, 0.0)
+    lengths = case.cu_seqlens.diff().long()
+    sequence = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+    return torch.zeros(len(lengths), dtype=picked.dtype, device=picked.device).index_add(0, sequence, picked)
+
+
+def evaluate(case: Case, function: Callable[[Case], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs and the gradients of hidden states and weight."""
+    leaves = case.leaves()
+    logps = function(leaves)
+    dhidden, dweight = torch.autograd.grad(logps, (leaves.hidden, leaves.head.weight), case.upstream.to(logps.dtype))
+    return logps.detach(), dhidden, dweight
+
+
+def check_accuracy(scale: Scale) -> dict[str, Any]:
+    """Error against float64 at most twice that of same-dtype eager code (and the rounding of the result's dtype)."""
+    record = {}
+    for dtype in scale.dtypes:
+        for extras in (False, True):
+            case = make_case(scale, dtype, V=scale.V, D=scale.D, extras=extras)
+            truth = evaluate(case.to(torch.float64), eager_logps)
+            ours, eager = evaluate(case, Case.logps), evaluate(case, eager_logps)
+            for name, a, b, t in zip(("logps", "dhidden", "dweight"), ours, eager, truth, strict=True):
+                norm = float(t.norm())
+                error, eager_error = float((a.double() - t).norm()) / norm, float((b.double() - t).norm()) / norm
+                unit = torch.finfo(a.dtype).eps
+                label = f"{name}, {dtype}, {'bias and softcap' if extras else 'plain'}"
+                record[label] = {"error": error, "eager_error": eager_error}
+                assert error <= 2 * eager_error + unit, f"{label}: error {error:.3g}, eager {eager_error:.3g}"
+    return record
+
+
+def check_run_to_run(scale: Scale) -> None:
+    """Log-probs and gradients have the same bits in a second run, and with uninitialised memory full of NaN."""
+    deterministic: Any = torch.utils.deterministic
+    for dtype in scale.dtypes:
+        case = make_case(scale, dtype, V=scale.V, D=scale.D)
+        first = evaluate(case, Case.logps)
+        assert all(map(torch.equal, first, evaluate(case, Case.logps))), f"{dtype}: the second run differs"
+        before = deterministic.fill_uninitialized_memory
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        deterministic.fill_uninitialized_memory = True
+        try:
+            assert all(map(torch.equal, first, evaluate(case, Case.logps))), f"{dtype}: reads uninitialised memory"
+        finally:
+            torch.use_deterministic_algorithms(False)
+            deterministic.fill_uninitialized_memory = before
+
+
+def check_batch_invariance(scale: Scale) -> None:
+    """A sequence's log-prob has the same bits alone, in another order, and without gradient."""
+    if scale.device == "cpu":
+        return  # the interpreter's NumPy loops round by an element's place in the array
+    for dtype in scale.dtypes:
+        case = make_case(scale, dtype, V=scale.V, D=scale.D)
+        together = evaluate(case, Case.logps)[0]
+        with torch.no_grad():
+            assert torch.equal(case.logps(), together), f"{dtype}: differs without gradient"
+        bounds = case.cu_seqlens.tolist()
+        for index, (start, stop) in enumerate(pairwise(bounds)):
+            offsets = torch.tensor([0, stop - start], dtype=torch.int32, device=scale.device)
+            alone = case._replace(
+                hidden=case.hidden[start:stop], labels=case.labels[start:stop], cu_seqlens=offsets
+            ).logps()
+            assert torch.equal(alone[0], together[index]), f"{dtype}: sequence {index} differs alone"
+
+
+def check_large_offsets(scale: Scale) -> None:
+    """V x D beyond 2^31: labels in the last rows of the weight, against a few rows of logits in full."""
+    V, D, T = scale.large_vocab, scale.large_dim, 40
+    dtype = scale.dtypes[0]
+    rng = torch.Generator(device=scale.device).manual_seed(0)
+    hidden = torch.randn(T, D, generator=rng, device=scale.device).to(dtype)
+    weight = (torch.randn(V, D, generator=rng, device=scale.device, dtype=torch.float32) * 3 / D**0.5).to(dtype)
+    labels = V - 1 - torch.arange(T, device=scale.device)
+    offsets = torch.tensor([0, T], dtype=torch.int32, device=scale.device)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    logps = fused_dpo_logps(hidden, weight, labels, cu_seqlens=offsets, shift=False, options=TRITON)
+    logps.sum().backward()
+    reference = torch.zeros((), dtype=torch.float64, device=scale.device)
+    with torch.no_grad():
+        for row in range(T):
+            logits = torch.cat([part.double() @ hidden[row].double() for part in weight.split(2**15)])
+            reference += logits[labels[row]] - logits.logsumexp(0)
+    error = float((logps.detach().double() - reference).abs())
+    assert error < 0.01, f"log-prob off by {error:.3g} nat"
+    assert weight.grad is not None
+    assert bool(weight.grad[-T:].abs().amax(1).gt(0).all()), "the last rows of the weight got no gradient"
+
+
+def check_memory(scale: Scale) -> dict[str, Any]:
+    """Peak beyond inputs and gradients stays within what the docstring of `triton_backward` states."""
+    if scale.device == "cpu":
+        return {}
+    T, D, V = 8192, 2048, 128256
+    hidden = torch.randn(T, D, device="cuda").bfloat16().requires_grad_()
+    weight = torch.randn(V, D, device="cuda").bfloat16().requires_grad_()
+    labels = torch.randint(V, (T,), device="cuda")
+    offsets = torch.arange(0, T + 1, 512, device="cuda", dtype=torch.int32)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    logps = fused_dpo_logps(hidden, weight, labels, cu_seqlens=offsets, shift=False, options=TRITON)
+    forward = torch.cuda.max_memory_allocated() - before
+    logps.sum().backward()
+    torch.cuda.synchronize()
+    gradients = 2 * (T * D + V * D)
+    extra = torch.cuda.max_memory_allocated() - before - gradients
+    # Twice the workspace, the fp32 gradient of the hidden states and its rounded copy, and a few numbers a row.
+    stated = 2 * TRITON.workspace_mib * 2**20 + 4 * T * D + 2 * T * D + 400 * T
+    assert extra <= stated, f"{extra / 2**20:.0f} MiB, stated {stated / 2**20:.0f} MiB"
+    return {"forward_mib": forward / 2**20, "extra_mib": extra / 2**20, "stated_mib": stated / 2**20}
+
+
+def check_no_synchronisation(scale: Scale) -> None:
+    """With the scored rows given, forward and backward never wait for the device."""
+    if scale.device == "cpu":
+        return
+    case = make_case(scale, torch.bfloat16, V=scale.V, D=scale.D).leaves()
+    rows = (case.labels >= 0).nonzero().squeeze(1)
+    options = KernelOptions(impl="triton", row_index=rows)
+    case.logps(options).sum().backward()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        case.logps(options).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def check_streaming_agrees(scale: Scale) -> None:
+    """The torch implementation on this device gives the same numbers as the kernels."""
+    for dtype in scale.dtypes:
+        case = make_case(scale, dtype, V=scale.V, D=scale.D)
+        kernels = evaluate(case, Case.logps)
+        torch_only = evaluate(case, lambda leaves: leaves.logps(KernelOptions(impl="streaming")))
+        for name, a, b in zip(("logps", "dhidden", "dweight"), kernels, torch_only, strict=True):
+            difference = float((a.double() - b.double()).norm() / b.double().norm())
+            bound = 4 * torch.finfo(dtype).eps  # both round once or twice
+            assert difference <= bound, f"{name}, {dtype}: {difference:.3g}"
+
+
+CHECKS: dict[str, Callable[[Scale], Any]] = {
+    "accuracy against float64": check_accuracy,
+    "run to run, NaN-poisoned": check_run_to_run,
+    "batch invariance": check_batch_invariance,
+    "streaming agrees": check_streaming_agrees,
+    "offsets beyond 2^31": check_large_offsets,
+    "memory": check_memory,
+    "no synchronisation": check_no_synchronisation,
+}

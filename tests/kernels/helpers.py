@@ -8,7 +8,8 @@ error that the budget is made of.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,7 +69,7 @@ class Problem:
             B, S = self.labels.shape
             return [(i * S, (i + 1) * S) for i in range(B)]
         bounds = self.cu_seqlens.tolist()
-        return list(zip(bounds[:-1], bounds[1:], strict=True))
+        return list(pairwise(bounds))
 
     @property
     def aligned(self) -> Tensor:
@@ -199,8 +200,8 @@ def assert_close(name: str, got: Tensor, truth: Tensor, tolerance: float) -> Non
 def assert_within_budget(name: str, got: Tensor, eager: Tensor, truth: Tensor) -> None:
     """The house's budget: largest and RMS error at most twice those of same-dtype eager code.
 
-    Four units in the last place (of fp32 for half precision) at the largest truth come on top. Where fewer than 64 numbers are compared eager
-    code can be exact by luck, so there the scale is at least 1, the size of the problems' inputs.
+    Four units in the last place (of fp32 for half precision) at the largest truth come on top. Where fewer than 64
+    numbers are compared eager code can be exact by luck, so there the scale is at least 1, the size of the inputs.
     """
     assert got.shape == truth.shape, f"{name}: shape {list(got.shape)}, expected {list(truth.shape)}"
     errors, eager_errors = got.double() - truth, eager.double() - truth
@@ -208,7 +209,9 @@ def assert_within_budget(name: str, got: Tensor, eager: Tensor, truth: Tensor) -
     for kind, norm in (("max", _max), ("rms", _rms)):
         scale = max(norm(truth), 1.0 if truth.numel() < 64 else 0.0)
         error, budget = norm(errors), 2 * norm(eager_errors) + 4 * eps * scale
-        assert error <= budget, f"{name}: {kind} error {error:.3g}, budget {budget:.3g} (eager {norm(eager_errors):.3g})"
+        assert error <= budget, (
+            f"{name}: {kind} error {error:.3g}, budget {budget:.3g} (eager {norm(eager_errors):.3g})"
+        )
 
 
 def assert_agrees(got: Evaluation, problem: Problem, needs: Sequence[str] = DIFFERENTIABLE) -> None:
@@ -258,19 +261,20 @@ def assert_same_bits(a: Evaluation, b: Evaluation, what: str) -> None:
 @contextmanager
 def uninitialized_memory_is_nan() -> Iterator[None]:
     """Every `torch.empty` is filled with NaN (or the largest integer)."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    memory.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0])
-        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+        memory.fill_uninitialized_memory = before[1]
 
 
 def _max(values: Tensor) -> float:
-    return float(values.abs().max()) if values.numel() else 0.0
+    return float(values.detach().abs().max()) if values.numel() else 0.0
 
 
 def _rms(values: Tensor) -> float:
-    return float(values.double().square().mean().sqrt()) if values.numel() else 0.0
+    return float(values.detach().double().square().mean().sqrt()) if values.numel() else 0.0

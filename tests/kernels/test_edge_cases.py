@@ -101,7 +101,9 @@ def test_ignore_index_within_the_vocabulary(ignore_index: int) -> None:
 def test_label_out_of_range(bad: int, shift: bool, impl: str) -> None:
     problem = make_problem((40, 30), shift=shift)
     problem.labels[50] = bad
-    with pytest.raises(ValueError, match=rf"labels must lie in \[0, V\) = \[0, 257\).* got {bad} for row {50 - shift};"):
+    with pytest.raises(
+        ValueError, match=rf"labels must lie in \[0, V\) = \[0, 257\).* got {bad} for row {50 - shift};"
+    ):
         fused(problem, impl=impl)
 
 
@@ -208,11 +210,13 @@ def finite_truth(problem: Problem) -> Evaluation:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("masked", [(3,), tuple(range(1000, 2900)), (0, 4999)], ids=["one", "whole slices", "ends"])
+@pytest.mark.parametrize(
+    "masked", [(3,), tuple(range(1900)), tuple(range(2000, 3900))], ids=["one", "first slices", "later slices"]
+)
 def test_minus_infinity_in_the_bias(masked: tuple[int, ...], dtype: torch.dtype) -> None:
     """Tokens that cannot occur (vocabulary padding): no mass, no gradient, no NaN, also where they fill a slice."""
     problem = make_problem((40, 30), V=5000, bias=True)
-    labels = torch.where(torch.isin(problem.labels, torch.tensor(masked)), 7, problem.labels)
+    labels = torch.where(torch.isin(problem.labels, torch.tensor(masked)), 4000, problem.labels)
     problem = minus_infinity(replace(problem, labels=labels), *masked).to(dtype)
     got, truth = evaluate(lambda p: fused(p, workspace_mib=1), problem), finite_truth(problem)
     eager = evaluate(naive_logps, problem)
@@ -265,8 +269,12 @@ def test_softcap_saturation(size: float, dtype: torch.dtype) -> None:
 
 
 def test_zero_weight_gives_the_uniform_distribution() -> None:
-    problem = Problem(torch.randn(3, 4), torch.zeros(1000, 4), torch.tensor([0, 500, 999]), torch.arange(4), shift=False)
-    assert_close("logps", fused(problem), -torch.full((3,), 1000.0).log(), 2e-7)  # fp32: one rounding, log of an integer
+    problem = Problem(
+        torch.randn(3, 4), torch.zeros(1000, 4), torch.tensor([0, 500, 999]), torch.arange(4), shift=False
+    )
+    assert_close(
+        "logps", fused(problem), -torch.full((3,), 1000.0).log(), 2e-7
+    )  # fp32: one rounding, log of an integer
 
 
 def test_vocabulary_of_one_is_certain() -> None:

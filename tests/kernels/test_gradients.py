@@ -78,9 +78,8 @@ def test_upstream(upstream_of: Callable[[int], Tensor], of: str) -> None:
         call = fused_token_logps(problem.hidden, problem.head, problem.labels, cu_seqlens=problem.cu_seqlens)
         got, expected = call.logps, naive_logps(as_single_tokens(problem)) * scored
     upstream = upstream_of(len(got)).double()
-    for name, ours, true in zip(
-        problem.tensors, grad_of(got, *inputs, upstream=upstream), grad_of(expected, *inputs, upstream=upstream)
-    ):
+    grads, expected_grads = (grad_of(output, *inputs, upstream=upstream) for output in (got, expected))
+    for name, ours, true in zip(problem.tensors, grads, expected_grads, strict=True):
         assert_close(f"d{name}", ours, true, 1e-10)
 
 

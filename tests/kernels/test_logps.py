@@ -1,6 +1,7 @@
 """`fused_dpo_logps`, values and all gradients, against float64: features, forms, shapes, dtypes."""
 
 from dataclasses import replace
+from itertools import chain
 
 import pytest
 import torch
@@ -161,7 +162,7 @@ def test_uninitialized_memory_never_shows() -> None:
 def test_any_packing(sequences: list[list[int]], shift: bool, average: bool) -> None:
     """Any mixture of empty, ignored and scored sequences equals one-by-one evaluation."""
     lengths = [len(labels) for labels in sequences]
-    labels = torch.tensor(sum(sequences, []), dtype=torch.int64)
+    labels = torch.tensor(list(chain.from_iterable(sequences)), dtype=torch.int64)
     hidden, weight = torch.randn(len(labels), 3, dtype=torch.float64), torch.randn(7, 3, dtype=torch.float64)
     problem = Problem(hidden, weight, labels, cu_seqlens(lengths), shift=shift, average=average)
     got = fused(problem)

@@ -1,0 +1,53 @@
+"""Fixtures of the engine's tests: a tiny model folder, toy preferences, and runs on them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.register_assert_rewrite("tests.engine.helpers")
+
+from fused_dpo_engine.cli import parse_train  # noqa: E402
+from fused_dpo_engine.run import train  # noqa: E402
+from tests.engine.helpers import Run, options, save_folder, toy_rows, write_rows  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder; nobody writes into it."""
+    return save_folder(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="session")
+def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 pairs of at most 40 tokens."""
+    return write_rows(tmp_path_factory.mktemp("data") / "toy.jsonl", toy_rows(24))
+
+
+@pytest.fixture(scope="session")
+def toy_settings(tiny_llama: Path, toy_data: Path) -> dict[str, Any]:
+    """Settings of a run of three steps that takes a fraction of a second; a pair has 20 to 60 tokens."""
+    return {
+        "model": tiny_llama,
+        "data": toy_data,
+        "max_steps": 3,
+        "pairs_per_step": 6,
+        "tokens_per_batch": 160,
+        "max_length": 48,
+        "learning_rate": 1e-3,
+        "dtype": "float32",
+        "tensorboard": False,
+    }
+
+
+@pytest.fixture
+def train_tiny(tmp_path: Path, toy_settings: dict[str, Any]) -> Callable[..., Run]:
+    """Train into `tmp_path / name` with `toy_settings` and the given changes."""
+
+    def run(name: str = "run", **settings: Any) -> Run:
+        output = tmp_path / name
+        summary = train(parse_train(options(**{**toy_settings, "output": output, **settings})))
+        return Run(output, summary)
+
+    return run

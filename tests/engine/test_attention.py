@@ -1,0 +1,194 @@
+"""Packed attention against a masked softmax written out, and which models it refuses."""
+
+import warnings
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
+
+from fused_dpo_engine.attention import UnsupportedModelError, check_packable, packed_attention
+from fused_dpo_engine.packing import AttentionPlan
+from tests.engine.helpers import FAMILIES, REFUSED, tiny_config
+
+SEGMENTS = ((0, 5), (5, 6), (6, 17), (17, 20))
+PLAN = AttentionPlan(SEGMENTS)
+LAYER = nn.Identity()
+
+
+def inputs(kv_heads: int = 2, tokens: int = 20, batch: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value in float64, with gradients."""
+
+    def tensor(heads: int) -> Tensor:
+        return torch.randn(batch, heads, tokens, 8, dtype=torch.float64, requires_grad=True)
+
+    return tensor(4), tensor(kv_heads), tensor(kv_heads)
+
+
+def masked_softmax(q, k, v, segments, *, scaling=None, sliding_window=None, softcap=None) -> Tensor:
+    """Attention over the whole row at once, a dense mask deciding who sees whom."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = torch.einsum("bhid,bhjd->bhij", q, k) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    seen = torch.zeros(scores.shape[-2:], dtype=torch.bool)
+    for start, stop in segments:
+        for i in range(start, stop):
+            first = start if sliding_window is None else max(start, i - sliding_window + 1)
+            seen[i, first : i + 1] = True
+    weights = torch.where(seen, scores, -torch.inf).softmax(-1)
+    return torch.einsum("bhij,bhjd->bihd", weights, v)
+
+
+class TestAgainstMaskedSoftmax:
+    @pytest.mark.parametrize("kv_heads", [4, 2, 1])
+    @pytest.mark.parametrize("sliding_window", [None, 1, 3, 11, 100])
+    @pytest.mark.parametrize("softcap", [None, 1.5])
+    @pytest.mark.parametrize("scaling", [None, 0.7])
+    def test_values_and_gradients(self, kv_heads, sliding_window, softcap, scaling):
+        tensors = inputs(kv_heads=kv_heads)
+        settings = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap}
+        got, weights = packed_attention(LAYER, *tensors, None, fused_dpo_plan=PLAN, **settings)
+        expected = masked_softmax(*tensors, SEGMENTS, **settings)
+        assert weights is None
+        assert got.shape == (1, 20, 4, 8)
+        torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-12)
+        upstream = torch.randn_like(got)
+        for mine, true in zip(
+            torch.autograd.grad(got, tensors, upstream),
+            torch.autograd.grad(expected, tensors, upstream),
+            strict=True,
+        ):
+            torch.testing.assert_close(mine, true, rtol=1e-10, atol=1e-11)
+
+    @pytest.mark.parametrize("sliding_window", [None, 6])
+    def test_without_a_plan_every_row_is_one_segment(self, sliding_window):
+        tensors = inputs(batch=3)
+        got, _ = packed_attention(LAYER, *tensors, None, sliding_window=sliding_window)
+        torch.testing.assert_close(got, masked_softmax(*tensors, ((0, 20),), sliding_window=sliding_window))
+
+    def test_the_plan_matters(self):
+        tensors = inputs()
+        packed, _ = packed_attention(LAYER, *tensors, None, fused_dpo_plan=PLAN)
+        whole, _ = packed_attention(LAYER, *tensors, None)
+        torch.testing.assert_close(packed[:, :5], whole[:, :5])  # the first segment sees the same either way
+        assert (packed - whole)[:, 5:].abs().amax((0, 2, 3)).min() > 1e-3  # every later token does not
+
+    def test_a_segment_keeps_its_bits_wherever_it_stands(self):
+        q, k, v = (t.detach().float() for t in inputs())
+        packed, _ = packed_attention(LAYER, q, k, v, None, fused_dpo_plan=PLAN)
+        for start, stop in SEGMENTS:
+            alone, _ = packed_attention(LAYER, *(t[:, :, start:stop] for t in (q, k, v)), attention_mask=None)
+            assert torch.equal(packed[:, start:stop], alone)
+
+    def test_dropout_is_not_applied(self):
+        tensors = inputs()
+        plain, _ = packed_attention(LAYER, *tensors, None, fused_dpo_plan=PLAN)
+        dropped, _ = packed_attention(LAYER, *tensors, None, dropout=0.9, fused_dpo_plan=PLAN)
+        assert torch.equal(plain, dropped)
+
+    @pytest.mark.parametrize("softcap", [None, 1.5])
+    def test_mixed_precision(self, softcap):
+        """Autocast may hand over fp32 queries and keys beside bf16 values; the output has the values' dtype."""
+        q, k, v = (t.detach().float() for t in inputs())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got, _ = packed_attention(LAYER, q, k, v.bfloat16(), None, softcap=softcap, fused_dpo_plan=PLAN)
+        assert got.dtype == torch.bfloat16
+        expected = masked_softmax(q, k, v.bfloat16().float(), SEGMENTS, softcap=softcap)
+        torch.testing.assert_close(got.float(), expected, rtol=2**-8, atol=1e-5)  # rounded once, on the way out
+
+
+class TestRefusals:
+    def test_a_mask(self):
+        with pytest.raises(ValueError, match="attention_mask=None and use_cache=False"):
+            packed_attention(LAYER, *inputs(), torch.zeros(1, 1, 20, 20))
+
+    def test_attention_sinks(self):
+        with pytest.raises(UnsupportedModelError, match="s_aux"):
+            packed_attention(LAYER, *inputs(), None, s_aux=torch.zeros(4))
+
+    @pytest.mark.parametrize("tokens", [19, 21])
+    def test_a_plan_for_another_row(self, tokens):
+        with pytest.raises(ValueError, match=f"the plan covers 20 tokens, the batch has {tokens}"):
+            packed_attention(LAYER, *inputs(tokens=tokens), None, fused_dpo_plan=PLAN)
+
+
+def build(family: str, **changes: Any) -> Any:
+    """Without memory for weights: the check reads class and configuration."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(tiny_config(family, **changes), attn_implementation="eager")
+
+
+def with_rope(family: str, rope: dict[str, Any] | None) -> Any:
+    """A stand-in for a model: what the check reads of rotary embeddings is all in the configuration."""
+    config = tiny_config(family, **({} if rope is None else {"rope_parameters": rope}))
+    return SimpleNamespace(config=config, _supports_attention_backend=True)
+
+
+LONGROPE = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 64}
+ROPE: dict[str, dict[str, Any]] = {
+    "default": {},
+    "linear": {"factor": 2.0},
+    "dynamic": {"factor": 2.0},
+    "yarn": {"factor": 2.0, "original_max_position_embeddings": 64},
+    "llama3": {
+        "factor": 2.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "longrope": LONGROPE,
+}
+
+
+class TestCheckPackable:
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_accepts(self, family):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            check_packable(build(family))
+
+    @pytest.mark.parametrize("family", REFUSED)
+    def test_refuses(self, family):
+        model = build(family)
+        with pytest.raises(UnsupportedModelError, match=f"{type(model).__name__} .*packed sequences would see each"):
+            check_packable(model)
+
+    def test_refuses_encoder_decoders(self):
+        config = T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+        with torch.device("meta"):
+            model = T5ForConditionalGeneration(config)
+        with pytest.raises(UnsupportedModelError, match="T5ForConditionalGeneration is an encoder-decoder"):
+            check_packable(model)
+
+    @pytest.mark.parametrize("kind", ["chunked_attention", "linear_attention", "conv"])
+    def test_names_the_layers_it_refuses(self, kind):
+        config = SimpleNamespace(layer_types=["full_attention", kind])
+        config.get_text_config = lambda: config
+        model: Any = SimpleNamespace(config=config, _supports_attention_backend=True)
+        with pytest.raises(UnsupportedModelError, match=kind):
+            check_packable(model)
+
+    @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+    def test_warns_where_frequencies_depend_on_the_batch(self, kind):
+        model = with_rope("llama", {"rope_type": kind, "rope_theta": 1e4, **ROPE[kind]})
+        with pytest.warns(UserWarning, match=f"'{kind}' picks its frequencies by the longest sequence"):
+            check_packable(model)
+
+    def test_warns_where_one_kind_of_layer_does(self):
+        rope = {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+        }
+        with pytest.warns(UserWarning, match="'dynamic'"):
+            check_packable(with_rope("gemma3_text", rope))
+
+    @pytest.mark.parametrize("kind", ["default", "linear", "llama3", "yarn", None])
+    def test_does_not_warn_otherwise(self, kind):
+        rope = None if kind is None else {"rope_type": kind, "rope_theta": 1e4, **ROPE[kind]}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            check_packable(with_rope("llama", rope))

@@ -1,0 +1,461 @@
+"""The policy: packed log-probs and gradients equal to one-by-one forwards with full logits, and its reference."""
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from fused_dpo_engine.attention import ATTENTION_NAME, packed_attention
+from fused_dpo_engine.config import LoraOptions, ModelOptions
+from fused_dpo_engine.errors import UserError
+from fused_dpo_engine.packing import AttentionPlan, PackedBatch, pack
+from fused_dpo_engine.policy import Policy, build_policy, choose_device, choose_dtype, load_model, load_tokenizer
+from fused_dpo_engine.reference import score_reference
+from tests.engine.helpers import (
+    FAMILIES,
+    REFUSED,
+    VOCAB,
+    eager_twin,
+    gradients,
+    make_pairs,
+    own_logps,
+    save_folder,
+    set_attention,
+    tiny_model,
+    worst_gradient_error,
+)
+
+CPU = torch.device("cpu")
+PAIRS = make_pairs((5, 7, 3), (12, 1, 16), (1, 9, 9), (20, 2, 1))  # beyond and below the windows of 8, one-token sides
+BATCH = pack(PAIRS, [2, 0, 3, 1])
+ORDERED = [PAIRS[i] for i in BATCH.pair_indices]
+
+VALUE_TOLERANCE, GRADIENT_TOLERANCE = 1e-6, 2e-5
+"""Relative, in float64: eager attention and RMSNorm go through fp32 inside the models."""
+EXACT = {"gpt2": 1e-11}
+"""Families that stay in float64 throughout are held to more."""
+
+
+def policy_of(model: Any, **settings: Any) -> Policy:
+    """No autocast, so everything is computed in the dtype of the weights."""
+    return Policy(model, torch.float32, **settings)
+
+
+def relative(got: Tensor, expected: Tensor) -> float:
+    """Largest error of a sequence's log-prob."""
+    return float(((got - expected) / expected).detach().abs().max())
+
+
+def replaced(batch: PackedBatch, **changes: Any) -> PackedBatch:
+    return dataclasses.replace(batch, **changes)
+
+
+def merged(batch: PackedBatch) -> PackedBatch:
+    """Sequences see each other."""
+    return replaced(batch, attention=AttentionPlan(((0, batch.num_tokens),)))
+
+
+def rows_before(batch: PackedBatch) -> PackedBatch:
+    """Every response token is predicted from one row too early, the first of a sequence from its neighbour."""
+    return replaced(batch, scored_rows=(batch.scored_rows - 1) % batch.num_tokens)
+
+
+def rows_after(batch: PackedBatch) -> PackedBatch:
+    """Every token "predicts" itself: labels were not shifted."""
+    return replaced(batch, scored_rows=batch.scored_rows + 1)
+
+
+def positions_running_on(batch: PackedBatch) -> PackedBatch:
+    """Positions not reset. Rotary embeddings see distances only, so only learned positions notice."""
+    return replaced(batch, position_ids=torch.arange(batch.num_tokens)[None])
+
+
+def positions_stuck(batch: PackedBatch) -> PackedBatch:
+    return replaced(batch, position_ids=torch.zeros_like(batch.position_ids))
+
+
+MISTAKES: list[Callable[[PackedBatch], PackedBatch]] = [merged, rows_before, rows_after, positions_stuck]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def case(family):
+    """A model, and the truth about `BATCH`: log-probs, a direction, and all gradients along it."""
+    model = tiny_model(family)
+    twin = eager_twin(model)
+    expected = own_logps(twin, ORDERED)
+    upstream = torch.randn(len(expected), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    grads = gradients(twin, expected @ upstream)
+    return family, model, expected.detach(), upstream, grads
+
+
+class TestPackedEqualsOneByOne:
+    def test_values_and_every_gradient(self, case):
+        family, model, expected, upstream, expected_grads = case
+        logps = policy_of(model)(BATCH)
+        assert relative(logps, expected) < EXACT.get(family, VALUE_TOLERANCE)
+        grads = gradients(model, logps @ upstream)
+        assert worst_gradient_error(grads, expected_grads) < EXACT.get(family, GRADIENT_TOLERANCE)
+
+    @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.__name__)
+    def test_mistakes_show(self, case, mistake):
+        """Negative control: the comparison above would notice."""
+        _, model, expected, upstream, expected_grads = case
+        logps = policy_of(model)(mistake(BATCH))
+        assert relative(logps, expected) > 1000 * VALUE_TOLERANCE
+        assert worst_gradient_error(gradients(model, logps @ upstream), expected_grads) > 1000 * GRADIENT_TOLERANCE
+
+    def test_positions_that_run_on_show(self, case):
+        family, model, expected, *_ = case
+        error = relative(policy_of(model)(positions_running_on(BATCH)), expected)
+        assert error > 0.01 if family in ("gpt2", "opt") else error < VALUE_TOLERANCE
+
+    def test_the_company_does_not_matter(self, case):
+        _, model, expected, *_ = case
+        policy = policy_of(model)
+        alone = torch.cat([policy(pack(PAIRS, [i])) for i in BATCH.pair_indices])
+        assert relative(alone, expected) < VALUE_TOLERANCE
+
+    def test_self_test_passes(self, family):
+        policy_of(tiny_model(family, dtype=torch.float32, scale=3.0)).self_test(BATCH)
+
+
+class TestCheckpointing:
+    @pytest.mark.parametrize("use_reentrant", [True, False])
+    @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+    def test_equal_and_really_recomputed(self, monkeypatch, family, use_reentrant):
+        model = tiny_model(family)
+        upstream = torch.randn(2 * len(PAIRS), dtype=torch.float64)
+        plain = policy_of(model)(BATCH)
+        plain_grads = gradients(model, plain @ upstream)
+
+        plans = []
+
+        def counted(*tensors, fused_dpo_plan=None, **settings):
+            plans.append(fused_dpo_plan)
+            return packed_attention(*tensors, fused_dpo_plan=fused_dpo_plan, **settings)
+
+        set_attention(monkeypatch, counted)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+        logps = policy_of(model)(BATCH)
+        (logps @ upstream).backward()  # torch.autograd.grad does not go with reentrant checkpoints
+        assert plans == [BATCH.attention] * 4  # two layers, forward and again in the backward
+        assert torch.equal(logps, plain)
+        grads = {name: parameter.grad for name, parameter in model.named_parameters()}
+        assert worst_gradient_error(grads, plain_grads) < 1e-12
+
+
+class TestPrecision:
+    def test_bf16_autocast_keeps_fp32_weights_and_results(self):
+        model = tiny_model(dtype=torch.float32, scale=3.0)
+        exact = policy_of(model)(BATCH)
+        logps = Policy(model, torch.bfloat16)(BATCH)
+        assert logps.dtype == torch.float32
+        counts = torch.stack((BATCH.chosen_lengths, BATCH.rejected_lengths), 1).flatten()
+        per_token = ((logps - exact) / counts).abs().max()
+        assert 1e-6 < per_token < 0.05  # it is bf16, and a good one
+        grads = gradients(model, logps.sum())
+        assert {grad.dtype for grad in grads.values()} == {torch.float32}
+        assert worst_gradient_error(grads, gradients(model, exact.sum())) < 0.1
+
+    def test_bf16_self_test(self):
+        Policy(tiny_model(dtype=torch.float32, scale=3.0), torch.bfloat16).self_test(BATCH)
+
+    def test_float64_as_compute_dtype_means_no_autocast(self, recwarn):
+        """ "The dtype of the weights for none", says the class."""
+        model = tiny_model()
+        assert torch.equal(Policy(model, torch.float64)(BATCH), policy_of(model)(BATCH))
+        assert [str(warning.message) for warning in recwarn if "autocast" in str(warning.message)] == []
+
+
+class TestHead:
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_tied_and_untied(self, tied):
+        model = tiny_model(tie_word_embeddings=tied)
+        twin = eager_twin(model)
+        assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+        logps, expected = policy_of(model)(BATCH), own_logps(twin, ORDERED)
+        assert relative(logps, expected) < VALUE_TOLERANCE
+        grads, expected_grads = gradients(model, logps.sum()), gradients(twin, expected.sum())
+        assert ("lm_head.weight" in grads) != tied
+        assert worst_gradient_error(grads, expected_grads) < GRADIENT_TOLERANCE
+
+    @pytest.mark.parametrize(("family", "setting"), [("cohere", "logit_scale"), ("granite", "logits_scaling")])
+    def test_logit_factors_are_applied(self, family, setting):
+        factor: dict[str, Any] = {setting: 4.0}
+        model = tiny_model(family, **factor)
+        expected = own_logps(eager_twin(model), ORDERED)
+        assert relative(policy_of(model)(BATCH), expected) < VALUE_TOLERANCE
+        setattr(model.config, setting, 1.0)  # negative control
+        assert relative(policy_of(model)(BATCH), expected) > 0.01
+
+
+def with_lora(model: Any, *targets: str) -> Any:
+    return get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=list(targets), task_type="CAUSAL_LM"))
+
+
+class TestLora:
+    @pytest.mark.parametrize("targets", [("q_proj", "down_proj"), ("v_proj", "lm_head")])
+    def test_reference_is_the_model_without_adapters(self, targets):
+        base = policy_of(tiny_model())(BATCH)
+        model = with_lora(tiny_model(), *targets)
+        policy = policy_of(model)
+        with policy.as_reference():
+            reference = policy(BATCH)
+        assert torch.equal(reference, base)
+        assert torch.equal(policy(BATCH), reference)  # lora_B starts at 0
+
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter += 0.1 * torch.randn_like(parameter)
+        moved = policy(BATCH)
+        with policy.as_reference():
+            assert torch.equal(policy(BATCH), reference)
+        assert (moved - reference).abs().min() > 1e-3
+        expected = own_logps(model, ORDERED)
+        assert relative(moved, expected) < VALUE_TOLERANCE
+        grads = gradients(model, moved.sum())
+        assert grads
+        assert all("lora_" in name for name in grads)
+        assert worst_gradient_error(grads, gradients(model, expected.sum())) < GRADIENT_TOLERANCE
+        policy.self_test(BATCH)
+
+    @pytest.mark.parametrize("use_reentrant", [True, False])
+    def test_checkpointing_with_a_frozen_base(self, use_reentrant):
+        plain = with_lora(tiny_model(), "q_proj")
+        expected = gradients(plain, policy_of(plain)(BATCH).sum())
+        base = tiny_model()
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+        model = with_lora(base, "q_proj")
+        model.load_state_dict(plain.state_dict())
+        model.train()
+        policy_of(model)(BATCH).sum().backward()
+        grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert all(grad is not None for grad in grads.values())
+        assert worst_gradient_error(grads, expected) < 1e-12
+
+    def test_dora_on_the_head_is_refused(self):
+        """Instead of scored without its magnitude."""
+        model = get_peft_model(tiny_model(), LoraConfig(target_modules=["lm_head"], use_dora=True))
+        with pytest.raises(NotImplementedError, match="DoRA"):
+            policy_of(model)(BATCH)
+
+
+class TestLengthDesensitization:
+    @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+    def test_against_slow_sums(self, alpha):
+        model = tiny_model()
+        twin = eager_twin(model)
+        expected = []
+        for pair in ORDERED:
+            shorter = min(pair.chosen_length, pair.rejected_length)
+            for ids in (pair.chosen_ids, pair.rejected_ids):
+                tokens = torch.tensor(ids.tolist())
+                token_logps = twin(input_ids=tokens[None], use_cache=False).logits[0].log_softmax(-1)
+                total = torch.zeros((), dtype=torch.float64)
+                for i, position in enumerate(range(pair.prompt_length, len(ids))):
+                    weight = 1.0 if i < shorter else alpha
+                    total = total + weight * token_logps[position - 1, tokens[position]]
+                expected.append(total)
+        logps = policy_of(model, ld_alpha=alpha)(BATCH)
+        assert relative(logps, torch.stack(expected)) < VALUE_TOLERANCE
+        grads = gradients(model, logps.sum())
+        assert worst_gradient_error(grads, gradients(twin, torch.stack(expected).sum())) < GRADIENT_TOLERANCE
+
+    def test_one_is_plain(self):
+        model = tiny_model()
+        plain = policy_of(model)(BATCH)
+        torch.testing.assert_close(policy_of(model, ld_alpha=1.0)(BATCH), plain, rtol=1e-6, atol=1e-6)
+        assert (policy_of(model, ld_alpha=0.5)(BATCH) - plain).abs().max() > 0.1
+
+
+def blind_attention(*tensors, fused_dpo_plan=None, **settings):
+    """Attention of a model that loses the plan on its way."""
+    return packed_attention(*tensors, **settings)
+
+
+class TestSelfTest:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_catches_attention_that_ignores_the_plan(self, monkeypatch, dtype):
+        set_attention(monkeypatch, blind_attention)
+        policy = Policy(tiny_model(dtype=torch.float32, scale=3.0), dtype)
+        with pytest.raises(UserError, match=r"LlamaForCausalLM does not score packed .*is not supported"):
+            policy.self_test(BATCH)
+
+    def test_catches_an_unknown_factor_on_the_logits(self, monkeypatch):
+        model = tiny_model(dtype=torch.float32)
+        forward = model.forward
+
+        def scaled(*arguments, **settings):
+            output = forward(*arguments, **settings)
+            output.logits = output.logits * 1.05
+            return output
+
+        monkeypatch.setattr(model, "forward", scaled)
+        with pytest.raises(UserError, match="is not supported"):
+            policy_of(model).self_test(BATCH)
+
+    def test_catches_positions_of_the_models_own(self, monkeypatch):
+        """As in models that number the tokens themselves and ignore position_ids."""
+        model = tiny_model("gpt2", dtype=torch.float32)
+        forward = model.transformer.forward
+        monkeypatch.setattr(
+            model.transformer, "forward", lambda *a, position_ids=None, **settings: forward(*a, **settings)
+        )
+        with pytest.raises(UserError, match="is not supported"):
+            policy_of(model).self_test(BATCH)
+
+    def test_catches_a_model_that_gives_no_numbers(self):
+        model = tiny_model(dtype=torch.float32)
+        nn.init.constant_(model.model.norm.weight, torch.nan)
+        with pytest.raises(UserError):
+            policy_of(model).self_test(BATCH)
+
+    def test_leaves_no_gradient(self):
+        model = tiny_model(dtype=torch.float32)
+        policy_of(model).self_test(BATCH)
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+
+class TestReference:
+    def test_bit_equal_to_the_policy_on_the_same_batches(self):
+        policy = policy_of(tiny_model(dtype=torch.float32))
+        batches = [pack(PAIRS, [3, 1]), pack(PAIRS, [0])]
+        reference = score_reference(policy, PAIRS, batches, 3, progress=False)
+        assert reference.logps.shape == (len(PAIRS), 2)
+        assert reference.logps.dtype == torch.float32
+        for batch in batches:
+            logps = policy(batch)
+            assert logps.requires_grad
+            assert not reference.logps.requires_grad
+            chosen, rejected = reference.of(batch, CPU)
+            assert torch.equal(chosen, logps[0::2])
+            assert torch.equal(rejected, logps[1::2])
+        assert reference.logps[2].isnan().all()  # nobody asked for it
+
+    def test_names_the_rows_without_a_number(self):
+        model = tiny_model(dtype=torch.float32)
+        token = int(PAIRS[1].rejected_ids[-2])
+        others = [ids for i in (0, 2, 3) for ids in (PAIRS[i].chosen_ids, PAIRS[i].rejected_ids)]
+        assert not any(token in ids for ids in others)
+        with torch.no_grad():
+            model.model.embed_tokens.weight[token] = torch.nan
+        with pytest.raises(UserError, match=r"no finite log-prob to pairs\.jsonl:2; "):
+            score_reference(policy_of(model), PAIRS, [BATCH], 4, progress=False)
+
+
+class TestBuilding:
+    def test_full_training_keeps_fp32_weights(self, tiny_llama):
+        policy = build_policy(ModelOptions(str(tiny_llama), dtype="bfloat16"), LoraOptions(), CPU)
+        assert policy.compute_dtype == torch.bfloat16
+        assert {(p.dtype, p.requires_grad) for p in policy.parameters()} == {(torch.float32, True)}
+        assert policy.causal_lm.config._attn_implementation == ATTENTION_NAME
+
+    def test_lora_freezes_the_base_in_the_compute_dtype(self, tiny_llama):
+        options = ModelOptions(str(tiny_llama), dtype="bfloat16", gradient_checkpointing=True)
+        policy = build_policy(options, LoraOptions(lora_rank=2, lora_target_modules=("q_proj",)), CPU)
+        kinds = {("lora_" in name, p.requires_grad, p.dtype) for name, p in policy.named_parameters()}
+        assert kinds == {(True, True, torch.float32), (False, False, torch.bfloat16)}
+        assert policy.model.peft_config["default"].lora_alpha == 4  # twice the rank
+        policy(BATCH).sum().backward()
+        assert all(p.grad is not None for p in policy.parameters() if p.requires_grad)
+
+    def test_unknown_target_modules(self, tiny_llama):
+        with pytest.raises(UserError, match=r"--lora-target-modules nothing: .*not found"):
+            build_policy(ModelOptions(str(tiny_llama)), LoraOptions(2, None, ("nothing",)), CPU)
+
+    @pytest.mark.parametrize(
+        ("family", "rates"),
+        [
+            ("gpt2", dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.5)),
+            ("gpt_neox", dict.fromkeys(("hidden_dropout", "attention_dropout"), 0.5)),
+            ("opt", dict.fromkeys(("dropout", "attention_dropout"), 0.5)),
+            ("starcoder2", dict.fromkeys(("residual_dropout", "embedding_dropout", "attention_dropout"), 0.5)),
+            ("seed_oss", dict.fromkeys(("residual_dropout", "attention_dropout"), 0.5)),
+        ],
+    )
+    def test_nothing_is_dropped_out(self, tmp_path, family, rates):
+        """Dropout would make policy and reference two functions; some models call it without a module."""
+        folder = save_folder(tmp_path / family, family, tokenizer=None, **rates)
+        policy = build_policy(ModelOptions(str(folder), dtype="float32"), LoraOptions(), CPU)
+        first, again = policy(BATCH), policy(BATCH)
+        assert torch.equal(first, again)
+        policy.self_test(BATCH)
+
+    @pytest.mark.parametrize("family", [*REFUSED, "gpt_oss", "minicpm3"])
+    def test_what_cannot_be_packed_is_the_users_to_know(self, tmp_path, family):
+        """A message, not a traceback, from loading or from the self-test."""
+        folder = save_folder(tmp_path / family, family, tokenizer=None)
+        with pytest.raises(UserError) as caught:
+            build_policy(ModelOptions(str(folder), dtype="float32"), LoraOptions(), CPU).self_test(BATCH)
+        assert "\n" not in str(caught.value)
+
+    def test_missing_weights(self, tmp_path):
+        folder = save_folder(tmp_path / "model", tokenizer=None)
+        (folder / "model.safetensors").unlink()
+        with pytest.raises(UserError, match=rf"no causal language model could be loaded from {folder}"):
+            load_model(str(folder), ModelOptions(str(folder)), torch.float32, CPU)
+
+    def test_pickled_weights_are_not_loaded(self, tmp_path):
+        folder = save_folder(tmp_path / "model", tokenizer=None)
+        (folder / "model.safetensors").unlink()
+        torch.save(tiny_model(dtype=torch.float32).state_dict(), folder / "pytorch_model.bin")
+        with pytest.raises(UserError, match="no causal language model could be loaded"):
+            load_model(str(folder), ModelOptions(str(folder)), torch.float32, CPU)
+
+    def test_weights_cut_short(self, tmp_path):
+        """As a broken download leaves them."""
+        folder = save_folder(tmp_path / "model", tokenizer=None)
+        weights = folder / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:1000])
+        with pytest.raises(UserError, match="no causal language model could be loaded"):
+            load_model(str(folder), ModelOptions(str(folder)), torch.float32, CPU)
+
+    def test_weights_of_another_model(self, tmp_path, caplog):
+        """Layers missing from the file would be made up at random, and trained without a word."""
+        folder = save_folder(tmp_path / "model", tokenizer=None)
+        other = save_folder(tmp_path / "other", tokenizer=None, num_hidden_layers=1)
+        (folder / "model.safetensors").write_bytes((other / "model.safetensors").read_bytes())
+        with caplog.at_level(logging.ERROR), pytest.raises(UserError, match=r"layers\.1"):
+            load_model(str(folder), ModelOptions(str(folder)), torch.float32, CPU)
+
+    def test_tokenizer_of_a_folder(self, tiny_llama, tmp_path):
+        assert len(load_tokenizer(str(tiny_llama), ModelOptions(""))) <= VOCAB
+        folder = save_folder(tmp_path / "bare", tokenizer=None)
+        with pytest.raises(UserError, match=rf"no tokenizer could be loaded from {folder}: .*tokenizer\.json"):
+            load_tokenizer(str(folder), ModelOptions(""))
+
+    @pytest.mark.parametrize("name", ["./nowhere", "~/nowhere-at-all", "{tmp_path}/nowhere"])
+    def test_missing_folders_never_reach_the_hub(self, tmp_path, name):
+        name = name.format(tmp_path=tmp_path)
+        with pytest.raises(UserError, match=rf"model folder {name} does not exist"):
+            load_tokenizer(name, ModelOptions(""))
+        with pytest.raises(UserError, match=rf"model folder {name} does not exist"):
+            load_model(name, ModelOptions(""), torch.float32, CPU)
+
+    def test_device_and_dtype(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert choose_device(ModelOptions("m")) == CPU
+        assert choose_device(ModelOptions("m", device="cpu")) == CPU
+        with pytest.raises(UserError, match="--device cpu"):
+            choose_device(ModelOptions("m", device="cuda"))
+        assert choose_dtype(ModelOptions("m", dtype="float32"), CPU) == torch.float32
+        assert choose_dtype(ModelOptions("m", dtype="bfloat16"), CPU) == torch.bfloat16
+        for units, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+            monkeypatch.setattr("fused_dpo_engine.policy.has_bf16_units", lambda _, units=units: units)
+            assert choose_dtype(ModelOptions("m"), CPU) == dtype
+
+
+def test_the_attention_is_registered():
+    assert AttentionInterface._global_mapping[ATTENTION_NAME] is packed_attention

@@ -79,8 +79,8 @@ def fused_dpo_logps(
         fp32 and rounded once to the dtype of their input; only those required are computed.
 
     Memory:
-        Saved for backward: the inputs and 8 bytes a row. Peak beyond inputs and gradients: `options.workspace_mib`,
-        plus 4·D bytes a scored row in a backward with half-precision hidden states.
+        Saved for backward: the inputs and 8 bytes a row. Peak beyond inputs and gradients: `options.workspace_mib`, a
+        few numbers a row, and in the backward 4·D bytes a scored row (8·D for float64).
 
     Source:
         Rafailov et al., 2023, Direct Preference Optimization, arXiv 2305.18290, equation 7 takes these log-probs.

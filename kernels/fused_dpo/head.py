@@ -61,7 +61,7 @@ def head_of(model: nn.Module) -> LMHead:
     Raises:
         TypeError: the model has no output embeddings.
         NotImplementedError: the head carries something the kernels do not know (several active adapters, adapter
-            dropout in training, a variant of LoRA, a sharded weight, an unknown factor on the logits).
+            dropout in training, another adapter than LoRA, an unknown factor on the logits).
     """
     getter = getattr(model, "get_output_embeddings", None)
     layer = getter() if getter is not None else None
@@ -74,31 +74,42 @@ def head_of(model: nn.Module) -> LMHead:
     return LMHead(base.weight, getattr(base, "bias", None), logit_scale=logit_scale, softcap=softcap, lora=lora)
 
 
+# Factors on the logits and bounds of them, by the names that model configurations in transformers use.
+_MULTIPLIERS = ("lm_head_multiplier", "output_multiplier")  # Falcon-H1; Muse
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma 2; RecurrentGemma; xLSTM
+_NOT_OF_THE_HEAD = ("attn", "attention", "router", "expert", "output_logits")
+
+
 def _logit_transform(config: Any) -> tuple[float, float | None]:
-    """Scale and softcap on the logits, by the names the model configurations use."""
+    """Scale and softcap on the logits, as the model's configuration states them."""
     if config is None:
         return 1.0, None
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
-    scale = 1.0
-    for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):  # Cohere and MPT; Falcon-H1; Muse
+    model_type = str(getattr(config, "model_type", ""))
+    scale, softcap = 1.0, None
+    for name in dir(config):  # properties count too
+        if "logit" not in name and name not in _MULTIPLIERS:
+            continue
         value = getattr(config, name, None)
-        if isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        if name in _MULTIPLIERS or (name == "logit_scale" and model_type.startswith("cohere")):
             scale *= float(value)
-    scaling = getattr(config, "logits_scaling", None)
-    if scaling is not None:
-        model_type = str(getattr(config, "model_type", ""))
-        if model_type.startswith("granite"):
-            scale /= float(scaling)
-        elif model_type.startswith("hyperclovax"):  # the same name, multiplied
-            scale *= float(scaling)
-        else:
+        elif name == "logits_scaling" and model_type.startswith(("granite", "minicpm3")):
+            scale /= float(value)
+        elif name == "logits_scaling" and model_type.startswith("hyperclovax"):  # the same name, multiplied
+            scale *= float(value)
+        elif name == "logit_scale" and model_type == "mpt":  # in the configuration, but not in the model
+            continue
+        elif name in _SOFTCAPS:
+            softcap = float(value) or None
+        elif "logit" in name and value not in (0, 1) and not name.startswith(_NOT_OF_THE_HEAD):
             raise NotImplementedError(
-                f"config.logits_scaling = {scaling} of model type {model_type!r}: some models divide by it and some "
-                f"multiply; build the LMHead yourself with logit_scale set."
+                f"config.{name} = {value} of model type {model_type!r} may be a factor on the logits that is not known "
+                f"here; build the LMHead yourself, with logit_scale or softcap set as the model applies it."
             )
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return scale, float(softcap) if softcap else None
+    return scale, softcap
 
 
 def _peft_adapter(layer: Any) -> tuple[Any, LowRankAdapter | None]:
@@ -107,11 +118,16 @@ def _peft_adapter(layer: Any) -> tuple[Any, LowRankAdapter | None]:
         active = layer.active_adapters[0] if layer.active_adapters else None
         copied = not layer.disable_adapters and active in layer.modules_to_save
         return (layer.modules_to_save[active] if copied else layer.original_module), None
-    if not hasattr(layer, "lora_A"):
+    if not type(layer).__module__.startswith("peft."):
         return layer, None
-    base = layer.get_base_layer()
-    if layer.disable_adapters or layer.merged:
+    base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer.original_module
+    if layer.disable_adapters or getattr(layer, "merged", False):
         return base, None
+    if not hasattr(layer, "lora_A") or hasattr(layer, "lora_E"):
+        raise NotImplementedError(
+            f"the head carries an adapter of type {type(layer).__module__}.{type(layer).__name__}, which is not LoRA; "
+            f"merge it into the weight, or leave the head out of the adapter's modules."
+        )
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     if not active:
         return base, None

@@ -19,7 +19,7 @@ class KernelOptions:
     """`"triton"` (CUDA), `"streaming"` (vocabulary slices in torch, any device), `"reference"` (full logits, the
     oracle, differentiable any number of times), or None: triton on CUDA, streaming elsewhere and for float64. A named
     implementation is never replaced silently."""
-    workspace_mib: int = 64
+    workspace_mib: int = 128
     """Bound on temporary memory in MiB, beyond the per-row state (a few numbers a token) and the fp32 accumulator of
     the hidden states' gradient (4 bytes x scored tokens x D). One slice of the head with its gradient and one tile of
     logits have to fit, so very small bounds run with narrow slices, not with an error. The width of the slices, and

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,14 +37,19 @@ def matmul_precision(operand_dtype: torch.dtype) -> Iterator[None]:
     The setting is per process, as torch offers no other: a thread that multiplies fp32 matrices at the same time sees
     it too.
     """
-    cpu, cuda = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul  # pyright: ignore[reportAttributeAccessIssue]
-    before = cpu.fp32_precision, cuda.fp32_precision
-    cpu.fp32_precision = "bf16" if operand_dtype == torch.bfloat16 and has_bf16_units(torch.device("cpu")) else "ieee"
-    cuda.fp32_precision = "ieee"
+    backends: Any = torch.backends
+    switches = (backends.mkldnn.matmul, backends.cuda.matmul)
+    # A switch that only repeats the one above it goes back to following it ("none"), instead of being pinned to it.
+    above = backends.mkldnn.fp32_precision, backends.fp32_precision
+    before = ["none" if s.fp32_precision == a else s.fp32_precision for s, a in zip(switches, above, strict=True)]
+    rounded = operand_dtype == torch.bfloat16 and has_bf16_units(torch.device("cpu"))
+    switches[0].fp32_precision = "bf16" if rounded else "ieee"
+    switches[1].fp32_precision = "ieee"
     try:
         yield
     finally:
-        cpu.fp32_precision, cuda.fp32_precision = before
+        for switch, value in zip(switches, before, strict=True):
+            switch.fp32_precision = value
 
 
 def as_operand(tensor: Tensor, compute_dtype: torch.dtype) -> Tensor:

@@ -16,6 +16,8 @@ def reference_token_logps(
     `logps = log_softmax(logits.float()).gather(target)` on the scored rows. Half-precision inputs are converted to fp32
     before the matmul, float64 stays: against float64 inputs this is the truth the other implementations are held to.
 
+    fp32 products follow torch's global matmul precision, forward and backward: leave it at "highest" for an oracle.
+
     Memory: about 4 x R x V numbers in fp32 with gradients. For tests and small problems.
     """
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32

@@ -8,8 +8,8 @@ What is summed how: logits, log-sum-exp and both gradients accumulate in fp32 (f
 rounded once, on the way out. Rows that are not scored are never gathered.
 
 A low-rank adapter widens the product: `hidden @ weight.T + scale * (hidden @ a.T) @ b.T` is one product of
-`[hidden | scale * hidden @ a.T]` with `[weight | b]`, so the code below knows operands of D + r columns and nothing
-else; their gradients come out side by side in the same way.
+`[hidden | scale * hidden @ a.T]` with `[weight | b]`, so the code below knows operands of K >= D + r columns and
+nothing else; their gradients come out side by side in the same way.
 """
 
 from collections.abc import Iterator
@@ -27,6 +27,8 @@ ROWS_PER_TILE = 256
 ROW_MULTIPLE = 64
 """The last tile is padded to a multiple of this. BLAS takes other inner loops for a handful of rows and answers with
 other bits, which would make a sequence's log-prob depend on the batch around it."""
+INNER_MULTIPLE = 64
+"""Hidden dimensions are padded with zeros to a multiple of this, for the same reason: real heads need no padding."""
 MAX_SLICE_CPU, MAX_SLICE = 4096, 32768
 """Vocabulary columns per tile at most: on a CPU a tile has to stay in cache, elsewhere it has to fill the device."""
 
@@ -37,7 +39,7 @@ class _Slice(NamedTuple):
     start: int
     stop: int
     weight: Tensor
-    """Operand [columns, D + r]."""
+    """Operand [columns, K]."""
     bias: Tensor | None
 
 
@@ -46,16 +48,19 @@ class _Block(NamedTuple):
 
     span: slice
     hidden: Tensor
-    """Operand [rows, D + r]."""
+    """Operand [rows, K]."""
 
 
-def slice_bounds(V: int, D: int, workspace_mib: int, dtype: torch.dtype, device: torch.device) -> list[tuple[int, int]]:
-    """Bounds of the vocabulary slices: nearly equal, and a function of V, D, dtype and workspace alone.
+def slice_bounds(V: int, K: int, workspace_mib: int, dtype: torch.dtype, device: torch.device) -> list[tuple[int, int]]:
+    """Bounds of the vocabulary slices: nearly equal, and a function of V, K, dtype and workspace alone.
 
-    Per column a slice holds D numbers of weight, D of its gradient, and two tiles of ROWS_PER_TILE logits.
+    Per column a slice holds K numbers of weight (and those once more while they are converted), K of its gradient, and
+    two tiles of ROWS_PER_TILE logits; beside it stands one block of hidden states.
     """
-    bytes_per_column = (2 * D + 2 * ROWS_PER_TILE) * accumulation_dtype(dtype).itemsize
-    fits = max(workspace_mib * 2**20 // bytes_per_column, 16)
+    itemsize = accumulation_dtype(dtype).itemsize
+    block_bytes = 2 * ROWS_PER_TILE * K * itemsize
+    column_bytes = (2 * K + 2 * ROWS_PER_TILE) * itemsize + K * dtype.itemsize
+    fits = max((workspace_mib * 2**20 - block_bytes) // column_bytes, 16)
     count = -(-V // min(fits, MAX_SLICE_CPU if device.type == "cpu" else MAX_SLICE, V))
     return [(V * i // count, V * (i + 1) // count) for i in range(count)]
 
@@ -71,13 +76,18 @@ class _Tiles:
         self.hidden, self.rows, self.head = hidden, rows, head
         self.dtype = hidden.dtype
         self.acc_dtype = accumulation_dtype(hidden.dtype)
-        self.padded_rows = -(-rows.numel() // ROW_MULTIPLE) * ROW_MULTIPLE
-        V, D = head.weight.shape
-        rank = 0 if head.lora is None else head.lora[0].shape[0]
-        bounds = slice_bounds(V, D + rank, workspace_mib, hidden.dtype, hidden.device)
+        self.padded_rows = _round_up(rows.numel(), ROW_MULTIPLE)
+        V, self.D = head.weight.shape
+        self.rank = 0 if head.lora is None else head.lora[0].shape[0]
+        K = _round_up(self.D + self.rank, INNER_MULTIPLE)
+        bounds = slice_bounds(V, K, workspace_mib, hidden.dtype, hidden.device)
         self.bounds = bounds if rows.numel() else []
-        width = max(stop - start for start, stop in bounds)
-        self._logits = hidden.new_empty(min(ROWS_PER_TILE, self.padded_rows) * width, dtype=self.acc_dtype)
+        self.width = max(stop - start for start, stop in bounds)
+        tile_rows = min(ROWS_PER_TILE, self.padded_rows)
+        operand_dtype = as_operand(hidden[:0], self.dtype).dtype
+        self._weight = hidden.new_zeros(self.width if rows.numel() else 0, K, dtype=operand_dtype)
+        self._block = hidden.new_zeros(tile_rows, K, dtype=operand_dtype)
+        self._logits = hidden.new_empty(tile_rows * self.width, dtype=self.acc_dtype)
         self._scratch = torch.empty_like(self._logits)
 
     def of_rows(self, values: Tensor, fill: float) -> Tensor:
@@ -91,29 +101,34 @@ class _Tiles:
         return state.new_zeros(self.hidden.shape[0]).index_copy_(0, self.rows, state[: self.rows.numel()])
 
     def slices(self) -> Iterator[_Slice]:
-        """The head, a slice at a time, converted once."""
-        head = self.head
+        """The head, a slice at a time, converted once into a buffer that the next slice overwrites."""
+        head, D = self.head, self.D
         for start, stop in self.bounds:
-            weight = as_operand(head.weight[start:stop], self.dtype)
+            weight = self._weight[: stop - start]
+            weight[:, :D] = head.weight[start:stop].to(self.dtype)
             if head.lora is not None:
-                weight = torch.cat((weight, as_operand(head.lora[1][start:stop], self.dtype)), dim=1)
+                weight[:, D : D + self.rank] = head.lora[1][start:stop].to(self.dtype)
             bias = None if head.bias is None else head.bias[start:stop].to(self.acc_dtype)
             yield _Slice(start, stop, weight, bias)
 
     def blocks(self) -> Iterator[_Block]:
-        """The scored rows, a block at a time."""
+        """The scored rows, a block at a time, in a buffer that the next block overwrites."""
+        D = self.D
         for start in range(0, self.padded_rows, ROWS_PER_TILE):
             stop = min(start + ROWS_PER_TILE, self.padded_rows)
             rows = self.rows[start:stop]
-            h = self.hidden.new_zeros(stop - start, self.hidden.shape[1])
-            h[: rows.numel()] = self.hidden[rows]
-            operand = as_operand(h, self.dtype)
+            block = self._block[: stop - start]
+            block[: rows.numel(), :D] = self.hidden[rows]
+            block[rows.numel() :, :D] = 0.0
             if self.head.lora is not None:
                 a, _, scale = self.head.lora
+                wide_a = a.new_zeros(self.rank, self._block.shape[1], dtype=self.acc_dtype)
+                wide_a[:, :D] = a.to(self.dtype)
+                block[:, D:] = 0.0  # what an earlier block left there must not meet the zeros of `wide_a` as NaN
                 with matmul_precision(self.acc_dtype):
-                    through_a = scale * (h.to(self.acc_dtype) @ a.to(self.dtype).to(self.acc_dtype).T)
-                operand = torch.cat((operand, as_operand(through_a, self.dtype)), dim=1)
-            yield _Block(slice(start, stop), operand)
+                    through_a = scale * (block.to(self.acc_dtype) @ wide_a.T)
+                block[:, D : D + self.rank] = through_a.to(self.dtype)
+            yield _Block(slice(start, stop), block)
 
     def logits(self, block: _Block, cut: _Slice) -> Tensor:
         """One tile `[rows, columns]`, in a buffer that the next call overwrites."""
@@ -158,6 +173,10 @@ class _Tiles:
         if factor != 1.0:
             dz *= factor
         return dz
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
 
 
 def _targets_inside(cut: _Slice, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,7 +226,7 @@ def streaming_forward(
             total[span] = total[span] * rescale + weights.sum(1)
             if want_stats:
                 z_mean[span] += z.sum(1) / V
-                weights.mul_(z.clamp_(min=lowest))
+                weights.mul_(z.masked_fill_(z == -torch.inf, 0.0))
                 z_total[span] = z_total[span] * rescale + weights.sum(1)
             peak[span] = new_peak
 
@@ -260,21 +279,20 @@ def streaming_backward(
         return torch.zeros(shape, dtype=tiles.acc_dtype, device=hidden.device)
 
     # Columns of the widened gradients that are asked for; a's gradient goes through those of b, and so does hidden's.
-    D = head.weight.shape[1]
-    rank = 0 if head.lora is None else head.lora[0].shape[0]
+    D, rank = tiles.D, tiles.rank
     hidden_columns = slice(0 if need_hidden else D, D + rank if need_hidden or need_a else D)
     weight_columns = slice(0 if need_weight else D, D + rank if need_b else D)
     dwide_hidden = zeros(tiles.padded_rows, hidden_columns.stop - hidden_columns.start)
+    dwide_weight_buffer = zeros(tiles.width, weight_columns.stop - weight_columns.start)
     # Every row of these is written once, by its slice; without scored rows there are no slices.
     allocate = torch.empty_like if tiles.bounds else torch.zeros_like
-    dweight = allocate(head.weight, memory_format=torch.contiguous_format) if need_weight else None
-    dbias = allocate(head.bias) if head.bias is not None and need_bias else None
-    dlora_b = (
-        allocate(head.lora[1], memory_format=torch.contiguous_format) if head.lora is not None and need_b else None
-    )
+    contiguous = torch.contiguous_format
+    dweight = allocate(head.weight, memory_format=contiguous) if need_weight else None
+    dbias = allocate(head.bias, memory_format=contiguous) if head.bias is not None and need_bias else None
+    dlora_b = allocate(head.lora[1], memory_format=contiguous) if head.lora is not None and need_b else None
 
     for cut in tiles.slices():
-        dwide_weight = zeros(cut.stop - cut.start, weight_columns.stop - weight_columns.start)
+        dwide_weight = dwide_weight_buffer[: cut.stop - cut.start].zero_()
         dbias_cut = zeros(cut.stop - cut.start)
         for block in tiles.blocks():
             span = block.span
@@ -294,16 +312,22 @@ def streaming_backward(
         if dbias is not None:
             dbias[out] = dbias_cut
 
-    dlora_a = dhidden = None
-    if head.lora is not None and (need_hidden or need_a):
-        a, _, scale = head.lora
-        through_a = scale * dwide_hidden[: rows.numel(), -rank:]
-        with matmul_precision(tiles.acc_dtype):
-            if need_a:
-                dlora_a = (through_a.T @ hidden[rows].to(tiles.acc_dtype)).to(a.dtype)
-            if need_hidden:
-                dwide_hidden[: rows.numel(), :D] += through_a @ a.to(tiles.dtype).to(tiles.acc_dtype)
-    if need_hidden:
-        dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
-        dhidden.index_copy_(0, rows, dwide_hidden[: rows.numel(), :D].to(hidden.dtype))
+    through_b = dwide_hidden[:, dwide_hidden.shape[1] - rank :] if rank and (need_hidden or need_a) else None
+    dlora_a = zeros(rank, D) if rank and need_a else None
+    dhidden = torch.zeros_like(hidden, memory_format=contiguous) if need_hidden else None
+    for block in tiles.blocks():  # a block at a time: nothing here is as large as the batch
+        rows_of_block = rows[block.span]
+        grad = dwide_hidden[block.span, :D]
+        if through_b is not None and head.lora is not None:
+            a, _, scale = head.lora
+            dthrough_a = scale * through_b[block.span]
+            with matmul_precision(tiles.acc_dtype):
+                if dlora_a is not None:
+                    dlora_a.addmm_(dthrough_a.T, block.hidden[:, :D].to(tiles.acc_dtype))
+                if need_hidden:
+                    grad.addmm_(dthrough_a, a.to(tiles.dtype).to(tiles.acc_dtype))
+        if dhidden is not None:
+            dhidden[rows_of_block] = grad[: rows_of_block.numel()].to(hidden.dtype)
+    if dlora_a is not None and head.lora is not None:
+        dlora_a = dlora_a.to(head.lora[0].dtype)
     return HeadGrads(dhidden, dweight, dbias, dlora_a, dlora_b)

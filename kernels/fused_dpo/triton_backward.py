@@ -118,8 +118,12 @@ def _dlogits_kernel(
 
 
 def slice_width(R: int, V: int, itemsize: int, workspace_mib: int) -> int:
-    """Columns of a slice whose dz fits into the workspace: a multiple of 256, at least that and not much beyond V."""
-    fits = workspace_mib * 2**20 // (max(R, 1) * itemsize)
+    """Columns of a slice whose dz fits into three quarters of the workspace: a multiple of 256, and not much beyond V.
+
+    The last quarter is for products on their way into a sum. Few, wide slices: each reads and writes the fp32 gradient
+    of the hidden states once.
+    """
+    fits = workspace_mib * 2**20 * 3 // 4 // (max(R, 1) * itemsize)
     return min(max(fits // 256, 1), -(-V // 256)) * 256
 
 
@@ -138,9 +142,8 @@ def triton_backward(
 
     Numerics: dz is held in the hidden states' dtype (fp16: scaled so that its largest upstream gradient is 1, as its
         range ends at 6e-8); both products accumulate in fp32 and are rounded once.
-    Memory: `workspace_mib` for dz and as much for products on their way into a sum, 4·D bytes a scored row for the
-        hidden states' gradient, and a copy of the scored hidden states if not all rows are scored. No synchronisation
-        with the host.
+    Memory: `workspace_mib`, 4·D bytes a scored row for the hidden states' gradient, and a copy of the scored hidden
+        states if not all rows are scored. No synchronisation with the host.
     """
     need_hidden, need_weight, need_bias, need_a, need_b = needs
     R, (V, D) = rows.numel(), head.weight.shape
@@ -175,7 +178,7 @@ def triton_backward(
 
     width = slice_width(R, V, hidden.element_size(), workspace_mib)
     workspace = torch.empty(R, width, dtype=hidden.dtype, device=hidden.device)
-    block_rows = max(workspace_mib * 2**20 // (4 * D), 256)  # the products that are added up take as much again
+    block_rows = max(workspace_mib * 2**20 // 4 // (4 * D), 256)
     dz_blocks = [slice(first, first + block_rows) for first in range(0, R, block_rows)]
     for start in range(0, V if R else 0, width):
         stop = min(start + width, V)

@@ -63,6 +63,8 @@ def check_scoring(
     target = _check_targets(aligned, V, ignore_index)
     if options.row_index is not None:
         _check_row_index(options.row_index, target)
+        chosen = target[options.row_index]
+        target = torch.full_like(target, IGNORED).index_copy(0, options.row_index, chosen)
     return Scoring(hidden.reshape(T, hidden.shape[-1]), target, offsets, labels.shape, _check_head(head, hidden.device))
 
 

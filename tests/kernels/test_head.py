@@ -303,7 +303,9 @@ def test_several_active_adapters_are_refused() -> None:
 def test_unknown_logits_scaling_is_refused() -> None:
     model = causal_lm()
     model.config.logits_scaling = 2.0  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
-    with pytest.raises(NotImplementedError, match=r"logits_scaling = 2.0 of model type 'llama'.*logit_scale set"):
+    with pytest.raises(
+        NotImplementedError, match=r"logits_scaling = 2.0 of model type 'llama'.*logit_scale or softcap"
+    ):
         head_of(model)
 
 

@@ -32,7 +32,7 @@ class ModelOptions:
     """Device to train on; auto takes a GPU if there is one."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: much less memory for about a third more time."""
-    workspace_mib: int = 64
+    workspace_mib: int = 128
     """Memory in MiB that the head may use for its slices of the vocabulary."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Only for models you trust."""

@@ -44,7 +44,7 @@ def describe() -> str:
             )
     else:
         lines.append(("cuda", "no device"))
-    lines.append(("head implementation", "streaming"))
+    lines.append(("head implementation", "triton" if torch.cuda.is_available() else "streaming"))
     lines.append(("attention", "packed, torch SDPA a segment"))
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)

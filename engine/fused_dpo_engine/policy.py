@@ -35,7 +35,7 @@ class Policy(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, compute_dtype: torch.dtype, *, workspace_mib: int = 64, ld_alpha: float | None = None
+        self, model: nn.Module, compute_dtype: torch.dtype, *, workspace_mib: int = 128, ld_alpha: float | None = None
     ) -> None:
         super().__init__()
         self.model: Any = model

@@ -62,7 +62,7 @@ def train(config: TrainConfig) -> Summary:
     trainable = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     console.print(
         f"model: {type(policy.causal_lm).__name__}, {trainable / 1e6:.1f} M trainable weights, {config.model.dtype} on "
-        f"{device}, attention packed (SDPA a segment), head streaming"
+        f"{device}, attention packed (SDPA a segment), head {'triton' if device.type == 'cuda' else 'streaming'}"
     )
     shortest = sorted(range(len(pairs)), key=lambda i: len(pairs[i].chosen_ids) + len(pairs[i].rejected_ids))
     policy.self_test(pack(pairs, shortest[:2]).to(device))

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
+from fused_dpo_engine.errors import UserError
 from fused_dpo_engine.packing import AttentionPlan
 
 ATTENTION_NAME = "fused_dpo"
 
 
-class UnsupportedModelError(ValueError):
+class UnsupportedModelError(UserError):
     """The model's architecture cannot run packed."""
 
 

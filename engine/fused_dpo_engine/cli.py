@@ -97,7 +97,7 @@ def arguments_of_file(path: str) -> list[str]:
         raise UserError(f"--config needs an existing YAML file, got {path!r}.")
     try:
         settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(settings, dict):
         raise UserError(f"{path} must hold `name: value` lines, got {type(settings).__name__}.")

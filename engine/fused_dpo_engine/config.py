@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -147,7 +148,10 @@ class OptimizerOptions:
     """Clip the gradient to this 2-norm; 0 does not clip."""
 
     def __post_init__(self) -> None:
-        _require(self.learning_rate > 0, f"learning-rate must be positive, got {self.learning_rate}.")
+        _require(0 < self.learning_rate < math.inf, f"learning-rate must be positive, got {self.learning_rate}.")
+        for name, beta in (("adam-beta1", self.adam_beta1), ("adam-beta2", self.adam_beta2)):
+            _require(0 <= beta < 1, f"{name} must lie in [0, 1), got {beta}.")
+        _require(self.adam_epsilon > 0, f"adam-epsilon must be positive, got {self.adam_epsilon}.")
         _require(0 <= self.warmup_ratio <= 1, f"warmup-ratio must lie in [0, 1], got {self.warmup_ratio}.")
         _require(self.max_grad_norm >= 0, f"max-grad-norm must not be negative, got {self.max_grad_norm}.")
         _require(self.weight_decay >= 0, f"weight-decay must not be negative, got {self.weight_decay}.")
@@ -187,7 +191,8 @@ class RunOptions:
             value = getattr(self, name)
             _require(value >= least, f"{name.replace('_', '-')} must be at least {least}, got {value}.")
         _require(self.max_steps is None or self.max_steps >= 1, f"max-steps must be at least 1, got {self.max_steps}.")
-        _require(self.epochs > 0, f"epochs must be positive, got {self.epochs}.")
+        _require(0 < self.epochs < math.inf, f"epochs must be positive and finite, got {self.epochs}.")
+        _require(0 <= self.seed < 2**63, f"seed must lie in [0, 2^63), got {self.seed}.")
         _require(self.early_stopping_patience >= 0, "early-stopping-patience must not be negative.")
 
 

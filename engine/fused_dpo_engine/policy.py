@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from fused_dpo import KernelOptions, fused_dpo_logps, fused_token_logps, get_batch_logps, head_of
 from fused_dpo.autograd import sequence_sum
@@ -75,7 +76,7 @@ class Policy(nn.Module):
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision that the model computes in."""
-        if self.compute_dtype == torch.float32:
+        if self.compute_dtype.itemsize > 2:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.compute_dtype)
 
@@ -154,20 +155,40 @@ def load_model(name: str, options: ModelOptions, dtype: torch.dtype, device: tor
     """
     _check_source(name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(name, trust_remote_code=options.trust_remote_code)
+        _switch_dropout_off(config)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
+            config=config,
             dtype=dtype,
             attn_implementation=ATTENTION_NAME,
             trust_remote_code=options.trust_remote_code,
             use_safetensors=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
+        model, info = loaded
+    except (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise UserError(f"no causal language model could be loaded from {name}: {_first_line(error)}") from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise UserError(
+            f"the weights in {name} lack {len(missing)} tensors that its configuration asks for, such as {missing[0]}; "
+            f"they would be random."
+        )
     check_packable(model)
-    for module in model.modules():  # policy and reference have to be the same function, so neither drops anything
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return model.to(device)  # pyright: ignore[reportArgumentType]
+    try:
+        head_of(model)
+    except (NotImplementedError, TypeError) as error:
+        raise UserError(f"{name}: {_first_line(error)}") from error
+    return model.to(device)
+
+
+def _switch_dropout_off(config: Any) -> None:
+    """Policy and reference have to be the same function, so neither drops anything: no module, and no call without."""
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        for name, value in vars(part).items():
+            if isinstance(value, float) and ("drop" in name or name.endswith("pdrop")):
+                setattr(part, name, 0.0)
 
 
 def build_policy(

@@ -54,6 +54,7 @@ def train(config: TrainConfig) -> Summary:
     if config.model.ref_model and needs_reference(config.loss.loss_type):
         frozen = dataclasses.replace(config.model, model=config.model.ref_model)
         scorer = build_policy(frozen, LoraOptions(), device, ld_alpha=config.loss.ld_alpha)
+        _check_vocabulary(scorer, pairs + held_out)
         reference, held_out_reference = _score(config, scorer, pairs, held_out, console)
         del scorer
         gc.collect()  # the model and its modules refer to each other
@@ -82,11 +83,12 @@ def train(config: TrainConfig) -> Summary:
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
+    for folder in (output, *output.parents):
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--output {output}: {folder} is a file; give a folder.")
     there = [name for name in RUN_FILES if (output / name).exists()]
     if there and not overwrite:
         raise UserError(f"{output} already holds a run ({', '.join(there)}); choose another --output or --overwrite.")
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output} is a file; give a folder.")
 
 
 def _open_output(output: Path) -> None:
@@ -128,7 +130,10 @@ def _load_pairs(
     if data.chat_template:
         if not Path(data.chat_template).is_file():
             raise UserError(f"--chat-template {data.chat_template}: no such file.")
-        template = Path(data.chat_template).read_text(encoding="utf-8")
+        try:
+            template = Path(data.chat_template).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"--chat-template {data.chat_template} is no UTF-8 text: {error}") from error
 
     def load(source: str, split: str, kind: str) -> list[TokenPair]:
         tokenized: TokenizedPairs = tokenize_pairs(

@@ -243,7 +243,7 @@ class Trainer:
         value, best = metrics[name], self.summary.best_value
         sign = -1 if name == "eval_loss" else 1
         self._evaluations_without_gain += 1
-        if best is None or sign * value > sign * best:
+        if math.isfinite(value) and (best is None or sign * value > sign * best):
             self.summary.best_step, self.summary.best_value = step, value
             self._evaluations_without_gain = 0
             self._save("best")

@@ -261,9 +261,12 @@ class TestBadInput:
         (folder / "config.json").write_text("{")
         self.check(train(model=folder), str(folder), tmp_path / "run")
 
-    @pytest.mark.parametrize("family", ["bloom", "gptj", "mamba", "gpt_oss", "minicpm3"])
-    def test_model_that_cannot_be_packed(self, train, tmp_path, family):
-        folder = save_folder(tmp_path / "model", family)
+    @pytest.mark.parametrize(
+        ("family", "changes"),
+        [("bloom", {}), ("gptj", {}), ("mamba", {}), ("gpt_oss", {}), ("llama", {"logits_scaling": 2.0})],
+    )
+    def test_model_that_cannot_be_packed(self, train, tmp_path, family, changes):
+        folder = save_folder(tmp_path / "model", family, **changes)
         self.check(train(model=folder), "fused-dpo: ", tmp_path / "run")
 
     @pytest.mark.parametrize("option", ["model", "ref_model"])

@@ -156,8 +156,9 @@ class TestCheckpointing:
 
 
 class TestPrecision:
-    def test_bf16_autocast_keeps_fp32_weights_and_results(self):
-        model = tiny_model(dtype=torch.float32, scale=3.0)
+    @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+    def test_bf16_autocast_keeps_fp32_weights_and_results(self, family):
+        model = tiny_model(family, dtype=torch.float32, scale=3.0)
         exact = policy_of(model)(BATCH)
         logps = Policy(model, torch.bfloat16)(BATCH)
         assert logps.dtype == torch.float32
@@ -368,6 +369,7 @@ class TestBuilding:
         kinds = {("lora_" in name, p.requires_grad, p.dtype) for name, p in policy.named_parameters()}
         assert kinds == {(True, True, torch.float32), (False, False, torch.bfloat16)}
         assert policy.model.peft_config["default"].lora_alpha == 4  # twice the rank
+        assert any(getattr(module, "gradient_checkpointing", False) for module in policy.modules())
         policy(BATCH).sum().backward()
         assert all(p.grad is not None for p in policy.parameters() if p.requires_grad)
 
@@ -393,10 +395,14 @@ class TestBuilding:
         assert torch.equal(first, again)
         policy.self_test(BATCH)
 
-    @pytest.mark.parametrize("family", [*REFUSED, "gpt_oss", "minicpm3"])
+    @pytest.mark.parametrize("family", [*REFUSED, "gpt_oss", "unknown factor on the logits"])
     def test_what_cannot_be_packed_is_the_users_to_know(self, tmp_path, family):
         """A message, not a traceback, from loading or from the self-test."""
-        folder = save_folder(tmp_path / family, family, tokenizer=None)
+        folder = tmp_path / family
+        if family.startswith("unknown factor"):
+            save_folder(folder, "llama", tokenizer=None, logits_scaling=2.0)
+        else:
+            save_folder(folder, family, tokenizer=None)
         with pytest.raises(UserError) as caught:
             build_policy(ModelOptions(str(folder), dtype="float32"), LoraOptions(), CPU).self_test(BATCH)
         assert "\n" not in str(caught.value)

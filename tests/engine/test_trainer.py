@@ -224,6 +224,49 @@ class TestLearning:
             assert first["loss"] == pytest.approx(LN2, abs=1e-6)
             assert first["rewards/chosen"] == first["rewards/rejected"] == 0
 
+    def test_against_a_plain_loop(self, train_tiny, tiny_llama, toy_data):
+        """DPO as the paper has it, a pair at a time with full logits, and torch's AdamW."""
+        run = train_tiny(max_steps=6, adam_epsilon=1e-2, learning_rate=1e-2, max_grad_norm=2.0, beta=0.3, **FLAT)
+
+        pairs = tokenize_pairs(read_rows(toy_data), byte_tokenizer(), max_length=48).pairs
+        model: Any = AutoModelForCausalLM.from_pretrained(tiny_llama, attn_implementation="eager")
+        with torch.no_grad():
+            ref = own_logps(model, pairs)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-2, weight_decay=0)
+        for line, indices in zip(run.metrics, steps_of(24, 6, seed=0, steps=6), strict=True):
+            losses, margins = [], []
+            for i in indices:
+                chosen, rejected = own_logps(model, [pairs[i]]) - ref[2 * i : 2 * i + 2]
+                margins.append(0.3 * (chosen - rejected))
+                losses.append(-torch.nn.functional.logsigmoid(margins[-1]))
+            loss = torch.stack(losses).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 2.0)
+            optimizer.step()
+            assert line["loss"] == pytest.approx(float(loss), abs=1e-4)
+            assert line["grad_norm"] == pytest.approx(float(norm), rel=1e-3)
+            assert line["rewards/margins"] == pytest.approx(float(torch.stack(margins).mean()), abs=1e-3)
+        assert abs(run.metrics[-1]["loss"] - LN2) > 0.1  # the steps have done something
+        assert largest_difference(run.weights(), dict(model.state_dict())) < 1e-4
+
+    def test_reference_sees_the_batches_of_training(self, train_tiny, monkeypatch):
+        """In larger models another batch shape gives other last bits, and the first rewards were not exactly 0."""
+        scored, trained = [], []
+        forward = Policy.forward
+
+        def recorded(self, batch):
+            (trained if torch.is_grad_enabled() else scored).append(batch.pair_indices)
+            return forward(self, batch)
+
+        monkeypatch.setattr(Policy, "forward", recorded)
+        train_tiny(max_steps=6)
+        self_test, *scored = scored
+        assert len(self_test) == 2
+        assert sorted(i for indices in scored for i in indices) == list(range(24))
+        assert trained[: len(scored)] == scored
+        assert len(trained) > len(scored)
+
     @pytest.mark.parametrize("loss_type", LOSS_TYPES)
     def test_every_loss(self, train_tiny, tiny_llama, monkeypatch, loss_type):
         scored = []

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fused_dpo.head import HeadGrads, LMHead
 from fused_dpo.precision import matmul_precision
-from fused_dpo.triton_configs import tile_config
+from fused_dpo.triton_autotune import choose_config
 from fused_dpo.triton_tile import architecture, interpreted, logits_tile, on_device, tile_arguments
 
 
@@ -147,7 +147,7 @@ def triton_backward(
     """
     need_hidden, need_weight, need_bias, need_a, need_b = needs
     R, (V, D) = rows.numel(), head.weight.shape
-    config = tile_config(architecture(hidden.device), hidden.dtype, head)
+    config = choose_config(architecture(hidden.device), hidden, head, want_stats=False)
     upstream = dlogps[rows].float()
     unit = torch.ones((), device=hidden.device)
     if hidden.dtype == torch.float16 and R:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fused_dpo.head import LMHead
 from fused_dpo.stats import TokenStats
-from fused_dpo.triton_configs import SPLIT_COLUMNS, tile_config
+from fused_dpo.triton_autotune import choose_config
+from fused_dpo.triton_configs import SPLIT_COLUMNS, TileConfig
 from fused_dpo.triton_tile import architecture, logits_tile, on_device, tile_arguments
 
 MERGE_ROWS = 128
@@ -183,7 +184,14 @@ def _merge_splits_kernel(
 
 
 def triton_forward(
-    hidden: Tensor, target: Tensor, rows: Tensor, head: LMHead, _workspace_mib: int, *, want_stats: bool
+    hidden: Tensor,
+    target: Tensor,
+    rows: Tensor,
+    head: LMHead,
+    _workspace_mib: int,
+    *,
+    want_stats: bool,
+    config: TileConfig | None = None,
 ) -> tuple[Tensor, Tensor, TokenStats | None]:
     """Log-prob and softmax state of every row, and the stats if wanted: `streaming_forward` on CUDA.
 
@@ -192,7 +200,7 @@ def triton_forward(
     """
     T, R = hidden.shape[0], rows.numel()
     V = head.weight.shape[0]
-    config = tile_config(architecture(hidden.device), hidden.dtype, head, want_stats=want_stats)
+    config = config or choose_config(architecture(hidden.device), hidden, head, want_stats=want_stats)
     splits = -(-V // SPLIT_COLUMNS)
     logps = torch.zeros(T, dtype=torch.float32, device=hidden.device)
     state = torch.zeros(2, T, dtype=torch.float32, device=hidden.device)

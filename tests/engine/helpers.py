@@ -56,6 +56,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmo2": {},
     "gpt2": NO_DROPOUT_GPT2,
     "gpt_neox": {"num_key_value_heads": None},
+    "deepseek_v3": {  # values of another width than queries and keys
+        **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim"), 8),
+        **{"num_key_value_heads": 4, "v_head_dim": 12, "first_k_dense_replace": 2},
+    },
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0},
 }
 """Model types that can be packed, and what sets each apart."""

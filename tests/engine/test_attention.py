@@ -64,6 +64,20 @@ class TestAgainstMaskedSoftmax:
         ):
             torch.testing.assert_close(mine, true, rtol=1e-10, atol=1e-11)
 
+    @pytest.mark.parametrize("softcap", [None, 1.5])
+    def test_values_of_another_width(self, softcap):
+        """As in multi-head latent attention."""
+        q, k, v = inputs()
+        v = torch.cat((v, v[..., :3]), -1)
+        got, _ = packed_attention(LAYER, q, k, v, None, softcap=softcap, fused_dpo_plan=PLAN)
+        torch.testing.assert_close(got, masked_softmax(q, k, v, SEGMENTS, softcap=softcap))
+
+    @pytest.mark.parametrize("plan", [PLAN, None])
+    def test_the_output_can_be_viewed(self, plan):
+        """Models such as JetMoE and AFMoE take `view` to it, as every function of transformers' own allows."""
+        got, _ = packed_attention(LAYER, *inputs(), None, fused_dpo_plan=plan)
+        assert got.view(1, 20, 32).shape == (1, 20, 32)
+
     @pytest.mark.parametrize("sliding_window", [None, 6])
     def test_without_a_plan_every_row_is_one_segment(self, sliding_window):
         tensors = inputs(batch=3)

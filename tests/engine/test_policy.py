@@ -287,10 +287,12 @@ def blind_attention(*tensors, fused_dpo_plan=None, **settings):
 
 
 class TestSelfTest:
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_catches_attention_that_ignores_the_plan(self, monkeypatch, dtype):
+    @pytest.mark.parametrize(
+        ("dtype", "ld_alpha"), [(torch.float32, None), (torch.bfloat16, None), (torch.float32, 0.5)]
+    )
+    def test_catches_attention_that_ignores_the_plan(self, monkeypatch, dtype, ld_alpha):
         set_attention(monkeypatch, blind_attention)
-        policy = Policy(tiny_model(dtype=torch.float32, scale=3.0), dtype)
+        policy = Policy(tiny_model(dtype=torch.float32, scale=3.0), dtype, ld_alpha=ld_alpha)
         with pytest.raises(UserError, match=r"LlamaForCausalLM does not score packed .*is not supported"):
             policy.self_test(BATCH)
 

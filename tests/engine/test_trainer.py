@@ -244,9 +244,9 @@ class TestLearning:
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 2.0)
             optimizer.step()
-            assert line["loss"] == pytest.approx(float(loss), abs=1e-4)
-            assert line["grad_norm"] == pytest.approx(float(norm), rel=1e-3)
-            assert line["rewards/margins"] == pytest.approx(float(torch.stack(margins).mean()), abs=1e-3)
+            assert line["loss"] == pytest.approx(loss.item(), abs=1e-4)
+            assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
+            assert line["rewards/margins"] == pytest.approx(torch.stack(margins).mean().item(), abs=1e-3)
         assert abs(run.metrics[-1]["loss"] - LN2) > 0.1  # the steps have done something
         assert largest_difference(run.weights(), dict(model.state_dict())) < 1e-4
 

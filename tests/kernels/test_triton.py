@@ -4,6 +4,7 @@ The interpreter multiplies fp32 and fp16 alone, so bf16 is left to GPUs. Sizes c
 small tiles (16 rows x 32 columns x 16 dimensions): one below, one above, exactly, and 1.
 """
 
+import itertools
 import json
 import math
 import os
@@ -17,11 +18,12 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from torch import Tensor
 
-from fused_dpo import KernelOptions, LMHead, fused_dpo_logps, fused_token_logps
+from fused_dpo import KernelOptions, LMHead, fused_dpo_logps, fused_token_logps, triton_autotune
 from fused_dpo.triton_backward import slice_width
-from fused_dpo.triton_configs import SPLIT_COLUMNS, TILE_CONFIGS, tile_config
+from fused_dpo.triton_configs import INTERPRETER_CONFIG, SPLIT_COLUMNS, TILE_CONFIGS, TileConfig, tile_config
 from tests.kernels.helpers import (
     DIFFERENTIABLE,
     IGNORE,
@@ -260,6 +262,51 @@ def test_configurations_never_depend_on_the_batch() -> None:
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             for want_stats in (False, True):
                 assert tile_config(architecture, dtype, plain, want_stats=want_stats) in TILE_CONFIGS.values()
+
+
+class TestAutotune:
+    """Off by default; where it is on, the fastest candidate that runs wins, once per head shape."""
+
+    @pytest.fixture
+    def times(self, monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
+        """Milliseconds that each call of the timer answers, by its number; a missing one does not fit the device."""
+        answers: dict[int, float] = {}
+        calls = itertools.count()
+
+        def do_bench(function: Any, **_: Any) -> float:
+            function()  # every candidate really runs
+            call = next(calls)
+            if call not in answers:
+                raise triton.runtime.errors.OutOfResources(1, 0, "shared memory")
+            return answers[call]
+
+        monkeypatch.setattr(triton.testing, "do_bench", do_bench)
+        monkeypatch.setattr(triton_autotune, "TUNING_ROWS", 8)
+        monkeypatch.setattr(triton_autotune, "_tuned", {})
+        return answers
+
+    def choose(self, architecture: int = 90) -> TileConfig:
+        head = LMHead(torch.randn(40, 9, device=DEVICE))
+        return triton_autotune.choose_config(architecture, torch.randn(3, 9, device=DEVICE), head, want_stats=False)
+
+    def test_off(self, times: dict[int, float], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("FUSED_DPO_AUTOTUNE", raising=False)
+        assert self.choose() == TILE_CONFIGS[90, 4, False]
+        monkeypatch.setenv("FUSED_DPO_AUTOTUNE", "1")
+        assert self.choose(architecture=0) == INTERPRETER_CONFIG
+
+    def test_on(self, times: dict[int, float], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("FUSED_DPO_AUTOTUNE", "1")
+        times.update({0: 3.0, 2: 2.0})  # the second does not fit
+        fastest = triton_autotune.CANDIDATES[4][2]
+        assert self.choose() == fastest
+        times.clear()
+        assert self.choose() == fastest, "it is timed once"
+
+    def test_nothing_fits(self, times: dict[int, float], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("FUSED_DPO_AUTOTUNE", "1")
+        with pytest.raises(RuntimeError, match="unset FUSED_DPO_AUTOTUNE"):
+            self.choose()
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,74 @@
+"""Opt-in tuning: with `FUSED_DPO_AUTOTUNE=1` the tile shapes are timed on this device once per head shape and dtype.
+
+Off by default. Ranks that tune by themselves may pick different winners, and then sum in different orders: what they
+compute agrees within rounding, not bit for bit.
+"""
+
+import os
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from fused_dpo.head import LMHead
+from fused_dpo.triton_configs import TileConfig, tile_config
+
+TUNING_ROWS = 4096
+"""Rows of the timed forward: fixed, so that the choice does not depend on the first batch."""
+
+CANDIDATES: dict[int, tuple[TileConfig, ...]] = {
+    2: (
+        TileConfig(128, 256, 64, num_warps=8, num_stages=3),
+        TileConfig(128, 256, 64, num_warps=8, num_stages=4),
+        TileConfig(128, 256, 32, num_warps=8, num_stages=4),
+        TileConfig(256, 128, 64, num_warps=8, num_stages=3),
+        TileConfig(128, 128, 64, num_warps=8, num_stages=3),
+        TileConfig(128, 128, 64, num_warps=4, num_stages=4),
+        TileConfig(128, 128, 32, num_warps=8, num_stages=4),
+        TileConfig(64, 256, 64, num_warps=4, num_stages=4),
+    ),
+    4: (
+        TileConfig(64, 64, 32, num_warps=4, num_stages=3),
+        TileConfig(64, 64, 32, num_warps=8, num_stages=3),
+        TileConfig(128, 64, 32, num_warps=8, num_stages=3),
+    ),
+}
+"""Tile shapes to try, by bytes an element."""
+
+_tuned: dict[tuple[object, ...], TileConfig] = {}
+
+
+def choose_config(architecture: int, hidden: Tensor, head: LMHead, *, want_stats: bool) -> TileConfig:
+    """The reviewed configuration, or the fastest candidate if tuning is asked for and there is a device to time."""
+    if architecture == 0 or os.environ.get("FUSED_DPO_AUTOTUNE") != "1":
+        return tile_config(architecture, hidden.dtype, head, want_stats=want_stats)
+    rich = want_stats or head.softcap is not None or head.lora is not None
+    key = (hidden.device, hidden.dtype, tuple(head.weight.shape), rich)
+    if key not in _tuned:
+        _tuned[key] = fastest(hidden, head, want_stats=want_stats)
+    return _tuned[key]
+
+
+def fastest(hidden: Tensor, head: LMHead, *, want_stats: bool) -> TileConfig:
+    """Time the forward with every candidate on random rows; one that does not compile or fit is passed over."""
+    from fused_dpo.triton_forward import triton_forward
+
+    V, D = head.weight.shape
+    states = torch.randn(TUNING_ROWS, D, device=hidden.device).to(hidden.dtype)
+    target = torch.arange(TUNING_ROWS, device=hidden.device) % V
+    rows = torch.arange(TUNING_ROWS, device=hidden.device)
+    times: dict[TileConfig, float] = {}
+    for config in CANDIDATES[hidden.dtype.itemsize]:
+
+        def forward(config: TileConfig = config) -> object:
+            return triton_forward(states, target, rows, head, 0, want_stats=want_stats, config=config)
+
+        try:
+            median: Any = triton.testing.do_bench(forward, warmup=20, rep=100, return_mode="median")
+        except (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError):
+            continue
+        times[config] = median
+    if not times:
+        raise RuntimeError("no tile shape fits this device; unset FUSED_DPO_AUTOTUNE to use the reviewed table.")
+    return min(times, key=times.__getitem__)

@@ -76,8 +76,8 @@ def packed_attention(
         pieces = []
         for start, stop in segments:
             q, k, v = query[:, :, start:stop], key[:, :, start:stop], value[:, :, start:stop]
-            pieces.append(_segment_attention(q, k, v, scaling, sliding_window, softcap))
-    return torch.cat(pieces, dim=2).transpose(1, 2).to(dtype), None
+            pieces.append(_segment_attention(q, k, v, scaling, sliding_window, softcap).transpose(1, 2))
+    return torch.cat(pieces, dim=1).to(dtype), None
 
 
 def _segment_attention(

@@ -56,6 +56,9 @@ class Policy(nn.Module):
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Log-probs [2B] of the batch's sequences, `[chosen 0, rejected 0, chosen 1, ...]`, fp32."""
+        return self._score(batch, self.ld_alpha)
+
+    def _score(self, batch: PackedBatch, ld_alpha: float | None) -> Tensor:
         with self.autocast():
             hidden = self.causal_lm.base_model(
                 input_ids=batch.input_ids,
@@ -68,9 +71,9 @@ class Policy(nn.Module):
             rows = hidden.index_select(0, batch.scored_rows)
             arguments: Any = (rows, head_of(self.causal_lm), batch.targets)
             settings: Any = {"cu_seqlens": batch.cu_scored, "shift": False, "options": self.options}
-            if self.ld_alpha is None:
+            if ld_alpha is None:
                 return fused_dpo_logps(*arguments, **settings)
-            weights = desensitized_weights(batch.chosen_lengths, batch.rejected_lengths, self.ld_alpha)
+            weights = desensitized_weights(batch.chosen_lengths, batch.rejected_lengths, ld_alpha)
             token_logps = fused_token_logps(*arguments, **settings).logps
         return sequence_sum(token_logps * weights.to(rows.device), batch.cu_scored.long())
 
@@ -95,7 +98,7 @@ class Policy(nn.Module):
             UserError: mean token log-probs differ by more than 0.001 in float32, or 0.1 in bfloat16 (where the model's
                 own logits are rounded to 8 bits; sequences that see each other are off by several nats).
         """
-        packed = self(batch)
+        packed = self._score(batch, None)
         counts = torch.stack((batch.chosen_lengths, batch.rejected_lengths), dim=1).flatten()
         bound = 1e-3 if self.compute_dtype == torch.float32 else 0.1
         scored = torch.full_like(batch.input_ids[0], -100)
@@ -107,7 +110,7 @@ class Policy(nn.Module):
             own = get_batch_logps(logits, labels)[0]
             difference = float((packed[index] - own).abs() / counts[index])
             # Without a plan the attention function runs plain causal attention: packing is what is compared.
-            if self.ld_alpha is None and not difference <= bound:
+            if not difference <= bound:
                 raise UserError(
                     f"{type(self.causal_lm).__name__} does not score packed sequences as it scores them one by one: "
                     f"mean token log-prob {float(packed[index] / counts[index]):.4f} packed, "

@@ -37,6 +37,7 @@ def toy_settings(tiny_llama: Path, toy_data: Path) -> dict[str, Any]:
         "max_length": 48,
         "learning_rate": 1e-3,
         "dtype": "float32",
+        "device": "cpu",
         "tensorboard": False,
     }
 

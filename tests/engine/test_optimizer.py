@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -33,6 +33,7 @@ class TestFactor:
     def test_by_hand(self, schedule, warmup, expected):
         assert [learning_rate_factor(step, 4, warmup, schedule) for step in range(4)] == pytest.approx(expected)
 
+    @settings(deadline=None)
     @given(
         total=st.integers(1, 200), warmup_share=st.floats(0, 1, allow_nan=False), schedule=st.sampled_from(SCHEDULES)
     )

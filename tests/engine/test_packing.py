@@ -6,7 +6,7 @@ from collections import defaultdict
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -32,6 +32,7 @@ def first_fit(costs: list[int], budget: int) -> int:
 
 
 class TestPlan:
+    @settings(deadline=None)
     @given(costs=st.lists(st.integers(1, 50), max_size=60), budget=st.integers(50, 200))
     def test_properties(self, costs, budget):
         plan = plan_batches(costs, budget)
@@ -82,6 +83,7 @@ def slow_pack(pairs: list[TokenPair]) -> dict[str, list]:
 
 
 class TestPack:
+    @settings(deadline=None)
     @given(shapes=shapes, order=st.randoms(use_true_random=False))
     def test_against_slow_construction(self, shapes, order):
         pairs = make_pairs(*shapes)
@@ -109,6 +111,7 @@ class TestPack:
         assert batch.cu_scored.tolist() == [0, 1, 3]
         assert batch.attention == AttentionPlan(((0, 3), (3, 7)))
 
+    @settings(deadline=None)
     @given(shapes=shapes, extra=st.integers(0, 60))
     def test_pack_all_splits_no_pair(self, shapes, extra):
         pairs = make_pairs(*shapes)

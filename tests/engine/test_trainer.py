@@ -86,7 +86,7 @@ class TestFiles:
         assert parse_train(["--config", str(path), "--output", "elsewhere"]).run.output == "elsewhere"
 
     def test_automatic_choices_are_in_the_config(self, train_tiny):
-        run = train_tiny(max_length=None, dtype="auto", max_steps=1)
+        run = train_tiny(max_length=None, dtype="auto", device=None, max_steps=1)
         flat = json.loads((run.output / "config.json").read_text(encoding="utf-8"))
         assert flat["max_length"] == 80  # half of tokens_per_batch, as the model has 128 positions
         assert flat["dtype"] in ("float32", "bfloat16")

@@ -63,6 +63,10 @@ def packed_attention(
         raise ValueError("packed attention takes no attention_mask; pass attention_mask=None and use_cache=False.")
     if s_aux is not None:
         raise UnsupportedModelError("attention sinks (s_aux, as in gpt-oss) are not supported by packed attention.")
+    if getattr(module, "is_causal", True) is False:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} attends in both directions; only causal models are packed."
+        )
     segments = ((0, query.shape[2]),) if fused_dpo_plan is None else fused_dpo_plan.segments
     if segments[-1][1] != query.shape[2]:
         raise ValueError(f"the plan covers {segments[-1][1]} tokens, the batch has {query.shape[2]}.")

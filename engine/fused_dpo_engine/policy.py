@@ -73,7 +73,8 @@ class Policy(nn.Module):
             settings: Any = {"cu_seqlens": batch.cu_scored, "shift": False, "options": self.options}
             if ld_alpha is None:
                 return fused_dpo_logps(*arguments, **settings)
-            weights = desensitized_weights(batch.chosen_lengths, batch.rejected_lengths, ld_alpha)
+            lengths = batch.chosen_lengths.tolist(), batch.rejected_lengths.tolist()
+            weights = desensitized_weights(*lengths, ld_alpha)
             token_logps = fused_token_logps(*arguments, **settings).logps
         return sequence_sum(token_logps * weights.to(rows.device), batch.cu_scored.long())
 

@@ -124,6 +124,12 @@ class TestRefusals:
         with pytest.raises(UnsupportedModelError, match="s_aux"):
             packed_attention(LAYER, *inputs(), None, s_aux=torch.zeros(4))
 
+    def test_attention_in_both_directions(self):
+        layer = nn.Module()
+        vars(layer)["is_causal"] = False
+        with pytest.raises(UnsupportedModelError, match="both directions"):
+            packed_attention(layer, *inputs(), None)
+
     @pytest.mark.parametrize("tokens", [19, 21])
     def test_a_plan_for_another_row(self, tokens):
         with pytest.raises(ValueError, match=f"the plan covers 20 tokens, the batch has {tokens}"):

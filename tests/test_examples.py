@@ -1,0 +1,73 @@
+"""The README's code, the example data and the fetching of the example model."""
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from examples import smollm2
+from fused_dpo_engine.data import parse_row, read_rows
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_readme_snippet() -> None:
+    """The first block of Python in the README runs as it stands and gives the log-probs that logits give."""
+    snippet = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)[0]
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes))
+    input_ids = torch.randint(50, (4, 9))
+    mask = torch.ones_like(input_ids)
+    mask[1, 6:] = 0
+    labels = input_ids.masked_fill(mask == 0, -100)
+    labels[:, :3] = -100
+    names = {"model": model, "input_ids": input_ids, "mask": mask, "labels": labels}
+    names |= {"ref_chosen": torch.zeros(2), "ref_rejected": torch.zeros(2)}
+    exec(snippet, names)
+    assert model.lm_head.weight.grad is not None
+    token_logps = model(input_ids, attention_mask=mask).logits[:, :-1].log_softmax(-1)
+    picked = token_logps.gather(2, labels[:, 1:].clamp(min=0)[..., None]).squeeze(2)
+    expected = picked.masked_fill(labels[:, 1:] == -100, 0.0).sum(1)
+    torch.testing.assert_close(names["logps"], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_example_preferences() -> None:
+    """At least 200 different pairs, each of them usable, and length does not tell which response is preferred."""
+    pairs = [parse_row(row) for row in read_rows(ROOT / "examples" / "preferences.jsonl")]
+    assert len({str(pair.prompt) for pair in pairs}) == len(pairs) >= 200
+
+    def words(response: object) -> int:
+        assert isinstance(response, list)
+        return len(response[0]["content"].split())
+
+    longer = sum(words(pair.rejected) > words(pair.chosen) for pair in pairs) / len(pairs)
+    assert 0.4 < longer < 0.6
+
+
+def test_model_that_cannot_be_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message names the way out, and no half of a model is left to be taken for one."""
+    failed = subprocess.CompletedProcess([], 1, "", "ERROR: no matching distribution")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(RuntimeError, match=r"no matching distribution(.|\n)*--model"):
+        smollm2.prepare_smollm2(tmp_path / "cache" / "model")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_converted_model_is_used_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smollm2, "_download", lambda folder: pytest.fail("downloaded again"))
+    (tmp_path / "config.json").write_text("{}")
+    assert smollm2.prepare_smollm2(tmp_path) == tmp_path
+
+
+def test_digits_are_single_tokens() -> None:
+    """What transformers' GGUF loader loses of SmolLM2's tokenizer, on the converted model where there is one."""
+    folder = smollm2.cache_folder() / "SmolLM2-135M-Instruct"
+    if not folder.is_dir():
+        pytest.skip("SmolLM2 has not been converted here; python -m examples.smollm2 does it")
+    from transformers import AutoTokenizer
+
+    assert AutoTokenizer.from_pretrained(folder).tokenize("In 2024") == ["In", "Ġ", "2", "0", "2", "4"]

@@ -1,6 +1,5 @@
 """The model as DPO sees it: packed pairs in, sequence log-probs out."""
 
-import logging
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,6 @@ from fused_dpo_engine.attention import ATTENTION_NAME, check_packable
 from fused_dpo_engine.config import LoraOptions, ModelOptions
 from fused_dpo_engine.errors import UserError
 from fused_dpo_engine.packing import PackedBatch
-
-logger = logging.getLogger(__name__)
 
 
 class Policy(nn.Module):

@@ -3,7 +3,6 @@
 import dataclasses
 import gc
 import json
-import logging
 import shutil
 from pathlib import Path
 
@@ -24,7 +23,6 @@ from fused_dpo_engine.reference import ReferenceLogps, score_reference
 from fused_dpo_engine.tokenization import tokenize_pairs
 from fused_dpo_engine.trainer import Summary, Trainer, first_pass
 
-logger = logging.getLogger(__name__)
 RUN_FILES = ("config.json", "metrics.jsonl", "summary.json", "tensorboard", "model", "best")
 
 

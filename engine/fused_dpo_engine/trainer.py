@@ -1,6 +1,5 @@
 """The training loop: steps of a fixed number of pairs, split into micro-batches by tokens."""
 
-import logging
 import math
 import sys
 import time
@@ -24,8 +23,6 @@ from fused_dpo_engine.packing import PackedBatch, pack_all
 from fused_dpo_engine.pairs import TokenPair
 from fused_dpo_engine.policy import Policy
 from fused_dpo_engine.reference import ReferenceLogps
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass

@@ -50,7 +50,7 @@ TILE_CONFIGS: dict[tuple[int, int, bool], TileConfig] = {
     (90, 4, False): TileConfig(64, 64, 32, num_warps=4, num_stages=3),
     (90, 4, True): TileConfig(64, 64, 32, num_warps=8, num_stages=3),
     (80, 2, False): TileConfig(128, 128, 32, num_warps=8, num_stages=4),
-    (80, 2, True): TileConfig(128, 128, 32, num_warps=8, num_stages=4),
+    (80, 2, True): TileConfig(128, 64, 64, num_warps=8, num_stages=3),
     (80, 4, False): TileConfig(64, 64, 32, num_warps=8, num_stages=3),
     (80, 4, True): TileConfig(64, 64, 32, num_warps=8, num_stages=3),
 }

@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[1]
 def test_readme_snippet() -> None:
     """The first block of Python in the README runs as it stands and gives the log-probs that logits give."""
     snippet = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)[0]
-    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32}
+    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes))
     input_ids = torch.randint(50, (4, 9))
     mask = torch.ones_like(input_ids)

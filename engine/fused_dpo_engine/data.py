@@ -41,7 +41,7 @@ class DataError(UserError):
 
 def bad_row(where: str, message: str, reason: str) -> DataError:
     """The error for a single unusable row, with the way out that all of them share."""
-    return DataError(f"{where}: {message}. skip_bad_rows drops and counts such rows", reason=reason)
+    return DataError(f"{where}: {message}. --skip-bad-rows drops and counts such rows", reason=reason)
 
 
 @dataclass(frozen=True, slots=True)

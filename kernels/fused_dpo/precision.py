@@ -16,7 +16,7 @@ def has_bf16_units(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
         units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and units
+        return units and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # not every build has the operator
     return False
 
 

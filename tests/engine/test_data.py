@@ -326,7 +326,7 @@ class TestFormats:
         with pytest.raises(DataError, match=r"^pairs\.jsonl:17: .*" + message) as caught:
             parse(values)
         assert caught.value.reason == reason
-        assert str(caught.value).endswith(". skip_bad_rows drops and counts such rows")
+        assert str(caught.value).endswith(". --skip-bad-rows drops and counts such rows")
 
     def test_messages_stay_short(self):
         with pytest.raises(DataError) as caught:

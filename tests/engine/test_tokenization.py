@@ -361,7 +361,7 @@ class TestBadRows:
 
     def test_the_first_one_stops_the_run(self, tmp_path):
         with pytest.raises(
-            DataError, match=r'pairs\.jsonl:2: "chosen" and "rejected" must differ.*skip_bad_rows drops'
+            DataError, match=r'pairs\.jsonl:2: "chosen" and "rejected" must differ.*--skip-bad-rows drops'
         ):
             tokenize_pairs(self.rows(tmp_path), letter_tokenizer(), max_length=10)
         with pytest.raises(DataError, match=r"pairs\.jsonl:5: each line must be one JSON object"):

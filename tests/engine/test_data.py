@@ -85,7 +85,7 @@ class TestSources:
         with pytest.raises(DataError, match=message) as caught:
             parse_row(rows[1])
         assert caught.value.reason == reason
-        assert "skip_bad_rows" in str(caught.value)
+        assert "--skip-bad-rows" in str(caught.value)
         assert len(str(caught.value)) < 500
 
     @pytest.mark.parametrize("wrap", [lambda rows: rows, lambda rows: {"version": 1, "data": rows}])

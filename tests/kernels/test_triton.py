@@ -170,6 +170,13 @@ def test_rows_and_tiles_without_upstream_gradient() -> None:
     assert grads("triton")[0][30:90].abs().max() == 0
 
 
+def test_nan_in_the_upstream_gradient_comes_out() -> None:
+    problem = on_device(make_problem((5,), V=40, D=9).to(torch.float32))
+    leaves = problem.map(lambda tensor: tensor.detach().clone().requires_grad_())
+    (dweight,) = torch.autograd.grad(by_triton(leaves), leaves.weight, torch.tensor([torch.nan], device=DEVICE))
+    assert dweight.isnan().all()
+
+
 def test_confident_target() -> None:
     """p = 1 - 3.7e-4, where the kernel forms 1 - p by a series."""
     weight = torch.full((4, 1), -9.0, device=DEVICE)

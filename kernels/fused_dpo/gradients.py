@@ -1,0 +1,91 @@
+"""Sums that become the gradients of a head: widened as the operands are, in fp32, rounded once on the way out."""
+
+import torch
+from torch import Tensor
+
+from fused_dpo.head import HeadGrads
+from fused_dpo.operands import Operands
+from fused_dpo.precision import matmul_precision
+
+ROWS_AT_ONCE = 256
+"""Rows that are brought through the adapter and rounded at a time: nothing there is as large as the batch."""
+
+
+class GradientSums:
+    """Where the backward adds up: one sum for all scored rows, one for a slice of the vocabulary at a time.
+
+    Of the widened columns only those are kept that an asked-for gradient needs: a's gradient goes through those of b,
+    and so does that of the hidden states.
+
+    Attributes:
+        hidden_columns, weight_columns: which of the operands' K columns the two sums have.
+        hidden: sums [scored rows, columns].
+        weight: sums [slice, columns] of the slice begun last.
+        bias: sums [slice], None if not asked for.
+    """
+
+    def __init__(
+        self, operands: Operands, slice_width: int, needs: tuple[bool, bool, bool, bool, bool], *, empty: bool
+    ) -> None:
+        """Sums for slices of at most `slice_width`; `empty` if there will be none, as nothing is scored."""
+        self.operands = operands
+        self.need_hidden, need_weight, need_bias, self.need_a, need_b = needs
+        head, D, rank = operands.head, operands.D, operands.rank
+        self.hidden_columns = slice(0 if self.need_hidden else D, D + rank if self.need_hidden or self.need_a else D)
+        self.weight_columns = slice(0 if need_weight else D, D + rank if need_b else D)
+        self.hidden = self._zeros(operands.rows.numel(), self.hidden_columns.stop - self.hidden_columns.start)
+        self._weight = self._zeros(slice_width, self.weight_columns.stop - self.weight_columns.start)
+        self._bias = self._zeros(slice_width) if head.bias is not None and need_bias else None
+        self.weight, self.bias = self._weight, self._bias
+        # Every row of these is written once, by its slice.
+        allocate = torch.zeros_like if empty else torch.empty_like
+        contiguous = torch.contiguous_format
+        self._dweight = allocate(head.weight, memory_format=contiguous) if need_weight else None
+        self._dbias = None
+        if head.bias is not None and need_bias:
+            self._dbias = allocate(head.bias, memory_format=contiguous)
+        self._dlora_b = None
+        if head.lora is not None and need_b:
+            self._dlora_b = allocate(head.lora[1], memory_format=contiguous)
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=self.operands.acc_dtype, device=self.operands.hidden.device)
+
+    def begin_slice(self, width: int) -> None:
+        """Start the sums of the next `width` vocabulary rows."""
+        self.weight = self._weight[:width].zero_()
+        self.bias = None if self._bias is None else self._bias[:width].zero_()
+
+    def end_slice(self, start: int, stop: int) -> None:
+        """Write the sums of vocabulary rows `start:stop` out."""
+        D, rank = self.operands.D, self.operands.rank
+        if self._dweight is not None:
+            self._dweight[start:stop] = self.weight[:, :D]
+        if self._dlora_b is not None:
+            self._dlora_b[start:stop] = self.weight[:, -rank:]
+        if self._dbias is not None:
+            self._dbias[start:stop] = self.bias
+
+    def finish(self) -> HeadGrads:
+        """Bring the hidden states' sums through the adapter, and round."""
+        operands, hidden, rows = self.operands, self.operands.hidden, self.operands.rows
+        head, D, rank = operands.head, operands.D, operands.rank
+        through_b = self.hidden[:, self.hidden.shape[1] - rank :] if rank else None
+        dlora_a = self._zeros(rank, D) if head.lora is not None and self.need_a else None
+        dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if self.need_hidden else None
+        for start in range(0, rows.numel(), ROWS_AT_ONCE):
+            block = rows[start : start + ROWS_AT_ONCE]
+            grad = self.hidden[start : start + ROWS_AT_ONCE, :D]
+            if through_b is not None and head.lora is not None and (self.need_hidden or self.need_a):
+                a, _, scale = head.lora
+                dthrough_a = scale * through_b[start : start + ROWS_AT_ONCE]
+                with matmul_precision(operands.acc_dtype):
+                    if dlora_a is not None:
+                        dlora_a.addmm_(dthrough_a.T, hidden[block].to(operands.acc_dtype))
+                    if self.need_hidden:
+                        grad.addmm_(dthrough_a, a.to(operands.dtype).to(operands.acc_dtype))
+            if dhidden is not None:
+                dhidden[block] = grad.to(hidden.dtype)
+        if dlora_a is not None and head.lora is not None:
+            dlora_a = dlora_a.to(head.lora[0].dtype)
+        return HeadGrads(dhidden, self._dweight, self._dbias, dlora_a, self._dlora_b)

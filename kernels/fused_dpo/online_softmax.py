@@ -1,0 +1,51 @@
+"""Log-softmax of rows whose logits come a tile of columns at a time (Milakov & Gimelshein, 2018, arXiv 1805.02867)."""
+
+import torch
+from torch import Tensor
+
+from fused_dpo.operands import shifted_exp
+
+
+class OnlineSoftmax:
+    """Running maximum and sum of exponentials of some rows, their target's logit, and what the stats need.
+
+    Attributes:
+        peak: largest logit so far [rows].
+        total: sum of `exp(logit - peak)` so far [rows].
+        picked: the target's logit [rows], NaN until it has passed.
+    """
+
+    def __init__(self, rows: int, dtype: torch.dtype, device: torch.device, *, want_stats: bool) -> None:
+        self.peak = torch.full((rows,), -torch.inf, dtype=dtype, device=device)
+        self.total = torch.zeros_like(self.peak)
+        self.picked = torch.full_like(self.peak, torch.nan)
+        self._want_stats = want_stats
+        self._sum = torch.zeros_like(self.peak)  # of the logits
+        self._weighted = torch.zeros_like(self.peak)  # of exp(logit - peak) * logit
+
+    def fold(self, z: Tensor, column: Tensor, inside: Tensor, scratch: Tensor, span: slice) -> None:
+        """Take one tile of logits `z` [n, columns] of the rows `span` in.
+
+        `column` [n, 1] is where each row's target is in the tile, if it is `inside` [n, 1]; `scratch` is overwritten.
+        """
+        picked = torch.where(inside, z.gather(1, column), self.picked[span, None])
+        self.picked[span] = picked.squeeze(1)
+        lowest = torch.finfo(z.dtype).min
+        new_peak = torch.maximum(self.peak[span], z.amax(1)).clamp_(min=lowest)  # a tile of -inf alone stays finite
+        rescale = (self.peak[span] - new_peak).exp_()
+        weights = shifted_exp(z, new_peak, scratch)
+        self.total[span] = self.total[span] * rescale + weights.sum(1)
+        if self._want_stats:
+            self._sum[span] += z.sum(1)
+            weights.mul_(z.masked_fill_(z == -torch.inf, 0.0))
+            self._weighted[span] = self._weighted[span] * rescale + weights.sum(1)
+        self.peak[span] = new_peak
+
+    def logps(self) -> Tensor:
+        """Log-prob of the targets [rows]."""
+        return self.picked - self.peak - self.total.log()
+
+    def stats(self, V: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Entropy, mean of the V logits, and whether no token is likelier than the target, each [rows]."""
+        entropy = self.total.log() - (self._weighted / self.total - self.peak)
+        return entropy, self._sum / V, (self.picked >= self.peak).to(self.peak.dtype)

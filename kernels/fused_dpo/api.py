@@ -6,12 +6,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_dpo.autograd import sequence_sum, token_logps
+from fused_dpo.autograd import Filtering, nothing_filtered, sequence_sum, token_logps
 from fused_dpo.head import LMHead
 from fused_dpo.options import KernelOptions
 from fused_dpo.reference import reference_token_logps
-from fused_dpo.stats import TokenStats
-from fused_dpo.validation import Scoring, check_scoring, choose_implementation
+from fused_dpo.stats import FilterStats, TokenStats
+from fused_dpo.validation import Scoring, check_scoring, choose_implementation, filter_eps
+
+_SOFTMAX_STATS = frozenset(TokenStats._fields)
+"""Stats that cost work in the pass over the head."""
 
 
 class TokenLogps(NamedTuple):
@@ -25,6 +28,10 @@ class TokenLogps(NamedTuple):
     """Mean of the row's V logits, if asked for. Not differentiable."""
     is_top1: Tensor | None = None
     """bool: no token is likelier than the label, if asked for."""
+    tail: Tensor | None = None
+    """Mass of the tokens that the filter calls small, if asked for: see `FilterStats`. 0 with exact gradients."""
+    kept_fraction: Tensor | None = None
+    """Fraction of the vocabulary that it does not, if asked for. 1 with exact gradients."""
 
 
 def fused_dpo_logps(
@@ -59,7 +66,10 @@ def fused_dpo_logps(
             one sequence to the next), False where row i already stands beside the label it predicts.
         average: divide by the number of scored tokens (at least 1).
         ignore_index: the label that is not scored, also when it lies within `[0, V)`.
-        grad_mode: `"exact"`, or None for the default, which is exact.
+        grad_mode: `"exact"`; `"filtered"`, which computes the gradient of each block of rows from the tokens that
+            matter to it, within `options.filter_eps` and `options.tail_guard` (screen, keep, correct: the algorithm and
+            its error bound are in `fused_dpo.filtered`); or None: filtered for bf16 and fp16, exact for fp32, float64
+            and `impl="reference"`.
         options: see `KernelOptions`.
 
     Returns:
@@ -76,16 +86,18 @@ def fused_dpo_logps(
         Logits are accumulated and exponentiated in fp32, never rounded below; sums over a sequence are taken in
         float64 and rounded once. Bit-equal from run to run, and batch-invariant: a sequence's log-prob has the same
         bits whatever else is in the batch, packed or padded, with or without gradient. Gradients are accumulated in
-        fp32 and rounded once to the dtype of their input; only those required are computed.
+        fp32 and rounded once to the dtype of their input; only those required are computed. With filtered gradients on
+        a CPU with bf16 units, tokens of tiny probability take part in the log-sum-exp with logits rounded to bf16.
 
     Memory:
-        Saved for backward: the inputs and 8 bytes a row. Peak beyond inputs and gradients: `options.workspace_mib`, a
-        few numbers a row, and in the backward 4·D bytes a scored row (8·D for float64).
+        Saved for backward: the inputs and 8 bytes a row; with filtered gradients 20 bytes a row, and V bytes a block of
+        128 rows. Peak beyond inputs and gradients: `options.workspace_mib`, a few numbers a row, and in the backward
+        4·D bytes a scored row (8·D for float64); with filtered gradients another V bytes a block.
 
     Source:
         Rafailov et al., 2023, Direct Preference Optimization, arXiv 2305.18290, equation 7 takes these log-probs.
     """
-    scoring, logps, _ = _score(
+    scoring, logps, _, _ = _score(
         hidden_states, lm_head, labels, cu_seqlens, shift, ignore_index, grad_mode, options, want_stats=False
     )
     sums = sequence_sum(logps, scoring.cu_seqlens)
@@ -112,7 +124,8 @@ def fused_token_logps(
     Args, errors, numerics and memory as in `fused_dpo_logps`, and:
 
     Args:
-        with_stats: names out of `"entropy"`, `"mean_logit"`, `"is_top1"` to compute in the same pass over the head.
+        with_stats: names out of `"entropy"`, `"mean_logit"`, `"is_top1"` to compute in the same pass over the head, and
+            of `"tail"`, `"kept_fraction"`, which are known anyway.
 
     Returns:
         A `TokenLogps` of fp32 tensors in the shape of `labels`. With `shift=True` entry i belongs to the token that
@@ -122,18 +135,22 @@ def fused_token_logps(
     for name in with_stats:
         if name not in known:
             raise ValueError(f"with_stats takes names out of {known}, got {name!r}.")
-    scoring, logps, stats = _score(
-        hidden_states, lm_head, labels, cu_seqlens, shift, ignore_index, grad_mode, options, want_stats=bool(with_stats)
+    scoring, logps, stats, filter_stats = _score(
+        hidden_states,
+        lm_head,
+        labels,
+        cu_seqlens,
+        shift,
+        ignore_index,
+        grad_mode,
+        options,
+        want_stats=not _SOFTMAX_STATS.isdisjoint(with_stats),
     )
-    shape = scoring.labels_shape
-    if stats is None:
-        return TokenLogps(logps.view(shape))
-    return TokenLogps(
-        logps.view(shape),
-        stats.entropy.view(shape) if "entropy" in with_stats else None,
-        stats.mean_logit.view(shape) if "mean_logit" in with_stats else None,
-        (stats.is_top1 > 0).view(shape) if "is_top1" in with_stats else None,
-    )
+    named = {**(stats._asdict() if stats else {}), **filter_stats._asdict()}
+    chosen = {name: named[name].view(scoring.labels_shape) for name in with_stats}
+    if "is_top1" in chosen:
+        chosen["is_top1"] = chosen["is_top1"] > 0
+    return TokenLogps(logps.view(scoring.labels_shape), **chosen)
 
 
 def _score(
@@ -147,10 +164,8 @@ def _score(
     options: KernelOptions | None,
     *,
     want_stats: bool,
-) -> tuple[Scoring, Tensor, TokenStats | None]:
+) -> tuple[Scoring, Tensor, TokenStats | None, FilterStats]:
     """Flat per-token log-probs [T] by the implementation that the options name."""
-    if grad_mode not in (None, "exact"):
-        raise ValueError(f"grad_mode must be None or 'exact', got {grad_mode!r}.")
     options = options or KernelOptions()
     scoring = check_scoring(
         hidden_states,
@@ -162,17 +177,20 @@ def _score(
         options=options,
     )
     impl = choose_implementation(options.impl, scoring.hidden)
+    filtering = Filtering(filter_eps(grad_mode, impl, scoring.hidden.dtype, options), options.tail_guard)
     if impl == "reference":
         with torch.autocast(scoring.hidden.device.type, enabled=False):
             logps, stats = reference_token_logps(scoring.hidden, scoring.target, options.row_index, scoring.head)
-    else:
-        logps, stats = token_logps(
-            scoring.hidden,
-            scoring.target,
-            options.row_index,
-            scoring.head,
-            impl,
-            options.workspace_mib,
-            want_stats=want_stats,
-        )
-    return scoring, logps, stats
+        return scoring, logps, stats, nothing_filtered(scoring.target, logps.dtype)
+    logps, stats, filter_stats = token_logps(
+        scoring.hidden,
+        scoring.target,
+        scoring.cu_seqlens,
+        options.row_index,
+        scoring.head,
+        impl,
+        options.workspace_mib,
+        filtering,
+        want_stats=want_stats,
+    )
+    return scoring, logps, stats, filter_stats

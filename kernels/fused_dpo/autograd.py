@@ -4,14 +4,16 @@ A fast implementation is chosen by name inside the op, so that autograd, fake te
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fused_dpo.filtered import filtered_backward, filtered_forward
 from fused_dpo.head import HeadGrads, LMHead, LowRankAdapter
 from fused_dpo.precision import accumulation_dtype
-from fused_dpo.stats import TokenStats
+from fused_dpo.screen import BLOCK_ROWS, screen_blocks
+from fused_dpo.stats import FilterStats, TokenStats
 from fused_dpo.streaming import streaming_backward, streaming_forward
 
 _NO_DOUBLE_BACKWARD = (
@@ -20,25 +22,35 @@ _NO_DOUBLE_BACKWARD = (
 )
 
 
+class Filtering(NamedTuple):
+    """Columns that the gradients may leave out; see `KernelOptions` for both numbers. `eps` 0 is the exact path."""
+
+    eps: float
+    tail_guard: float
+
+
 def token_logps(
     hidden: Tensor,
     target: Tensor,
+    cu_seqlens: Tensor,
     row_index: Tensor | None,
     head: LMHead,
     impl: str,
     workspace_mib: int,
+    filtering: Filtering,
     *,
     want_stats: bool,
-) -> tuple[Tensor, TokenStats | None]:
+) -> tuple[Tensor, TokenStats | None, FilterStats]:
     """Differentiable per-token log-probs of canonical inputs (see `fused_dpo.validation.Scoring`)."""
     lora = LowRankAdapter(*head.lora) if head.lora is not None else None
-    logps, _, stats = _token_logps_op(
+    logps, state, _, stats = _token_logps_op(
         hidden,
         head.weight,
         head.bias,
         lora.a if lora else None,
         lora.b if lora else None,
         target,
+        cu_seqlens,
         row_index,
         lora.scale if lora else 0.0,
         head.logit_scale,
@@ -46,9 +58,17 @@ def token_logps(
         head.temperature,
         impl,
         workspace_mib,
+        *filtering,
         want_stats,
     )
-    return logps, TokenStats(*stats.unbind(0)) if want_stats else None
+    filter_stats = FilterStats(state[2], state[3]) if filtering.eps else nothing_filtered(target, logps.dtype)
+    return logps, TokenStats(*stats.unbind(0)) if want_stats else None, filter_stats
+
+
+def nothing_filtered(target: Tensor, dtype: torch.dtype) -> FilterStats:
+    """The stats of an exact path."""
+    kept = (target >= 0).to(dtype)
+    return FilterStats(torch.zeros_like(kept), kept)
 
 
 def _head(
@@ -65,14 +85,23 @@ def _head(
     return LMHead(weight, bias, logit_scale, softcap or None, temperature, lora)
 
 
-def _implementation(impl: str) -> tuple[Callable[..., Any], Callable[..., HeadGrads]]:
-    """Forward and backward by name. Triton is imported on the first call that runs it."""
+def _exact(impl: str) -> tuple[Callable[..., Any], Callable[..., HeadGrads]]:
+    """Exact forward and backward by name. Triton is imported on the first call that runs it."""
     if impl == "streaming":
         return streaming_forward, streaming_backward
     from fused_dpo.triton_backward import triton_backward
     from fused_dpo.triton_forward import triton_forward
 
     return triton_forward, triton_backward
+
+
+def _filtered(impl: str) -> tuple[Callable[..., Any], Callable[..., HeadGrads]]:
+    """Filtered forward and backward by name."""
+    if impl == "streaming":
+        return filtered_forward, filtered_backward
+    from fused_dpo.triton_filtered import triton_filtered_backward, triton_filtered_forward
+
+    return triton_filtered_forward, triton_filtered_backward
 
 
 def _scored_rows(target: Tensor, row_index: Tensor | None) -> Tensor:
@@ -87,6 +116,7 @@ def _token_logps_op(
     lora_a: Tensor | None,
     lora_b: Tensor | None,
     target: Tensor,
+    cu_seqlens: Tensor,
     row_index: Tensor | None,
     lora_scale: float,
     logit_scale: float,
@@ -94,25 +124,54 @@ def _token_logps_op(
     temperature: float,
     impl: str,
     workspace_mib: int,
+    filter_eps: float,
+    tail_guard: float,
     want_stats: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-prob [T], state of the softmax [2, T], and the stats stacked [3, T] ([0] if not wanted)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-prob [T], state of the softmax [2 or 5, T], the screen [blocks, V], and the stats stacked [3, T].
+
+    The screen and the stats are empty where they are not wanted, and the state is 5 rows where there is a screen.
+    """
     head = _head(weight, bias, lora_a, lora_b, lora_scale, logit_scale, softcap, temperature)
     rows = _scored_rows(target, row_index)
     with torch.autocast(hidden.device.type, enabled=False):  # the dtypes here are chosen, not defaults to improve on
-        forward, _ = _implementation(impl)
-        logps, state, stats = forward(hidden, target, rows, head, workspace_mib, want_stats=want_stats)
-    return logps, state, torch.stack(stats) if stats is not None else logps.new_empty(0)
+        if filter_eps:
+            forward, _ = _filtered(impl)
+            filtering: dict[str, Any] = {"cu_seqlens": cu_seqlens, "filter_eps": filter_eps, "tail_guard": tail_guard}
+            filtering["screen_blocks"] = _screen_blocks(hidden, head, row_index, cu_seqlens, impl, workspace_mib)
+            logps, state, stats, screen = forward(
+                hidden, target, rows, head, workspace_mib, **filtering, want_stats=want_stats
+            )
+        else:
+            forward, _ = _exact(impl)
+            logps, state, stats = forward(hidden, target, rows, head, workspace_mib, want_stats=want_stats)
+            screen = torch.empty(0, 0, dtype=torch.uint8, device=hidden.device)
+    return logps, state, screen, torch.stack(stats) if stats is not None else logps.new_empty(0)
+
+
+def _screen_blocks(
+    hidden: Tensor, head: LMHead, row_index: Tensor | None, cu_seqlens: Tensor, impl: str, workspace_mib: int
+) -> int:
+    """Blocks that the scored rows make at most: a bound by shapes alone, so that nothing has to be read for it."""
+    rows = hidden.shape[0] if row_index is None else row_index.shape[0]
+    if impl == "streaming":
+        return screen_blocks(hidden, head, rows, cu_seqlens.shape[0] - 1, workspace_mib)
+    return -(-rows // BLOCK_ROWS)
 
 
 @_token_logps_op.register_fake
 def _(
-    hidden, weight, bias, lora_a, lora_b, target, row_index,
-    lora_scale, logit_scale, softcap, temperature, impl, workspace_mib, want_stats,
+    hidden, weight, bias, lora_a, lora_b, target, cu_seqlens, row_index,
+    lora_scale, logit_scale, softcap, temperature, impl, workspace_mib, filter_eps, tail_guard, want_stats,
 ):  # fmt: skip
     per_row = hidden.new_empty(target.shape, dtype=accumulation_dtype(hidden.dtype))
     stats = per_row.new_empty((3, *target.shape) if want_stats else (0,))
-    return per_row, per_row.new_empty((2, *target.shape)), stats
+    state = per_row.new_empty((5 if filter_eps else 2, *target.shape))
+    screen = 0, 0
+    if filter_eps:
+        head = LMHead(weight, bias)
+        screen = _screen_blocks(hidden, head, row_index, cu_seqlens, impl, workspace_mib), weight.shape[0]
+    return per_row, state, hidden.new_empty(screen, dtype=torch.uint8), stats
 
 
 @torch.library.custom_op("fused_dpo::token_logps_backward", mutates_args=())
@@ -124,14 +183,17 @@ def _token_logps_backward_op(
     lora_a: Tensor | None,
     lora_b: Tensor | None,
     target: Tensor,
+    cu_seqlens: Tensor,
     row_index: Tensor | None,
     state: Tensor,
+    screen: Tensor,
     lora_scale: float,
     logit_scale: float,
     softcap: float,
     temperature: float,
     impl: str,
     workspace_mib: int,
+    filter_eps: float,
     needs: list[bool],
 ) -> list[Tensor]:
     """The gradients that `needs` (hidden, weight, bias, lora a, lora b) asks for, in that order."""
@@ -139,15 +201,19 @@ def _token_logps_backward_op(
     rows = _scored_rows(target, row_index)
     wanted = needs[0], needs[1], needs[2], needs[3], needs[4]
     with torch.autocast(hidden.device.type, enabled=False):
-        _, backward = _implementation(impl)
-        grads = backward(dlogps, hidden, target, rows, state, head, workspace_mib, needs=wanted)
+        arguments = dlogps, hidden, target, rows, state, head, workspace_mib
+        if filter_eps:
+            filtering: dict[str, Any] = {"cu_seqlens": cu_seqlens, "screen": screen, "filter_eps": filter_eps}
+            grads = _filtered(impl)[1](*arguments, **filtering, needs=wanted)
+        else:
+            grads = _exact(impl)[1](*arguments, needs=wanted)
     return [grad for grad in grads if grad is not None]
 
 
 @_token_logps_backward_op.register_fake
 def _(
-    dlogps, hidden, weight, bias, lora_a, lora_b, target, row_index, state,
-    lora_scale, logit_scale, softcap, temperature, impl, workspace_mib, needs,
+    dlogps, hidden, weight, bias, lora_a, lora_b, target, cu_seqlens, row_index, state, screen,
+    lora_scale, logit_scale, softcap, temperature, impl, workspace_mib, filter_eps, needs,
 ):  # fmt: skip
     inputs = (hidden, weight, bias, lora_a, lora_b)
     return [
@@ -158,19 +224,16 @@ def _(
 
 
 def _setup_token_logps(ctx, inputs, output) -> None:
-    *tensors, ctx.lora_scale, ctx.logit_scale, ctx.softcap, ctx.temperature, ctx.impl, ctx.workspace_mib, _ = inputs
-    _, state, stats = output
-    ctx.save_for_backward(*tensors, state)
-    ctx.mark_non_differentiable(state, stats)
+    tensors, ctx.settings = inputs[:8], inputs[8:15]  # up to filter_eps
+    _, state, screen, stats = output
+    ctx.save_for_backward(*tensors, state, screen)
+    ctx.mark_non_differentiable(state, screen, stats)
 
 
-def _token_logps_gradient(ctx, dlogps: Tensor, _dstate, _dstats):
-    hidden, weight, bias, lora_a, lora_b, target, row_index, state = ctx.saved_tensors
+def _token_logps_gradient(ctx, dlogps: Tensor, _dstate, _dscreen, _dstats):
     needs = list(ctx.needs_input_grad[:5])
-    settings = ctx.lora_scale, ctx.logit_scale, ctx.softcap, ctx.temperature, ctx.impl, ctx.workspace_mib
-    tensors = hidden, weight, bias, lora_a, lora_b, target, row_index, state
-    grads = iter(_token_logps_backward_op(dlogps, *tensors, *settings, needs))
-    return (*(next(grads) if needed else None for needed in needs), *[None] * 9)
+    grads = iter(_token_logps_backward_op(dlogps, *ctx.saved_tensors, *ctx.settings, needs))
+    return (*(next(grads) if needed else None for needed in needs), *[None] * 12)
 
 
 def _refuse_double_backward(_ctx, *_grads):

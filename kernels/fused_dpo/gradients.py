@@ -63,7 +63,7 @@ class GradientSums:
             self._dweight[start:stop] = self.weight[:, :D]
         if self._dlora_b is not None:
             self._dlora_b[start:stop] = self.weight[:, -rank:]
-        if self._dbias is not None:
+        if self._dbias is not None and self.bias is not None:
             self._dbias[start:stop] = self.bias
 
     def finish(self) -> HeadGrads:

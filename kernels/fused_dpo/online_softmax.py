@@ -41,6 +41,17 @@ class OnlineSoftmax:
             self._weighted[span] = self._weighted[span] * rescale + weights.sum(1)
         self.peak[span] = new_peak
 
+    def add_tail(self, span: slice, mass: Tensor, weighted: Tensor | None = None, plain: Tensor | None = None) -> None:
+        """Take in what is known of columns that are not folded: none of them above `peak`, nor the target.
+
+        `mass` is their sum of `exp(logit - peak)` [n]; for the stats `weighted` is that of `exp(logit - peak) * logit`
+        and `plain` that of the logits.
+        """
+        self.total[span] += mass
+        if weighted is not None and plain is not None:
+            self._weighted[span] += weighted
+            self._sum[span] += plain
+
     def logps(self) -> Tensor:
         """Log-prob of the targets [rows]."""
         return self.picked - self.peak - self.total.log()

@@ -21,6 +21,12 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
+def even_bounds(V: int, width: int) -> list[tuple[int, int]]:
+    """Bounds of the fewest nearly equal slices of the vocabulary of at most `width` columns."""
+    count = -(-V // min(width, V))
+    return [(V * i // count, V * (i + 1) // count) for i in range(count)]
+
+
 class Operands:
     """Rows of both factors on demand, in the buffers of the caller.
 
@@ -98,7 +104,14 @@ class Operands:
 
 
 def logits_gradient(
-    z: Tensor, column: Tensor, inside: Tensor, peak: Tensor, total: Tensor, upstream: Tensor, out: Tensor
+    z: Tensor,
+    column: Tensor,
+    inside: Tensor,
+    peak: Tensor,
+    total: Tensor,
+    upstream: Tensor,
+    out: Tensor,
+    surprise: Tensor | None = None,
 ) -> Tensor:
     """`upstream * (onehot(target) - exp(z - peak) / total)` of some columns, into `out`.
 
@@ -106,11 +119,14 @@ def logits_gradient(
         z: logits [n, columns].
         column, inside: int64 [n, 1] and bool [n, 1]: where a row's target is among the columns, if it is.
         peak, total, upstream: [n].
+        surprise: the target's 1 - p [n], where the forward knows it better than `z` does.
 
     The target's `1 - p` is formed with expm1, so that it keeps its relative precision where p is close to 1.
     """
     dz = shifted_exp(z, peak, out).mul_(-(upstream / total)[:, None])
-    at_target = -torch.expm1(z.gather(1, column) - peak[:, None] - total.log()[:, None]) * upstream[:, None]
+    if surprise is None:
+        surprise = -torch.expm1(z.gather(1, column).squeeze(1) - peak - total.log())
+    at_target = (surprise * upstream)[:, None]
     return dz.scatter_(1, column, torch.where(inside, at_target, dz.gather(1, column)))
 
 

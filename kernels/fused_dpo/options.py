@@ -9,10 +9,10 @@ IMPLEMENTATIONS = ("reference", "streaming", "triton")
 
 @dataclass(frozen=True)
 class KernelOptions:
-    """Choices that change time and memory, never the contract.
+    """How a call is computed: choices of time, memory and, for the filtered gradients, of precision.
 
     Raises:
-        ValueError: an unknown implementation or a workspace that is not positive.
+        ValueError: an unknown implementation, a workspace that is not positive, a threshold that is no probability.
     """
 
     impl: str | None = None
@@ -24,6 +24,13 @@ class KernelOptions:
     the hidden states' gradient (4 bytes x scored tokens x D). One slice of the head with its gradient and one tile of
     logits have to fit, so very small bounds run with narrow slices, not with an error. The width of the slices, and
     with it the last bits of the result, depends on this bound and never on the number of tokens."""
+    filter_eps: float = 2**-12
+    """With `grad_mode="filtered"`: the probability, in units of what the rows of a block have left over for all tokens
+    but the target, below which a column's share of the gradient is not computed entry by entry. Errors of the gradients
+    grow with its square root (theorem in `fused_dpo.filtered`); 0 drops nothing."""
+    tail_guard: float = 2**-4
+    """With `grad_mode="filtered"`: rows whose probabilities below `filter_eps` sum to more than this on the average of
+    their block are computed exactly."""
     row_index: Tensor | None = None
     """int64 [R], ascending: the rows (of the flattened hidden states) that predict a scored label, when the caller
     knows them on the host. Saves a device synchronisation on CUDA. Rows left out count as not scored."""
@@ -33,3 +40,7 @@ class KernelOptions:
             raise ValueError(f"impl must be None or one of {IMPLEMENTATIONS}, got {self.impl!r}.")
         if self.workspace_mib < 1:
             raise ValueError(f"workspace_mib must be at least 1 (MiB), got {self.workspace_mib}.")
+        if not 0 <= self.filter_eps < 0.5:
+            raise ValueError(f"filter_eps must be a probability in [0, 0.5), got {self.filter_eps}.")
+        if not 0 <= self.tail_guard <= 1:
+            raise ValueError(f"tail_guard must be a probability in [0, 1], got {self.tail_guard}.")

@@ -14,3 +14,12 @@ class TokenStats(NamedTuple):
     """Mean of the row's V logits."""
     is_top1: Tensor
     """1.0 where no token is likelier than the target, else 0.0."""
+
+
+class FilterStats(NamedTuple):
+    """What the filter saw of each row's distribution in the forward; 0 where a row is not scored."""
+
+    tail: Tensor
+    """Mass of the tokens not above `filter_eps` anywhere in the row's block, 0 in a block that is computed exactly."""
+    kept_fraction: Tensor
+    """Fraction of the vocabulary above it, 1 in a block that is computed exactly."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from fused_dpo.gradients import GradientSums
 from fused_dpo.head import HeadGrads, LMHead
 from fused_dpo.online_softmax import OnlineSoftmax
-from fused_dpo.operands import Operands, logits_gradient, round_up
+from fused_dpo.operands import Operands, even_bounds, logits_gradient, round_up
 from fused_dpo.precision import accumulate_product, accumulation_dtype, matmul_precision, product
 from fused_dpo.stats import TokenStats
 
@@ -65,12 +65,6 @@ def slice_bounds(V: int, K: int, workspace_mib: int, dtype: torch.dtype, device:
     column_bytes = (2 * K + 2 * ROWS_PER_TILE) * itemsize + K * dtype.itemsize
     fits = max((workspace_mib * 2**20 - block_bytes) // column_bytes, 16)
     return even_bounds(V, min(fits, MAX_SLICE_CPU if device.type == "cpu" else MAX_SLICE))
-
-
-def even_bounds(V: int, width: int) -> list[tuple[int, int]]:
-    """Bounds of the fewest nearly equal slices of at most `width` columns."""
-    count = -(-V // min(width, V))
-    return [(V * i // count, V * (i + 1) // count) for i in range(count)]
 
 
 class _Tiles:

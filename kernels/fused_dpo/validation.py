@@ -92,6 +92,20 @@ def choose_implementation(impl: str | None, hidden: Tensor) -> str:
     return impl
 
 
+def filter_eps(grad_mode: str | None, impl: str, dtype: torch.dtype, options: KernelOptions) -> float:
+    """The threshold of the filtered gradients, 0 for exact ones: by what is asked for, else by the compute dtype.
+
+    Raises:
+        ValueError: an unknown mode, or the oracle asked to filter.
+    """
+    if grad_mode not in (None, "exact", "filtered"):
+        raise ValueError(f"grad_mode must be None, 'exact' or 'filtered', got {grad_mode!r}.")
+    if grad_mode == "filtered" and impl == "reference":
+        raise ValueError("grad_mode='filtered' needs impl 'streaming' or 'triton'; 'reference' is the exact oracle.")
+    filtered = grad_mode == "filtered" or (grad_mode is None and impl == "streaming" and dtype.itemsize == 2)
+    return float(options.filter_eps) if filtered else 0.0
+
+
 def _check_shapes(hidden: Tensor, head: LMHead, labels: Tensor, cu_seqlens: Tensor | None) -> bool:
     """Shapes, dtypes and devices; returns whether the call is packed."""
     weight = head.weight

@@ -150,7 +150,7 @@ def naive_logps(problem: Problem) -> Tensor:
     return torch.stack(logps)
 
 
-def fused(problem: Problem, impl: str | None = "streaming", **options) -> Tensor:
+def fused(problem: Problem, impl: str | None = "streaming", grad_mode: str | None = None, **options) -> Tensor:
     """The call under test."""
     return fused_dpo_logps(
         problem.hidden,
@@ -160,6 +160,7 @@ def fused(problem: Problem, impl: str | None = "streaming", **options) -> Tensor
         shift=problem.shift,
         average=problem.average,
         ignore_index=problem.ignore_index,
+        grad_mode=grad_mode,
         options=KernelOptions(impl=impl, **options),
     )
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fused_dpo import KernelOptions, LMHead, fused_dpo_logps, fused_token_logps
+from fused_dpo import LMHead, fused_dpo_logps, fused_token_logps
 from tests.kernels.helpers import DIFFERENTIABLE, IGNORE, bits_equal, cu_seqlens
 
 V, D = 50, 16
@@ -36,9 +36,9 @@ BATCHES = {
 }
 
 
-@pytest.mark.parametrize("impl", [None, "streaming"])
+@pytest.mark.parametrize("grad_mode", ["exact", "filtered"])
 @pytest.mark.parametrize("form", BATCHES)
-def test_no_break_and_no_recompile(form: str, impl: str | None) -> None:
+def test_no_break_and_no_recompile(form: str, grad_mode: str) -> None:
     """Every batch has another number of tokens and sequences: compiled once, with the bits of the eager call."""
     make, sizes = BATCHES[form]
     weight, bias = torch.randn(V, D, requires_grad=True), torch.randn(V, requires_grad=True)
@@ -46,8 +46,7 @@ def test_no_break_and_no_recompile(form: str, impl: str | None) -> None:
 
     def step(hidden: Tensor, labels: Tensor, offsets: Tensor | None) -> Tensor:
         head = LMHead(weight, bias, logit_scale=0.5, softcap=5.0, temperature=0.7, lora=(*lora, 2.0))
-        options = KernelOptions(impl=impl)
-        return fused_dpo_logps(hidden, head, labels, cu_seqlens=offsets, average=True, options=options)
+        return fused_dpo_logps(hidden, head, labels, cu_seqlens=offsets, average=True, grad_mode=grad_mode)
 
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
@@ -121,12 +120,12 @@ def test_compile_under_autocast() -> None:
 
 
 def arguments(dtype: torch.dtype, lora: bool, requires_grad: bool = True) -> tuple[Tensor | None, ...]:
-    """hidden, weight, bias, lora a, lora b, target, with ignored rows and a transposed weight."""
+    """hidden, weight, bias, lora a, lora b, target, offsets, with ignored rows and a transposed weight."""
     floats = [torch.randn(9, D), torch.randn(D, V).T, torch.randn(V)]
     floats += [torch.randn(3, D), torch.randn(V, 3)] if lora else []
     tensors: list[Tensor | None] = [t.to(dtype).requires_grad_(requires_grad) for t in floats]
     target = torch.randint(0, V, (9,)).index_fill(0, torch.tensor([0, 4]), -1)
-    return (*tensors, *([] if lora else [None, None]), target)
+    return (*tensors, *([] if lora else [None, None]), target, torch.tensor([0, 5, 9]))
 
 
 SETTINGS = (1.5, 0.7, 9.0, 0.8, "streaming", 64)  # lora scale, logit scale, softcap, temperature, impl, workspace
@@ -138,25 +137,29 @@ def check(op: Callable, *args: object) -> None:
     assert set(results.values()) == {"SUCCESS"}, results
 
 
+@pytest.mark.parametrize("eps", [0.0, 2**-12], ids=["exact", "filtered"])
 @pytest.mark.parametrize("row_index", [None, torch.tensor([1, 2, 8])], ids=["search", "given"])
 @pytest.mark.parametrize("want_stats", [False, True], ids=["plain", "stats"])
 @pytest.mark.parametrize("lora", [False, True], ids=["weight", "lora"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_opcheck_token_logps(dtype: torch.dtype, lora: bool, want_stats: bool, row_index: Tensor | None) -> None:
-    check(OPS.token_logps.default, *arguments(dtype, lora), row_index, *SETTINGS, want_stats)
+def test_opcheck_token_logps(
+    dtype: torch.dtype, lora: bool, want_stats: bool, row_index: Tensor | None, eps: float
+) -> None:
+    check(OPS.token_logps.default, *arguments(dtype, lora), row_index, *SETTINGS, eps, 0.5, want_stats)
 
 
 @pytest.mark.parametrize(
     "needs",
     ["hidden weight bias lora_a lora_b", "hidden", "weight bias", "lora_a lora_b"],
 )
+@pytest.mark.parametrize("eps", [0.0, 2**-12], ids=["exact", "filtered"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_opcheck_token_logps_backward(dtype: torch.dtype, needs: str) -> None:
+def test_opcheck_token_logps_backward(dtype: torch.dtype, needs: str, eps: float) -> None:
     inputs = arguments(dtype, lora=True, requires_grad=False)
-    _, state, _ = OPS.token_logps.default(*inputs, None, *SETTINGS, False)
+    _, state, screen, _ = OPS.token_logps.default(*inputs, None, *SETTINGS, eps, 0.5, False)
     dlogps = torch.randn(9, dtype=state.dtype)
     wanted = [name in needs.split() for name in DIFFERENTIABLE]
-    check(OPS.token_logps_backward.default, dlogps, *inputs, None, state, *SETTINGS, wanted)
+    check(OPS.token_logps_backward.default, dlogps, *inputs, None, state, screen, *SETTINGS, eps, wanted)
 
 
 @pytest.mark.parametrize("lengths", [[2, 0, 3], [5], [0, 5, 0]], ids=str)

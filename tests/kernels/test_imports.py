@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {"fused_dpo": ROOT / "kernels" / "fused_dpo", "fused_dpo_engine": ROOT / "engine" / "fused_dpo_engine"}
-IMPLEMENTATIONS = {"reference", "streaming"}
+IMPLEMENTATIONS = {"reference", "streaming", "filtered"}
 ABOVE_IMPLEMENTATIONS = {"autograd", "api"}
 
 

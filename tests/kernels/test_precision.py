@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_dpo import LMHead, fused_dpo_logps, streaming
+from fused_dpo import LMHead, filtered, fused_dpo_logps, streaming
 from fused_dpo.precision import matmul_precision
 from tests.kernels.helpers import (
     Problem,
@@ -63,7 +63,7 @@ def test_control_the_flag_changes_plain_matmuls() -> None:
 
 
 @pytest.mark.parametrize("flag", ["highest", "high", "medium"])
-@pytest.mark.parametrize("where", ["product", "accumulate_product"])
+@pytest.mark.parametrize("where", ["product", "accumulate_product", "filtered"])
 def test_flags_survive_an_exception(where: str, flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> Tensor:
         raise RuntimeError("out of memory, say")
@@ -74,9 +74,13 @@ def test_flags_survive_an_exception(where: str, flag: str, monkeypatch: pytest.M
     if where == "product":
         monkeypatch.setattr(streaming, "product", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
+            fused(problem, grad_mode="exact")
+    elif where == "filtered":
+        monkeypatch.setattr(filtered, "product", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
             fused(problem)
     else:
-        loss = fused(problem).sum()
+        loss = fused(problem, grad_mode="exact").sum()
         monkeypatch.setattr(streaming, "accumulate_product", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             loss.backward()

@@ -225,7 +225,12 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         r"options.row_index names rows whose label is ignored; rebuild it",
     ),
-    "grad_mode": (packed(grad_mode="fast"), ValueError, r"grad_mode must be None or 'exact', got 'fast'"),
+    "grad_mode": (packed(grad_mode="fast"), ValueError, r"grad_mode must be None, 'exact' or 'filtered', got 'fast'"),
+    "filtering oracle": (
+        packed(grad_mode="filtered", options=KernelOptions(impl="reference")),
+        ValueError,
+        r"grad_mode='filtered' needs impl 'streaming' or 'triton'",
+    ),
 }
 
 

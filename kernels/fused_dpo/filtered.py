@@ -1,0 +1,272 @@
+"""Screen, keep, correct: log-probs and gradients from the few columns that matter, in plain torch on any device.
+
+A trained model's softmax is nearly empty: of 50,000 columns a row gives about 100 more than 2^-12 (measured on real
+hidden states). The forward *screens*: for each block of up to 128 scored rows it notes how large a probability each
+column reaches. The backward *keeps* the columns that matter, with exact probabilities, and *corrects* for the rest:
+what a row drops is known exactly, and is spread over the dropped columns by one distribution per block, so that every
+row of the gradient of the logits still sums to zero.
+
+On a CPU with bf16 units and bf16 inputs the screen is coarse: its logits are rounded to bf16, which is twice as fast.
+They choose the columns and weigh the tail of what is not above `eps`, and nothing else: logits above it are computed
+again, accumulated in fp32. Elsewhere the screen's logits are accumulated in fp32, and the log-probs are exact.
+
+Error budget. Row r has upstream gradient g_r, probabilities p(r,v) and target y_r; its gradient of the logits is
+`dz_r = g_r (onehot(y_r) - p_r)`, of size |g_r| (1 - p(r,y_r)) up to a factor of sqrt(2). In a block G is the largest
+|g_r| and s the root mean square of 1 - p(r,y_r); S is the root mean square of |g_r| (1 - p(r,y_r)) over all rows. D_r
+are the columns that r drops, tail_r their mass, and q the block's distribution over them.
+
+1. Every dropped entry is small: `|dz(r,v)| <= eps * max(G s, S)` for v in D_r.
+2. All of them together are small: `|dz - kept part of dz| <= sqrt(2 eps) |dz|` in the Frobenius norm for the whole
+   batch, if upstream gradients are equal within a block (as those of a sequence are). That is 2.2 % at eps = 2^-12, for
+   flat, peaked and adversarial logits alike; on real ones the correction leaves a fifth of it. Proof, where a row keeps
+   its target: by 1. its squares sum to at most `eps (G s + S) |g_r| tail_r`, and tail_r <= 1 - p(r,y_r); summed over
+   all rows, by Cauchy-Schwarz, that is at most `2 eps * sum_r |g_r|^2 (1 - p(r,y_r))^2`. A row drops its target only
+   where |g_r| (1 - p(r,y_r)) <= eps S, which adds at most eps^2 to the 2 eps.
+3. With the correction the kept dz_r changes by `e_r(v) = g_r (p(r,v) - tail_r q(v))` on D_r, so `sum_v e_r(v) = 0` and
+   `|ΔdH_r| <= |g_r| tail_r max_{u,v in D_r} |w_u - w_v| <= 2 |g_r| tail_r max_v |w_v|`.
+4. The weight's gradient does without the correction, and `sum_v |ΔdW_v| <= sum_r |g_r| tail_r |h_r|`.
+
+Under a coarse screen 1. holds up to a factor of 1.3, which is what the rounding of the logits can move a probability by
+(|logit| <= COARSE_RANGE, else the block is exact). A block whose mean tail exceeds `tail_guard`, or that has more than
+half of its columns above `eps`, keeps everything: what is flat is computed exactly. Saturated pairs, with their g_r far
+below S, keep hardly anything.
+
+Source of the idea to skip small softmax entries in the backward: Wijmans et al., 2024, Cut Your Losses in Large-
+Vocabulary Language Models, arXiv 2411.09009, section 4.3 (whole tiles, threshold 2^-12, no correction).
+"""
+
+import torch
+from torch import Tensor
+
+from fused_dpo.gradients import GradientSums
+from fused_dpo.head import HeadGrads, LMHead
+from fused_dpo.kept import COLUMN_MULTIPLE, Kept, targets_among
+from fused_dpo.online_softmax import OnlineSoftmax
+from fused_dpo.operands import Operands, even_bounds, logits_gradient, round_up, shifted_exp
+from fused_dpo.precision import matmul_precision, product
+from fused_dpo.screen import (
+    BLOCK_ROWS,
+    EVERYTHING,
+    ROW_MULTIPLE,
+    Screener,
+    block_spans,
+    exponents,
+    judge,
+    largest_of,
+    rows_screened,
+)
+from fused_dpo.stats import TokenStats
+
+COARSE_RANGE = 64.0
+"""Largest logit that a bf16 screen is trusted with: its rounding there is at most 0.125."""
+
+
+def filtered_forward(
+    hidden: Tensor,
+    target: Tensor,
+    rows: Tensor,
+    head: LMHead,
+    workspace_mib: int,
+    *,
+    cu_seqlens: Tensor,
+    filter_eps: float,
+    tail_guard: float,
+    screen_blocks: int,
+    want_stats: bool,
+) -> tuple[Tensor, Tensor, TokenStats | None, Tensor]:
+    """Log-prob, softmax state and screen; the first five arguments as in `streaming_forward`.
+
+    Args:
+        cu_seqlens: int64 [N+1] of the sequences: a block never straddles two of them, so that a sequence's log-prob
+            depends on nothing but the sequence.
+        filter_eps, tail_guard: see `KernelOptions`.
+        screen_blocks: rows of the screen to return, at least as many as there are blocks.
+
+    Returns:
+        `logps` [T]; the state [5, T]: largest logit, sum of exponentials above it, mass of the tail (what is not above
+        `filter_eps`), fraction of columns that are, and 1 - p of the target; the stats; and the screen [blocks, V], see
+        `fused_dpo.screen`.
+    """
+    operands = Operands(hidden, rows, head)
+    screen, kept = Screener(operands, workspace_mib), Kept(operands, workspace_mib)
+    block_rows = min(screen.rows, BLOCK_ROWS)
+    spans = block_spans(rows, cu_seqlens, block_rows)
+    R, V = rows.numel(), operands.V
+    levels = torch.zeros(screen_blocks, V, dtype=torch.uint8, device=hidden.device)
+    softmax = OnlineSoftmax(R, operands.acc_dtype, hidden.device, want_stats=want_stats)
+    row_target = target[rows]
+    tails, fractions = torch.zeros_like(softmax.peak), torch.ones_like(softmax.peak)
+
+    block = 0
+    for group in screen.groups(spans):
+        origin = group[0][0]
+        group_z, group_p = screen.look(origin, group[-1][1])
+        for start, stop in group:
+            span, local = slice(start, stop), slice(start - origin, stop - origin)
+            z, p, targets = group_z[local], group_p[local], row_target[span]
+            level = levels[block]
+            block += 1
+            largest = largest_of(p)
+            level.copy_(exponents(largest))
+            keep = largest > filter_eps
+            keep[targets[targets < V]] = True
+            keep[largest.argmax()] = True  # there is always one
+            index = keep.nonzero().squeeze(1)
+            p_top, place = p.index_select(1, index).max(1)
+            tail = p.index_fill_(1, index, 0.0).sum(1).to(operands.acc_dtype)
+            z_top = z.gather(1, index[place][:, None]).squeeze(1).to(operands.acc_dtype)
+            trusted = not screen.coarse or bool(z_top.abs().amax() <= COARSE_RANGE)
+            # NaN is not below the guard; gathering more than half of the columns costs more than taking all of them.
+            if trusted and bool(tail.mean() <= tail_guard) and index.numel() <= V // 2:
+                fractions[span] = index.numel() / V
+                tails[span] = tail
+            else:
+                level.fill_(EVERYTHING)
+                keep.fill_(True)
+            if not screen.coarse:
+                everywhere = torch.ones_like(targets, dtype=torch.bool)[:, None]
+                softmax.fold(z, targets.clamp(max=V - 1)[:, None], everywhere & (targets < V)[:, None], p, span)
+                continue
+            if want_stats:
+                z, p = z[:, ~keep].to(operands.acc_dtype), p[:, ~keep].to(operands.acc_dtype)
+            rows_operand = kept.hidden(start, stop)
+            for columns in kept.columns(keep, 0):
+                weight = kept.weight(columns)
+                kept_z, scratch = kept.logits(rows_operand, weight, columns, stop - start)
+                softmax.fold(kept_z, *targets_among(columns, targets), scratch, span)
+            # The screen's probabilities are in units of its own softmax; its largest entry tells what those are.
+            unit = (z_top - softmax.peak[span]).exp() / p_top.to(operands.acc_dtype)
+            softmax.add_tail(span, unit * tails[span], *((unit * (p * z).sum(1), z.sum(1)) if want_stats else ()))
+
+    T = hidden.shape[0]
+
+    def to_rows(values: Tensor) -> Tensor:
+        return values.new_zeros(T).index_copy_(0, rows, values)
+
+    stats = TokenStats(*map(to_rows, softmax.stats(V))) if want_stats else None
+    logps = softmax.logps()
+    columns = softmax.peak, softmax.total, tails, fractions, -torch.expm1(logps)
+    return to_rows(logps), torch.stack([to_rows(values) for values in columns]), stats, levels
+
+
+def filtered_backward(
+    dlogps: Tensor,
+    hidden: Tensor,
+    target: Tensor,
+    rows: Tensor,
+    state: Tensor,
+    head: LMHead,
+    workspace_mib: int,
+    *,
+    cu_seqlens: Tensor,
+    screen: Tensor,
+    filter_eps: float,
+    needs: tuple[bool, bool, bool, bool, bool],
+) -> HeadGrads:
+    """Gradients of `sum(dlogps * logps)`, only those asked for, within the error budget of this module.
+
+    Args:
+        dlogps, hidden, target, rows, head, workspace_mib, needs: as in `streaming_backward`.
+        state, screen: from the forward.
+        cu_seqlens, filter_eps: as there.
+
+    Numerics: as in `streaming_backward`, on the kept columns.
+    """
+    operands = Operands(hidden, rows, head)
+    kept = Kept(operands, workspace_mib)
+    block_rows = min(rows_screened(hidden, head, workspace_mib), BLOCK_ROWS)
+    spans = block_spans(rows, cu_seqlens, block_rows)
+    R, V = rows.numel(), operands.V
+    upstream = dlogps[rows].to(operands.acc_dtype)
+    row_target, (peak, total, _, _, surprise) = target[rows], state[:, rows]
+    sizes = torch.tensor([stop - start for start, stop in spans], dtype=torch.int64, device=hidden.device)
+    block_of_row = torch.repeat_interleave(torch.arange(len(spans), device=hidden.device), sizes)
+    keep = judge(screen[: len(spans)], block_of_row, upstream, surprise, row_target, filter_eps)
+
+    per_column = max(operands.width * operands.acc_dtype.itemsize, 1)
+    width = min(max(workspace_mib * 2**19 // per_column, COLUMN_MULTIPLE), V) if needs[1] or needs[4] else V
+    bounds = even_bounds(V, width)
+    sums = GradientSums(operands, -(-V // len(bounds)), needs, empty=False)
+    residual = torch.zeros_like(upstream)  # sum of each row of dz over the columns it keeps
+    for first, last in bounds:
+        sums.begin_slice(last - first)
+        for block, (start, stop) in enumerate(spans):
+            span = slice(start, stop)
+            rows_operand = None
+            for columns in kept.columns(keep[block, first:last], first):
+                if rows_operand is None:
+                    rows_operand = kept.hidden(start, stop)
+                weight = kept.weight(columns)
+                z, scratch = kept.logits(rows_operand, weight, columns, stop - start)
+                at_targets = targets_among(columns, row_target[span])
+                softmax = peak[span], total[span]
+                dz = logits_gradient(z, *at_targets, *softmax, upstream[span], scratch, surprise[span])
+                residual[span] += dz.sum(1)
+                operands.through_logits(dz, z)
+                _add_products(sums, dz, weight, rows_operand, columns, span, first)
+        sums.end_slice(first, last)
+    if sums.hidden.shape[1] and R:
+        _correct(sums, kept, residual, keep, spans)
+    return sums.finish()
+
+
+def _add_products(
+    sums: GradientSums, dz: Tensor, weight: Tensor, hidden: Tensor, columns: slice | Tensor, span: slice, first: int
+) -> None:
+    """Add the share of one chunk of kept columns to both sums. `weight` and `hidden` are padded, `dz` is not."""
+    rows, count = dz.shape
+    padded = dz.new_zeros(hidden.shape[0], weight.shape[0])
+    padded[:rows, :count] = dz
+    with matmul_precision(sums.operands.dtype):
+        if sums.hidden.shape[1]:
+            sums.hidden[span] += (padded @ weight[:, sums.hidden_columns])[:rows]
+        if sums.weight.shape[1]:
+            share = (padded.T @ hidden[:, sums.weight_columns])[:count]
+            if isinstance(columns, slice):
+                sums.weight[columns.start - first : columns.stop - first] += share
+            else:
+                sums.weight.index_add_(0, columns - first, share)
+    if sums.bias is not None:
+        where = torch.arange(columns.start, columns.stop) if isinstance(columns, slice) else columns
+        sums.bias.index_add_(0, where - first, dz.sum(0))
+
+
+def _correct(sums: GradientSums, kept: Kept, residual: Tensor, keep: Tensor, spans: list[tuple[int, int]]) -> None:
+    """Spread what each row's kept columns sum to over the columns it drops, by one distribution per block.
+
+    That distribution is the softmax over the dropped columns at the block's mean hidden state, weighted by what the
+    rows have to spread: row cu_seqlens cancel, so it is a geometric mean of the rows' tails.
+    """
+    operands = sums.operands
+    dtype, device = operands.acc_dtype, residual.device
+    mean = operands.buffer(round_up(len(spans), ROW_MULTIPLE))
+    for block, (start, stop) in enumerate(spans):
+        share = residual[start:stop].abs()
+        share = share / share.sum().clamp(min=torch.finfo(dtype).tiny)
+        mean[block] = share @ kept.hidden(start, stop)[: stop - start].to(dtype)
+    count, columns = len(spans), sums.hidden_columns
+    spread = torch.zeros(count, columns.stop - columns.start, dtype=dtype, device=device)  # q @ weight, unnormalised
+    lowest = torch.finfo(dtype).min
+    peak = torch.full((count,), lowest, dtype=dtype, device=device)
+    total = torch.zeros_like(peak)
+    for start, stop in even_bounds(operands.V, kept.width):
+        weight = operands.read_weight(slice(start, stop), kept.weight_buffer)
+        z = torch.empty(mean.shape[0], stop - start, dtype=dtype, device=device)
+        with matmul_precision(operands.dtype):
+            product(mean, weight.T, out=z)
+        z = operands.to_logits(z, operands.bias(slice(start, stop)))[:count]
+        dropped = ~keep[:, start:stop]
+        new_peak = torch.maximum(peak, z.masked_fill(~dropped, -torch.inf).amax(1))
+        shift = torch.where(
+            new_peak > lowest, new_peak, z.amax(1).clamp(min=lowest)
+        )  # nothing dropped so far: stay finite
+        q = shifted_exp(z, shift, torch.empty_like(z)).mul_(dropped)
+        rescale = (peak - new_peak).exp_()
+        total = total * rescale + q.sum(1)
+        operands.through_logits(q, z)
+        with matmul_precision(operands.dtype):
+            spread = spread * rescale[:, None] + q @ weight[:, columns]
+        peak = new_peak
+    spread /= torch.where(total > 0, total, 1.0)[:, None]
+    for block, (start, stop) in enumerate(spans):
+        sums.hidden[start:stop].addr_(residual[start:stop], spread[block], alpha=-1.0)

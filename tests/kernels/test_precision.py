@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_dpo import LMHead, filtered, fused_dpo_logps, streaming
+from fused_dpo import LMHead, fused_dpo_logps, kept, streaming
 from fused_dpo.precision import matmul_precision
 from tests.kernels.helpers import (
     Problem,
@@ -76,7 +76,7 @@ def test_flags_survive_an_exception(where: str, flag: str, monkeypatch: pytest.M
         with pytest.raises(RuntimeError, match="out of memory"):
             fused(problem, grad_mode="exact")
     elif where == "filtered":
-        monkeypatch.setattr(filtered, "product", fail)
+        monkeypatch.setattr(kept, "product", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             fused(problem)
     else:

@@ -25,8 +25,19 @@ from triton.compiler import ASTSource
 
 from benchmarks.measure import console
 from fused_dpo.triton_backward import _dlogits_kernel
-from fused_dpo.triton_configs import SPLIT_COLUMNS, TILE_CONFIGS
+from fused_dpo.triton_configs import (
+    NARROW_COLUMNS,
+    PLAIN,
+    PRODUCT_CONFIGS,
+    RICH,
+    RICHEST,
+    SPLIT_COLUMNS,
+    TILE_CONFIGS,
+    TileConfig,
+)
+from fused_dpo.triton_filtered import COMPACT_BLOCK
 from fused_dpo.triton_forward import MERGE_ROWS, _logps_forward_kernel, _merge_splits_kernel
+from fused_dpo.triton_kept import _compact_kernel, _gathered_product_kernel, _kept_dlogits_kernel
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 """Dynamic shared memory a block may have, in bytes (CUDA programming guide, table of compute capabilities)."""
@@ -57,19 +68,22 @@ class Compiled:
             found.append(f"spills {self.stack} bytes")
         if self.shared > SHARED_LIMIT[self.architecture]:
             found.append(f"takes {self.shared} bytes of shared memory")
-        if self.architecture == 90 and self.dtype in HALF and self.kernel != "_merge_splits_kernel" and not self.wgmma:
+        multiplies = self.kernel not in ("_merge_splits_kernel", "_compact_kernel")
+        if self.architecture == 90 and self.dtype in HALF and multiplies and not self.wgmma:
             found.append("multiplies without wgmma")
         return found
 
 
-# Options of the kernels, by whether they make the epilogue a rich one (see `tile_config`).
-OPTIONS: dict[bool, dict[str, dict[str, Any]]] = {
-    False: {"plain": {}, "bias": {"HAS_BIAS": True}},
-    True: {
-        "stats": {"WANT_STATS": True},
-        "softcap": {"HAS_SOFTCAP": True},
-        "all": {"WANT_STATS": True, "HAS_BIAS": True, "HAS_SOFTCAP": True, "RANK": 16},
-    },
+# Options of the kernels, by the epilogue they make (see `epilogue_of`).
+ALL = {"HAS_BIAS": True, "HAS_SOFTCAP": True, "RANK": 16}
+OPTIONS: dict[int, dict[str, dict[str, Any]]] = {
+    PLAIN: {"plain": {}, "bias": {"HAS_BIAS": True}},
+    RICH: {"stats": {"WANT_STATS": True}, "softcap": {"HAS_SOFTCAP": True}, "all": {"WANT_STATS": True, **ALL}},
+}
+SCREENED: dict[int, dict[str, dict[str, Any]]] = {
+    PLAIN: {"screen": {}, "screen, bias": {"HAS_BIAS": True}},
+    RICH: {"screen, softcap": {"HAS_SOFTCAP": True}, "screen, lora": ALL},
+    RICHEST: {"screen, stats": {"WANT_STATS": True}, "screen, all": {"WANT_STATS": True, **ALL}},
 }
 
 
@@ -78,18 +92,20 @@ def compile_kernel(kernel: Any, architecture: int, dtype: str, options: str, til
     """Compile one kernel for contiguous inputs whose sizes are multiples of 16, as real heads have them."""
     names = kernel.arg_names
     constants = {name: value for name, value in constants.items() if name in names}
-    in_dtype = {"hidden_ptr", "weight_ptr", "lora_h_ptr", "lora_b_ptr", "bias_ptr", "dz_ptr"}
+    in_dtype = {"hidden_ptr", "weight_ptr", "lora_h_ptr", "lora_b_ptr", "bias_ptr", "dz_ptr", "a_ptr", "b_ptr"}
+    integers = {"row_index_ptr": "*i64", "target_ptr": "*i64", "index_ptr": "*i64"}
+    integers |= {"list_ptr": "*i32", "counts_ptr": "*i32", "kept_ptr": "*i32", "screen_ptr": "*u8", "flags_ptr": "*u8"}
 
     def type_of(name: str) -> str:
         if name in constants:
             return "constexpr"
-        if name in ("row_index_ptr", "target_ptr"):
-            return "*i64"
+        if name in integers:
+            return integers[name]
         if name.endswith("_ptr"):
             return f"*{dtype}" if name in in_dtype else "*fp32"
-        return "fp32" if name in ("logit_scale", "softcap", "inverse_temperature") else "i32"
+        return "fp32" if name in ("logit_scale", "softcap", "inverse_temperature", "filter_eps") else "i32"
 
-    aligned = {"D", "stride_ht", "stride_wv", "stride_z"}
+    aligned = {"D", "stride_ht", "stride_wv", "stride_z", "stride_bk", "capacity", "stride_om", "N"}
     attributes = {
         (position,): [["tt.divisibility", 16]]
         for position, name in enumerate(names)
@@ -122,25 +138,49 @@ def resource_usage(cubin: bytes) -> tuple[int, int]:
 
 def compile_all() -> Iterator[Compiled]:
     """Every kernel, shipped configuration and set of options."""
-    unit_strides = {"stride_hd": 1, "stride_wd": 1, "stride_br": 1}
-    base = {"RANK": 0, "BLOCK_R": 16, "HAS_BIAS": False, "HAS_SOFTCAP": False, "WANT_STATS": False}
-    for (architecture, itemsize, rich), config in TILE_CONFIGS.items():
-        tile = f"{config.block_t}x{config.block_v}x{config.block_d} w{config.num_warps} s{config.num_stages}"
-        sizes = {"BLOCK_T": config.block_t, "BLOCK_V": config.block_v, "BLOCK_D": config.block_d}
+    base = {"stride_hd": 1, "stride_wd": 1, "stride_br": 1, "SPLIT_COLUMNS": SPLIT_COLUMNS, "SCREEN": False}
+    base |= {"RANK": 0, "BLOCK_R": 16, "HAS_BIAS": False, "HAS_SOFTCAP": False, "WANT_STATS": False}
+
+    def of_tile(kernel: Any, architecture: int, dtype: str, tile: TileConfig, options: str, constants: dict[str, Any]):
+        label = f"{tile.block_t}x{tile.block_v}x{tile.block_d} w{tile.num_warps} s{tile.num_stages}"
+        sizes = {"BLOCK_T": tile.block_t, "BLOCK_V": tile.block_v, "BLOCK_D": tile.block_d, "NARROW": tile.narrow}
+        constants = base | sizes | constants
+        return compile_kernel(kernel, architecture, dtype, options, label, constants, tile.num_warps, tile.num_stages)
+
+    for (architecture, itemsize, epilogue), config in TILE_CONFIGS.items():
         for dtype in ("bf16", "fp16") if itemsize == 2 else ("fp32",):
-            for label, chosen in OPTIONS[rich].items():
-                constants = unit_strides | sizes | base | chosen | {"SPLIT_COLUMNS": SPLIT_COLUMNS}
+            for label, chosen in OPTIONS.get(epilogue, {}).items():
                 for kernel in (_logps_forward_kernel, _dlogits_kernel):
-                    yield compile_kernel(
-                        kernel, architecture, dtype, label, tile, constants, config.num_warps, config.num_stages
-                    )
+                    yield of_tile(kernel, architecture, dtype, config, label, chosen)
+            for label, chosen in SCREENED[epilogue].items():
+                yield of_tile(_logps_forward_kernel, architecture, dtype, config, label, chosen | {"SCREEN": True})
+            if epilogue == RICH:
+                for by_columns, tile in ((True, config), (False, config.of_rows)):
+                    way = "by columns" if by_columns else "by rows"
+                    for label, chosen in (("plain", {}), ("all", ALL)):
+                        constants = {**chosen, "BY_COLUMNS": by_columns}
+                        yield of_tile(_kept_dlogits_kernel, architecture, dtype, tile, f"{way}, {label}", constants)
+    for (architecture, itemsize), shape in PRODUCT_CONFIGS.items():
+        block_t = TILE_CONFIGS[architecture, itemsize, RICH].block_t
+        for dtype in ("bf16", "fp16") if itemsize == 2 else ("fp32",):
+            for way, block_m, contiguous in (
+                ("by columns", block_t, "stride_ak"),
+                ("by rows", NARROW_COLUMNS, "stride_am"),
+            ):
+                constants = {"BLOCK_M": block_m, "ACCUMULATE": way == "by columns", "INDIRECT": way == "by rows"}
+                constants |= {contiguous: 1, "stride_bn": 1, "BLOCK_N": shape.block_n, "BLOCK_K": shape.block_k}
+                label = f"{block_m}x{shape.block_n}x{shape.block_k} w{shape.num_warps} s{shape.num_stages}"
+                yield compile_kernel(
+                    _gathered_product_kernel, architecture, dtype, way, label, constants, shape.num_warps,
+                    shape.num_stages,
+                )  # fmt: skip
     for architecture in (80, 90):
         for stats in (False, True):
-            constants = {"SPLITS": 32, "WANT_STATS": stats, "BLOCK_T": MERGE_ROWS}
-            label, tile = "stats" if stats else "plain", f"{MERGE_ROWS} rows"
-            yield compile_kernel(
-                _merge_splits_kernel, architecture, "fp32", label, f"{MERGE_ROWS} rows", constants, 4, 3
-            )
+            constants = {"SPLITS": 32, "WANT_STATS": stats, "SCREEN": stats, "BLOCK_T": MERGE_ROWS}
+            label, tile = "stats, screen" if stats else "plain", f"{MERGE_ROWS} rows"
+            yield compile_kernel(_merge_splits_kernel, architecture, "fp32", label, tile, constants, 4, 3)
+        constants = {"BLOCK_N": COMPACT_BLOCK}
+        yield compile_kernel(_compact_kernel, architecture, "fp32", "", f"{COMPACT_BLOCK} flags", constants, 4, 3)
 
 
 def main() -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from fused_dpo.filtered import filtered_backward, filtered_forward
 from fused_dpo.head import HeadGrads, LMHead, LowRankAdapter
 from fused_dpo.precision import accumulation_dtype
-from fused_dpo.screen import BLOCK_ROWS, screen_blocks
+from fused_dpo.screen import screen_shape
 from fused_dpo.stats import FilterStats, TokenStats
 from fused_dpo.streaming import streaming_backward, streaming_forward
 
@@ -138,7 +138,7 @@ def _token_logps_op(
         if filter_eps:
             forward, _ = _filtered(impl)
             filtering: dict[str, Any] = {"cu_seqlens": cu_seqlens, "filter_eps": filter_eps, "tail_guard": tail_guard}
-            filtering["screen_blocks"] = _screen_blocks(hidden, head, row_index, cu_seqlens, impl, workspace_mib)
+            filtering["screen_shape"] = _screen_shape(hidden, head, row_index, cu_seqlens, impl, workspace_mib)
             logps, state, stats, screen = forward(
                 hidden, target, rows, head, workspace_mib, **filtering, want_stats=want_stats
             )
@@ -149,14 +149,16 @@ def _token_logps_op(
     return logps, state, screen, torch.stack(stats) if stats is not None else logps.new_empty(0)
 
 
-def _screen_blocks(
+def _screen_shape(
     hidden: Tensor, head: LMHead, row_index: Tensor | None, cu_seqlens: Tensor, impl: str, workspace_mib: int
-) -> int:
-    """Blocks that the scored rows make at most: a bound by shapes alone, so that nothing has to be read for it."""
+) -> tuple[int, int]:
+    """Shape of the screen, by shapes alone: as if all rows were scored, so that nothing has to be read for it."""
     rows = hidden.shape[0] if row_index is None else row_index.shape[0]
     if impl == "streaming":
-        return screen_blocks(hidden, head, rows, cu_seqlens.shape[0] - 1, workspace_mib)
-    return -(-rows // BLOCK_ROWS)
+        return screen_shape(hidden, head, rows, cu_seqlens.shape[0] - 1, workspace_mib)
+    from fused_dpo.triton_filtered import triton_screen_shape
+
+    return triton_screen_shape(hidden, head, rows)
 
 
 @_token_logps_op.register_fake
@@ -169,8 +171,8 @@ def _(
     state = per_row.new_empty((5 if filter_eps else 2, *target.shape))
     screen = 0, 0
     if filter_eps:
-        head = LMHead(weight, bias)
-        screen = _screen_blocks(hidden, head, row_index, cu_seqlens, impl, workspace_mib), weight.shape[0]
+        head = _head(weight, bias, lora_a, lora_b, lora_scale, logit_scale, softcap, temperature)
+        screen = _screen_shape(hidden, head, row_index, cu_seqlens, impl, workspace_mib)
     return per_row, state, hidden.new_empty(screen, dtype=torch.uint8), stats
 
 

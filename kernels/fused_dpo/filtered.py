@@ -42,20 +42,21 @@ from fused_dpo.gradients import GradientSums
 from fused_dpo.head import HeadGrads, LMHead
 from fused_dpo.kept import COLUMN_MULTIPLE, Kept, targets_among
 from fused_dpo.online_softmax import OnlineSoftmax
-from fused_dpo.operands import Operands, even_bounds, logits_gradient, round_up, shifted_exp
+from fused_dpo.operands import Operands, ceil_div, even_bounds, logits_gradient, round_up
 from fused_dpo.precision import matmul_precision, product
 from fused_dpo.screen import (
     BLOCK_ROWS,
     EVERYTHING,
     ROW_MULTIPLE,
+    Judgement,
     Screener,
     block_spans,
     exponents,
-    judge,
     largest_of,
     rows_screened,
 )
 from fused_dpo.stats import TokenStats
+from fused_dpo.tail import mean_weights, spread_tail
 
 COARSE_RANGE = 64.0
 """Largest logit that a bf16 screen is trusted with: its rounding there is at most 0.125."""
@@ -71,7 +72,7 @@ def filtered_forward(
     cu_seqlens: Tensor,
     filter_eps: float,
     tail_guard: float,
-    screen_blocks: int,
+    screen_shape: tuple[int, int],
     want_stats: bool,
 ) -> tuple[Tensor, Tensor, TokenStats | None, Tensor]:
     """Log-prob, softmax state and screen; the first five arguments as in `streaming_forward`.
@@ -80,7 +81,7 @@ def filtered_forward(
         cu_seqlens: int64 [N+1] of the sequences: a block never straddles two of them, so that a sequence's log-prob
             depends on nothing but the sequence.
         filter_eps, tail_guard: see `KernelOptions`.
-        screen_blocks: rows of the screen to return, at least as many as there are blocks.
+        screen_shape: of the screen to return; it may have more rows than there are blocks.
 
     Returns:
         `logps` [T]; the state [5, T]: largest logit, sum of exponentials above it, mass of the tail (what is not above
@@ -92,7 +93,7 @@ def filtered_forward(
     block_rows = min(screen.rows, BLOCK_ROWS)
     spans = block_spans(rows, cu_seqlens, block_rows)
     R, V = rows.numel(), operands.V
-    levels = torch.zeros(screen_blocks, V, dtype=torch.uint8, device=hidden.device)
+    levels = torch.zeros(screen_shape, dtype=torch.uint8, device=hidden.device)
     softmax = OnlineSoftmax(R, operands.acc_dtype, hidden.device, want_stats=want_stats)
     row_target = target[rows]
     tails, fractions = torch.zeros_like(softmax.peak), torch.ones_like(softmax.peak)
@@ -181,12 +182,13 @@ def filtered_backward(
     row_target, (peak, total, _, _, surprise) = target[rows], state[:, rows]
     sizes = torch.tensor([stop - start for start, stop in spans], dtype=torch.int64, device=hidden.device)
     block_of_row = torch.repeat_interleave(torch.arange(len(spans), device=hidden.device), sizes)
-    keep = judge(screen[: len(spans)], block_of_row, upstream, surprise, row_target, filter_eps)
+    judgement = Judgement(block_of_row, len(spans), upstream, surprise, row_target, filter_eps)
+    keep = judgement.columns(screen[: len(spans)])
 
     per_column = max(operands.width * operands.acc_dtype.itemsize, 1)
     width = min(max(workspace_mib * 2**19 // per_column, COLUMN_MULTIPLE), V) if needs[1] or needs[4] else V
     bounds = even_bounds(V, width)
-    sums = GradientSums(operands, -(-V // len(bounds)), needs, empty=False)
+    sums = GradientSums(operands, ceil_div(V, len(bounds)), needs, empty=False)
     residual = torch.zeros_like(upstream)  # sum of each row of dz over the columns it keeps
     for first, last in bounds:
         sums.begin_slice(last - first)
@@ -219,9 +221,11 @@ def _add_products(
     padded[:rows, :count] = dz
     with matmul_precision(sums.operands.dtype):
         if sums.hidden.shape[1]:
-            sums.hidden[span] += (padded @ weight[:, sums.hidden_columns])[:rows]
+            share = dz.new_empty(padded.shape[0], sums.hidden.shape[1])
+            sums.hidden[span] += product(padded, weight[:, sums.hidden_columns], out=share)[:rows]
         if sums.weight.shape[1]:
-            share = (padded.T @ hidden[:, sums.weight_columns])[:count]
+            share = dz.new_empty(padded.shape[1], sums.weight.shape[1])
+            share = product(padded.T, hidden[:, sums.weight_columns], out=share)[:count]
             if isinstance(columns, slice):
                 sums.weight[columns.start - first : columns.stop - first] += share
             else:
@@ -232,41 +236,12 @@ def _add_products(
 
 
 def _correct(sums: GradientSums, kept: Kept, residual: Tensor, keep: Tensor, spans: list[tuple[int, int]]) -> None:
-    """Spread what each row's kept columns sum to over the columns it drops, by one distribution per block.
-
-    That distribution is the softmax over the dropped columns at the block's mean hidden state, weighted by what the
-    rows have to spread: row cu_seqlens cancel, so it is a geometric mean of the rows' tails.
-    """
+    """Spread what each row's kept columns sum to over the columns that it drops."""
     operands = sums.operands
-    dtype, device = operands.acc_dtype, residual.device
     mean = operands.buffer(round_up(len(spans), ROW_MULTIPLE))
     for block, (start, stop) in enumerate(spans):
-        share = residual[start:stop].abs()
-        share = share / share.sum().clamp(min=torch.finfo(dtype).tiny)
-        mean[block] = share @ kept.hidden(start, stop)[: stop - start].to(dtype)
-    count, columns = len(spans), sums.hidden_columns
-    spread = torch.zeros(count, columns.stop - columns.start, dtype=dtype, device=device)  # q @ weight, unnormalised
-    lowest = torch.finfo(dtype).min
-    peak = torch.full((count,), lowest, dtype=dtype, device=device)
-    total = torch.zeros_like(peak)
-    for start, stop in even_bounds(operands.V, kept.width):
-        weight = operands.read_weight(slice(start, stop), kept.weight_buffer)
-        z = torch.empty(mean.shape[0], stop - start, dtype=dtype, device=device)
-        with matmul_precision(operands.dtype):
-            product(mean, weight.T, out=z)
-        z = operands.to_logits(z, operands.bias(slice(start, stop)))[:count]
-        dropped = ~keep[:, start:stop]
-        new_peak = torch.maximum(peak, z.masked_fill(~dropped, -torch.inf).amax(1))
-        shift = torch.where(
-            new_peak > lowest, new_peak, z.amax(1).clamp(min=lowest)
-        )  # nothing dropped so far: stay finite
-        q = shifted_exp(z, shift, torch.empty_like(z)).mul_(dropped)
-        rescale = (peak - new_peak).exp_()
-        total = total * rescale + q.sum(1)
-        operands.through_logits(q, z)
-        with matmul_precision(operands.dtype):
-            spread = spread * rescale[:, None] + q @ weight[:, columns]
-        peak = new_peak
-    spread /= torch.where(total > 0, total, 1.0)[:, None]
+        hidden = kept.hidden(start, stop)[: stop - start]
+        mean[block] = mean_weights(residual[start:stop]) @ hidden.to(operands.acc_dtype)
+    spread = spread_tail(operands, mean, keep, kept.width)[:, sums.hidden_columns]
     for block, (start, stop) in enumerate(spans):
         sums.hidden[start:stop].addr_(residual[start:stop], spread[block], alpha=-1.0)

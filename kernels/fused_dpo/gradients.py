@@ -7,7 +7,7 @@ from fused_dpo.head import HeadGrads
 from fused_dpo.operands import Operands
 from fused_dpo.precision import matmul_precision
 
-ROWS_AT_ONCE = 256
+ROWS_AT_ONCE = 1024
 """Rows that are brought through the adapter and rounded at a time: nothing there is as large as the batch."""
 
 
@@ -22,6 +22,7 @@ class GradientSums:
         hidden: sums [scored rows, columns].
         weight: sums [slice, columns] of the slice begun last.
         bias: sums [slice], None if not asked for.
+        dweight, dbias, dlora_b: the results, None if not asked for; every row is written once, by its slice.
     """
 
     def __init__(
@@ -37,16 +38,15 @@ class GradientSums:
         self._weight = self._zeros(slice_width, self.weight_columns.stop - self.weight_columns.start)
         self._bias = self._zeros(slice_width) if head.bias is not None and need_bias else None
         self.weight, self.bias = self._weight, self._bias
-        # Every row of these is written once, by its slice.
         allocate = torch.zeros_like if empty else torch.empty_like
         contiguous = torch.contiguous_format
-        self._dweight = allocate(head.weight, memory_format=contiguous) if need_weight else None
-        self._dbias = None
+        self.dweight = allocate(head.weight, memory_format=contiguous) if need_weight else None
+        self.dbias = None
         if head.bias is not None and need_bias:
-            self._dbias = allocate(head.bias, memory_format=contiguous)
-        self._dlora_b = None
+            self.dbias = allocate(head.bias, memory_format=contiguous)
+        self.dlora_b = None
         if head.lora is not None and need_b:
-            self._dlora_b = allocate(head.lora[1], memory_format=contiguous)
+            self.dlora_b = allocate(head.lora[1], memory_format=contiguous)
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=self.operands.acc_dtype, device=self.operands.hidden.device)
@@ -59,12 +59,12 @@ class GradientSums:
     def end_slice(self, start: int, stop: int) -> None:
         """Write the sums of vocabulary rows `start:stop` out."""
         D, rank = self.operands.D, self.operands.rank
-        if self._dweight is not None:
-            self._dweight[start:stop] = self.weight[:, :D]
-        if self._dlora_b is not None:
-            self._dlora_b[start:stop] = self.weight[:, -rank:]
-        if self._dbias is not None and self.bias is not None:
-            self._dbias[start:stop] = self.bias
+        if self.dweight is not None:
+            self.dweight[start:stop] = self.weight[:, :D]
+        if self.dlora_b is not None:
+            self.dlora_b[start:stop] = self.weight[:, -rank:]
+        if self.dbias is not None and self.bias is not None:
+            self.dbias[start:stop] = self.bias
 
     def finish(self) -> HeadGrads:
         """Bring the hidden states' sums through the adapter, and round."""
@@ -88,4 +88,4 @@ class GradientSums:
                 dhidden[block] = grad.to(hidden.dtype)
         if dlora_a is not None and head.lora is not None:
             dlora_a = dlora_a.to(head.lora[0].dtype)
-        return HeadGrads(dhidden, self._dweight, self._dbias, dlora_a, self._dlora_b)
+        return HeadGrads(dhidden, self.dweight, self.dbias, dlora_a, self.dlora_b)

@@ -16,14 +16,19 @@ INNER_MULTIPLE = 64
 with other bits, which would make a sequence's log-prob depend on the batch around it. Real heads need no padding."""
 
 
+def ceil_div(value: int, divisor: int) -> int:
+    """How many parts of at most `divisor` make `value`."""
+    return -(-value // divisor)
+
+
 def round_up(value: int, multiple: int) -> int:
     """The next multiple."""
-    return -(-value // multiple) * multiple
+    return ceil_div(value, multiple) * multiple
 
 
 def even_bounds(V: int, width: int) -> list[tuple[int, int]]:
     """Bounds of the fewest nearly equal slices of the vocabulary of at most `width` columns."""
-    count = -(-V // min(width, V))
+    count = ceil_div(V, min(width, V))
     return [(V * i // count, V * (i + 1) // count) for i in range(count)]
 
 
@@ -56,6 +61,11 @@ class Operands:
         D, count = self.D, stop - start
         out[:count, :D] = self.hidden[self.rows[start:stop]]
         out[count:, :D] = 0.0
+        return self.widen(out)
+
+    def widen(self, out: Tensor) -> Tensor:
+        """Fill the adapter's columns of hidden rows `out` [n, K] from their first D; returns `out`."""
+        D = self.D
         if self.head.lora is not None:
             a, _, scale = self.head.lora
             wide_a = a.new_zeros(self.rank, self.width, dtype=self.acc_dtype)
@@ -74,6 +84,14 @@ class Operands:
         if self.head.lora is not None:
             part[:, self.D : self.D + self.rank] = self.head.lora[1][which].to(self.dtype)
         return part
+
+    def is_operand(self, dtype: torch.dtype) -> bool:
+        """Whether the head's weight is its own operand in that dtype, so that slices of it need no copy."""
+        return self.head.lora is None and self.width == self.D and self.head.weight.dtype == dtype == self.dtype
+
+    def weight_slice(self, which: slice, out: Tensor) -> Tensor:
+        """As `read_weight`, or the slice itself where the weight is its own operand."""
+        return self.head.weight[which] if self.is_operand(out.dtype) else self.read_weight(which, out)
 
     def bias(self, which: slice | Tensor) -> Tensor | None:
         """The bias of those rows in the accumulation dtype."""

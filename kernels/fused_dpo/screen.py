@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_dpo.head import LMHead
-from fused_dpo.operands import Operands, even_bounds, round_up
+from fused_dpo.operands import Operands, ceil_div, even_bounds, round_up
 from fused_dpo.precision import accumulation_dtype, has_bf16_units, matmul_precision, product
 
 BLOCK_ROWS = 128
@@ -26,11 +26,6 @@ EVERYTHING = 255
 """The exponent of a column that no threshold drops."""
 BIAS = 127
 """Exponent e stands for probabilities in [2^(e-BIAS), 2^(e-BIAS+1))."""
-
-
-def block_count(rows: int, sequences: int, block_rows: int) -> int:
-    """Blocks that `rows` rows in `sequences` sequences make at most, if no block straddles two sequences."""
-    return -(-rows // block_rows) + sequences
 
 
 def block_spans(rows: Tensor, offsets: Tensor, block_rows: int) -> list[tuple[int, int]]:
@@ -54,39 +49,53 @@ def exponents(largest: Tensor) -> Tensor:
     return (largest.float().view(torch.int32) >> 23).to(torch.uint8)
 
 
-def judge(
-    levels: Tensor, block_of_row: Tensor, upstream: Tensor, surprise: Tensor, target: Tensor, eps: float
-) -> Tensor:
-    """Columns that each block keeps, bool [blocks, V].
+class Judgement:
+    """What is dropped, now that the upstream gradients are known.
 
     With G the largest |upstream| in a block, s the root mean square of its rows' surprise, and S that of
-    |upstream| * surprise over all rows, columns are dropped whose probability is for sure, that is by the upper end of
-    its exponent, at most `eps * max(s, S / G)` in every row of the block. Targets are kept, unless
-    `|upstream| * surprise <= eps * S`. Of more than half of the columns all are kept: gathering them would cost more.
+    |upstream| * surprise over all rows, an entry of the logits' gradient is dropped if for sure, that is by the upper
+    end of its exponent, it is at most `eps * max(G s, S)`. Targets are kept, unless `|upstream| * surprise <= eps * S`.
 
     Args:
-        levels: uint8 [blocks, V], the screen.
         block_of_row: int64 [R].
+        blocks: how many there are.
         upstream, surprise: [R], the latter 1 - p of the target: the size of the row's gradient is about their product.
             Where they are not finite nothing is dropped.
         target: int64 [R], V where there is none.
         eps: the filter's threshold.
     """
-    blocks, V = levels.shape
-    magnitude, size = upstream.abs(), (upstream * surprise).abs()
-    zeros = magnitude.new_zeros(blocks)
-    largest = zeros.scatter_reduce(0, block_of_row, magnitude, "amax")
-    rows = zeros.index_add(0, block_of_row, torch.ones_like(magnitude)).clamp(min=1.0)
-    own = (zeros.index_add(0, block_of_row, surprise.square()) / rows).sqrt()
-    scale = size.square().mean().sqrt() if size.numel() else zeros.sum()
-    scale = torch.where(scale.isfinite(), scale, torch.nan)  # and NaN is below no limit
-    threshold = eps * torch.maximum(own, scale / largest)
-    limit = (threshold.log2() + (BIAS - 1)).floor().clamp(min=-1, max=BIAS)
-    limit = torch.where(largest <= eps * scale, torch.full_like(limit, EVERYTHING), limit)
-    keep = levels > limit.nan_to_num(nan=-1.0).to(torch.int16)[:, None]
-    judged = (size > eps * scale) & (target < V)
-    keep[block_of_row[judged], target[judged]] = True
-    return keep | (keep.sum(1, keepdim=True) > V // 2)
+
+    def __init__(
+        self, block_of_row: Tensor, blocks: int, upstream: Tensor, surprise: Tensor, target: Tensor, eps: float
+    ) -> None:
+        self.block_of_row, self.target = block_of_row, target
+        self.magnitude, size = upstream.abs(), (upstream * surprise).abs()
+        zeros = upstream.new_zeros(blocks)
+        self.largest = zeros.scatter_reduce(0, block_of_row, self.magnitude, "amax")
+        squares = zeros.scatter_reduce(0, block_of_row, surprise.square(), "mean", include_self=False)
+        scale = size.square().mean().sqrt() if size.numel() else zeros.sum()
+        scale = torch.where(scale.isfinite(), scale, torch.nan)  # and NaN is below no limit
+        self.negligible = eps * scale
+        self.smallest = torch.maximum(eps * self.largest * squares.sqrt(), self.negligible)
+        self.judged = size > self.negligible
+
+    def columns(self, levels: Tensor) -> Tensor:
+        """Columns that each block keeps, bool [blocks, V], by a screen [blocks, V].
+
+        Of more than half of the columns all are kept: gathering them would cost more.
+        """
+        limit = ((self.smallest / self.largest).log2() + (BIAS - 1)).floor().clamp(min=-1, max=BIAS)
+        limit = torch.where(self.largest <= self.negligible, torch.full_like(limit, EVERYTHING), limit)
+        keep = levels > limit.nan_to_num(nan=-1.0).to(torch.int16)[:, None]
+        _keep_targets(keep, self.block_of_row, self.target, self.judged)
+        return keep | (keep.sum(1, keepdim=True) > levels.shape[1] // 2)
+
+
+def _keep_targets(keep: Tensor, row: Tensor, column: Tensor, judged: Tensor) -> None:
+    """Set `keep[row, column]` where `judged`, without waiting for the device to tell how many those are."""
+    flat = row * keep.shape[1] + column.clamp(max=keep.shape[1] - 1)
+    judged = judged & (column < keep.shape[1])
+    keep.view(torch.uint8).view(-1).scatter_reduce_(0, flat, judged.to(torch.uint8), "amax")
 
 
 def screens_coarsely(hidden: Tensor, head: LMHead) -> bool:
@@ -106,9 +115,10 @@ def rows_screened(hidden: Tensor, head: LMHead, workspace_mib: int) -> int:
     return min(max(fits, ROW_MULTIPLE), ROWS_AT_ONCE)
 
 
-def screen_blocks(hidden: Tensor, head: LMHead, rows: int, sequences: int, workspace_mib: int) -> int:
-    """Blocks in the screen of `fused_dpo.filtered`, for `rows` rows at most."""
-    return block_count(rows, sequences, min(rows_screened(hidden, head, workspace_mib), BLOCK_ROWS))
+def screen_shape(hidden: Tensor, head: LMHead, rows: int, sequences: int, workspace_mib: int) -> tuple[int, int]:
+    """Shape of the screen of `fused_dpo.filtered`, for `rows` rows at most: no block straddles two sequences."""
+    block_rows = min(rows_screened(hidden, head, workspace_mib), BLOCK_ROWS)
+    return ceil_div(rows, block_rows) + sequences, head.weight.shape[0]
 
 
 class Screener:
@@ -121,12 +131,10 @@ class Screener:
         self.rows = rows_screened(operands.hidden, head, workspace_mib)
         held = operands.dtype if self.coarse else operands.held_dtype
         self._hidden = operands.buffer(round_up(self.rows, 64), held)
-        if head.weight.dtype == held and head.weight.shape[1] == width:  # the weight is its own operand
-            self._weight, self._bounds = None, [(0, operands.V)]
-        else:
-            column_bytes = width * (operands.dtype.itemsize + held.itemsize)
-            self._bounds = even_bounds(operands.V, max(workspace_mib * 2**18 // column_bytes, 16))
-            self._weight = operands.buffer(max(stop - start for start, stop in self._bounds), held)
+        column_bytes = width * (operands.dtype.itemsize + held.itemsize)
+        own = operands.is_operand(held)
+        self._bounds = even_bounds(operands.V, operands.V if own else max(workspace_mib * 2**18 // column_bytes, 16))
+        self._weight = operands.buffer(0 if own else max(stop - start for start, stop in self._bounds), held)
         dtype = operands.dtype if self.coarse else operands.acc_dtype
         self._logits = torch.empty(self._hidden.shape[0], operands.V, dtype=dtype, device=self._hidden.device)
         self._probabilities = torch.empty_like(self._logits)
@@ -149,9 +157,7 @@ class Screener:
         hidden, z = operands.read_hidden(start, stop, self._hidden[:rows]), self._logits[:rows]
         for first, last in self._bounds:
             columns = slice(first, last)
-            weight = operands.head.weight
-            if self._weight is not None:
-                weight = operands.read_weight(columns, self._weight)
+            weight = operands.weight_slice(columns, self._weight)
             part = z[:, columns]
             if self.coarse:
                 torch.mm(hidden, weight.T, out=part)

@@ -1,7 +1,8 @@
 """Opt-in tuning: with `FUSED_DPO_AUTOTUNE=1` the tile shapes are timed on this device once per head shape and dtype.
 
-Off by default. Ranks that tune by themselves may pick different winners, and then sum in different orders: what they
-compute agrees within rounding, not bit for bit.
+Off by default, and without effect on filtered gradients, where the rows of a tile are part of the result. Ranks that
+tune by themselves may pick different winners, and then sum in different orders: what they compute agrees within
+rounding, not bit for bit.
 """
 
 import os
@@ -12,7 +13,7 @@ import triton
 from torch import Tensor
 
 from fused_dpo.head import LMHead
-from fused_dpo.triton_configs import TileConfig, tile_config
+from fused_dpo.triton_configs import TileConfig, epilogue_of, tile_config
 
 TUNING_ROWS = 4096
 """Rows of the timed forward: fixed, so that the choice does not depend on the first batch."""
@@ -41,10 +42,10 @@ _tuned: dict[tuple[object, ...], TileConfig] = {}
 
 def choose_config(architecture: int, hidden: Tensor, head: LMHead, *, want_stats: bool) -> TileConfig:
     """The reviewed configuration, or the fastest candidate if tuning is asked for and there is a device to time."""
+    epilogue = epilogue_of(head, want_stats=want_stats)
     if architecture == 0 or os.environ.get("FUSED_DPO_AUTOTUNE") != "1":
-        return tile_config(architecture, hidden.dtype, head, want_stats=want_stats)
-    rich = want_stats or head.softcap is not None or head.lora is not None
-    key = (hidden.device, hidden.dtype, tuple(head.weight.shape), rich)
+        return tile_config(architecture, hidden.dtype, epilogue)
+    key = (hidden.device, hidden.dtype, tuple(head.weight.shape), epilogue)
     if key not in _tuned:
         _tuned[key] = fastest(hidden, head, want_stats=want_stats)
     return _tuned[key]

@@ -15,7 +15,7 @@ from torch import Tensor
 from fused_dpo.head import HeadGrads, LMHead
 from fused_dpo.precision import matmul_precision
 from fused_dpo.triton_autotune import choose_config
-from fused_dpo.triton_tile import architecture, interpreted, logits_tile, on_device, tile_arguments
+from fused_dpo.triton_tile import architecture, interpreted, logits_tile, on_device, surprise_of, tile_arguments
 
 
 @triton.jit
@@ -104,10 +104,7 @@ def _dlogits_kernel(
         peak = tl.load(state_ptr + rows, mask=mask_t, other=float("inf"))
         total = tl.load(state_ptr + T + rows, mask=mask_t, other=1.0)
         hit = offs_v[None, :] == target[:, None]
-        # 1 - p of a confident target would lose its digits by subtraction: expm1, by its series where p is near 1.
-        logp = tl.sum(tl.where(hit, z, 0.0), axis=1) - peak - tl.log(total)
-        series = -logp * (1.0 + logp / 2.0 * (1.0 + logp / 3.0 * (1.0 + logp / 4.0 * (1.0 + logp / 5.0))))
-        at_target = tl.where(logp > -0.1, series, 1.0 - tl.exp(logp))
+        at_target = surprise_of(tl.sum(tl.where(hit, z, 0.0), axis=1) - peak - tl.log(total))
         dz = tl.where(hit, at_target[:, None], -tl.exp(z - peak[:, None]) / total[:, None])
         if HAS_SOFTCAP:  # d tanh(u) = 1 - tanh(u)^2
             ratio = z / (softcap * inverse_temperature)

@@ -4,7 +4,7 @@ A sequence's log-prob must not depend on what else is in the batch, so nothing h
 autotuning is off unless asked for.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,16 @@ class TileConfig:
     """Depth of the software pipeline that loads operands."""
 
     @property
+    def narrow(self) -> int:
+        """Columns of a narrow block, see NARROW_COLUMNS."""
+        return min(NARROW_COLUMNS, self.block_v)
+
+    @property
+    def of_rows(self) -> "TileConfig":
+        """The tile of rows gathered for a narrow block of columns."""
+        return replace(self, block_v=self.narrow)
+
+    @property
     def constants(self) -> dict[str, Any]:
         """As keyword arguments of a kernel launch."""
         return {
@@ -38,33 +48,85 @@ class TileConfig:
         }
 
 
-SPLIT_COLUMNS = 8192
+@dataclass(frozen=True)
+class ProductConfig:
+    """Shape of one program's tile in a product with gathered rows; its other side is the block of the lists."""
+
+    block_n: int
+    """Hidden dimensions."""
+    block_k: int
+    """Entries of a list a step of the accumulation."""
+    num_warps: int
+    num_stages: int
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """As keyword arguments of a kernel launch."""
+        return {
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": self.block_k,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+NARROW_COLUMNS = 64
+"""Columns that share the list of rows kept for the weight's gradient."""
+HOT_SPLITS = 2
+"""Splits that the filtered forward runs before the others, to bound the log-sum-exp from below."""
+SPLIT_COLUMNS = 4096
 """Vocabulary columns that one program of the forward walks. Fixes the number of partial results per row by V alone."""
 
 # Registers: fp32 accumulators take block_t * block_v / (32 * num_warps) of the 255 a thread has. Shared memory:
 # (block_t + block_v) * block_d * itemsize * num_stages, at most 163 KiB on sm_80 and 227 KiB on sm_90.
-TILE_CONFIGS: dict[tuple[int, int, bool], TileConfig] = {
-    # architecture, bytes an element, whether the epilogue is rich (stats, softcap or adapter: more live registers)
-    (90, 2, False): TileConfig(128, 256, 64, num_warps=8, num_stages=3),
-    (90, 2, True): TileConfig(128, 128, 64, num_warps=8, num_stages=3),
-    (90, 4, False): TileConfig(64, 64, 32, num_warps=4, num_stages=3),
-    (90, 4, True): TileConfig(64, 64, 32, num_warps=8, num_stages=3),
-    (80, 2, False): TileConfig(128, 128, 32, num_warps=8, num_stages=4),
-    (80, 2, True): TileConfig(128, 64, 64, num_warps=8, num_stages=3),
-    (80, 4, False): TileConfig(64, 64, 32, num_warps=8, num_stages=3),
-    (80, 4, True): TileConfig(64, 64, 32, num_warps=8, num_stages=3),
+# The rows of a tile are the blocks of a screen, so they are the same for all epilogues of an architecture and dtype.
+PLAIN, RICH, RICHEST = range(3)
+TILE_CONFIGS: dict[tuple[int, int, int], TileConfig] = {
+    # architecture, bytes an element, how much the epilogue keeps in registers
+    (90, 2, PLAIN): TileConfig(128, 256, 64, num_warps=8, num_stages=3),
+    (90, 2, RICH): TileConfig(128, 128, 64, num_warps=8, num_stages=3),
+    (90, 2, RICHEST): TileConfig(128, 64, 64, num_warps=8, num_stages=3),
+    (90, 4, PLAIN): TileConfig(64, 64, 32, num_warps=4, num_stages=3),
+    (90, 4, RICH): TileConfig(64, 64, 32, num_warps=8, num_stages=3),
+    (90, 4, RICHEST): TileConfig(64, 64, 32, num_warps=8, num_stages=3),
+    (80, 2, PLAIN): TileConfig(128, 128, 32, num_warps=8, num_stages=4),
+    (80, 2, RICH): TileConfig(128, 64, 64, num_warps=8, num_stages=3),
+    (80, 2, RICHEST): TileConfig(128, 64, 64, num_warps=8, num_stages=3),
+    (80, 4, PLAIN): TileConfig(64, 64, 32, num_warps=8, num_stages=3),
+    (80, 4, RICH): TileConfig(64, 64, 32, num_warps=8, num_stages=3),
+    (80, 4, RICHEST): TileConfig(64, 64, 32, num_warps=8, num_stages=3),
+}
+PRODUCT_CONFIGS: dict[tuple[int, int], ProductConfig] = {
+    # architecture, bytes an element
+    (90, 2): ProductConfig(128, 64, num_warps=8, num_stages=3),
+    (90, 4): ProductConfig(64, 32, num_warps=4, num_stages=3),
+    (80, 2): ProductConfig(128, 32, num_warps=8, num_stages=3),
+    (80, 4): ProductConfig(64, 32, num_warps=4, num_stages=3),
 }
 INTERPRETER_CONFIG = TileConfig(16, 32, 16, num_warps=1, num_stages=1)
+INTERPRETER_PRODUCT = ProductConfig(16, 16, num_warps=1, num_stages=1)
 """Small tiles, so that small tests cross every edge."""
 
 
-def tile_config(architecture: int, dtype: torch.dtype, head: LMHead, *, want_stats: bool = False) -> TileConfig:
+def tile_config(architecture: int, dtype: torch.dtype, epilogue: int) -> TileConfig:
     """The configuration for compute capability `architecture` (90 for 9.0; 0 for the interpreter) and operand dtype.
 
     Architectures between two tables take the lower one (8.6, 8.9: sm_80), newer ones the highest.
     """
     if architecture == 0:
         return INTERPRETER_CONFIG
-    table = 90 if architecture >= 90 else 80
-    rich = want_stats or head.softcap is not None or head.lora is not None
-    return TILE_CONFIGS[table, dtype.itemsize, rich]
+    return TILE_CONFIGS[90 if architecture >= 90 else 80, dtype.itemsize, epilogue]
+
+
+def epilogue_of(head: LMHead, *, want_stats: bool = False, screen: bool = False) -> int:
+    """How rich an epilogue is: what is live in registers beside the tile decides how large the tile may be."""
+    if want_stats and screen:
+        return RICHEST
+    return RICH if want_stats or head.softcap is not None or head.lora is not None else PLAIN
+
+
+def product_config(architecture: int, dtype: torch.dtype) -> ProductConfig:
+    """The same for products with gathered rows."""
+    if architecture == 0:
+        return INTERPRETER_PRODUCT
+    return PRODUCT_CONFIGS[90 if architecture >= 90 else 80, dtype.itemsize]

@@ -11,7 +11,7 @@ from fused_dpo.head import LMHead
 from fused_dpo.stats import TokenStats
 from fused_dpo.triton_autotune import choose_config
 from fused_dpo.triton_configs import SPLIT_COLUMNS, TileConfig
-from fused_dpo.triton_tile import architecture, logits_tile, on_device, tile_arguments
+from fused_dpo.triton_tile import architecture, logits_tile, on_device, surprise_of, tile_arguments
 
 MERGE_ROWS = 128
 """Rows a program of the merge takes."""
@@ -31,6 +31,11 @@ def _logps_forward_kernel(
     weighted_ptr,
     sum_ptr,
     picked_ptr,
+    screen_ptr,
+    tail_ptr,
+    bound_ptr,
+    filter_eps,
+    first_split,
     R,
     V,
     D,
@@ -49,6 +54,7 @@ def _logps_forward_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     WANT_STATS: tl.constexpr,
+    SCREEN: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -60,11 +66,17 @@ def _logps_forward_kernel(
     sum of their exponentials above it (and for the stats the exponential-weighted and the plain sum of the logits), and
     at `[row]` the target's logit if the target lies in its columns: every entry has one writer.
 
+    SCREEN adds what filtered gradients need, from tiles that are in registers anyway. Probabilities are known from
+    above, by a bound on the log-sum-exp from below: what the split has summed up so far, and `bound` [R], the
+    log-sum-exp over the splits that were run first (-inf there). `screen` `[block, V]` gets the exponent of each
+    column's largest in the block (see `fused_dpo.screen`), `tail`, like `total`, the sum of what is at most
+    `filter_eps` in its own row.
+
     Roofline: 2·R·D·V FLOP; bytes are the weight once (V·D) plus the hidden states once from memory (R·D), everything
     else from L2. Bound by the matrix units from a few hundred rows on.
     """
     pid_t = tl.program_id(0)
-    split = tl.program_id(1)
+    split = tl.program_id(1) + first_split
     offs_t = pid_t * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_t = offs_t < R
     rows = tl.load(row_index_ptr + offs_t, mask=mask_t, other=0).to(tl.int64)
@@ -75,6 +87,9 @@ def _logps_forward_kernel(
     weighted = tl.zeros([BLOCK_T], dtype=tl.float32)
     plain = tl.zeros([BLOCK_T], dtype=tl.float32)
     picked = tl.zeros([BLOCK_T], dtype=tl.float32)
+    tail = tl.zeros([BLOCK_T], dtype=tl.float32)
+    if SCREEN:
+        bound = tl.load(bound_ptr + offs_t, mask=mask_t, other=0.0)
     first_v = split * SPLIT_COLUMNS
     for start_v in range(first_v, tl.minimum(first_v + SPLIT_COLUMNS, V), BLOCK_V):
         offs_v = start_v + tl.arange(0, BLOCK_V)
@@ -118,6 +133,12 @@ def _logps_forward_kernel(
             finite = tl.where(z == float("-inf"), 0.0, z)
             weighted = weighted * rescale + tl.sum(weights * finite, axis=1)
             plain += tl.sum(tl.where(offs_v[None, :] < V, z, 0.0), axis=1)
+        if SCREEN:
+            above = total + tl.exp(tl.minimum(bound - shift, 80.0))
+            p = weights * tl.where(mask_t, 1.0 / tl.maximum(above, 1e-30), 0.0)[:, None]
+            tail = tail * rescale + tl.sum(tl.where(p <= filter_eps, p, 0.0), axis=1) * above
+            levels = (tl.max(p, axis=0).to(tl.int32, bitcast=True) >> 23).to(tl.uint8)
+            tl.store(screen_ptr + pid_t.to(tl.int64) * V + offs_v, levels, mask=offs_v < V)
         peak = new_peak
 
     at = split.to(tl.int64) * R + offs_t
@@ -126,6 +147,8 @@ def _logps_forward_kernel(
     if WANT_STATS:
         tl.store(weighted_ptr + at, weighted, mask=mask_t)
         tl.store(sum_ptr + at, plain, mask=mask_t)
+    if SCREEN:
+        tl.store(tail_ptr + at, tail, mask=mask_t)
     mine = (target >= first_v) & (target < tl.minimum(first_v + SPLIT_COLUMNS, V))
     tl.store(picked_ptr + offs_t, picked, mask=mask_t & mine)
 
@@ -142,11 +165,13 @@ def _merge_splits_kernel(
     logps_ptr,
     state_ptr,
     stats_ptr,
+    tail_ptr,
     T,
     R,
     V,
     SPLITS: tl.constexpr,
     WANT_STATS: tl.constexpr,
+    SCREEN: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     """Merge the splits of each row, in ascending order, into the softmax's state and the log-prob.
@@ -163,6 +188,7 @@ def _merge_splits_kernel(
     total = tl.zeros([BLOCK_T], dtype=tl.float32)
     weighted = tl.zeros([BLOCK_T], dtype=tl.float32)
     plain = tl.zeros([BLOCK_T], dtype=tl.float32)
+    tail = tl.zeros([BLOCK_T], dtype=tl.float32)
     for split in range(SPLITS):
         at = tl.full([BLOCK_T], split, dtype=tl.int64) * R + offs_t
         rescale = tl.exp(tl.load(peak_ptr + at, mask=mask_t, other=float("-inf")) - shift)
@@ -170,17 +196,66 @@ def _merge_splits_kernel(
         if WANT_STATS:
             weighted += tl.load(weighted_ptr + at, mask=mask_t, other=0.0) * rescale
             plain += tl.load(sum_ptr + at, mask=mask_t, other=0.0)
+        if SCREEN:
+            tail += tl.load(tail_ptr + at, mask=mask_t, other=0.0) * rescale
     log_total = tl.log(total)
     rows = tl.load(row_index_ptr + offs_t, mask=mask_t, other=0).to(tl.int64)
     target = tl.load(target_ptr + rows, mask=mask_t, other=0)
     picked = tl.load(picked_ptr + offs_t, mask=mask_t & (target >= 0) & (target < V), other=float("nan"))
-    tl.store(logps_ptr + rows, picked - shift - log_total, mask=mask_t)
+    logp = picked - shift - log_total
+    tl.store(logps_ptr + rows, logp, mask=mask_t)
     tl.store(state_ptr + rows, shift, mask=mask_t)
     tl.store(state_ptr + T + rows, total, mask=mask_t)
+    if SCREEN:
+        tl.store(state_ptr + 2 * T + rows, tail / total, mask=mask_t)
+        tl.store(state_ptr + 4 * T + rows, surprise_of(logp), mask=mask_t)
     if WANT_STATS:
         tl.store(stats_ptr + rows, log_total - (weighted / total - shift), mask=mask_t)
         tl.store(stats_ptr + T + rows, plain / V, mask=mask_t)
         tl.store(stats_ptr + 2 * T + rows, tl.where(picked >= peak, 1.0, 0.0), mask=mask_t)
+
+
+class Partials:
+    """What the forward's programs write for the merge, and how both are launched."""
+
+    def __init__(self, hidden: Tensor, target: Tensor, rows: Tensor, head: LMHead, *, want_stats: bool) -> None:
+        self.hidden, self.rows, self.V = hidden, rows, head.weight.shape[0]
+        self.splits = -(-self.V // SPLIT_COLUMNS)
+        self.want_stats = want_stats
+        R, device = rows.numel(), hidden.device
+        partials = torch.empty(4 if want_stats else 2, self.splits, R, dtype=torch.float32, device=device)
+        self.peak, self.total = partials[0], partials[1]
+        weighted, plain = (partials[2], partials[3]) if want_stats else (self.peak, self.peak)
+        self._shared: dict[str, Any] = {
+            "row_index_ptr": rows,
+            "target_ptr": target,
+            "peak_ptr": self.peak,
+            "total_ptr": self.total,
+            "weighted_ptr": weighted,
+            "sum_ptr": plain,
+            "picked_ptr": torch.empty(R, dtype=torch.float32, device=device),
+            "R": R,
+            "WANT_STATS": want_stats,
+        }
+        self._tile = tile_arguments(hidden, rows, head)
+
+    def forward(self, config: TileConfig, first: int, stop: int, screen: dict[str, Any] | None = None) -> None:
+        """Run splits `first:stop`; `screen` are the arguments that SCREEN adds."""
+        grid = triton.cdiv(self.rows.numel(), config.block_t), stop - first
+        arguments: dict[str, Any] = {**self._tile, **self._shared, **config.constants, "SPLIT_COLUMNS": SPLIT_COLUMNS}
+        unused = {"screen_ptr": self.peak, "tail_ptr": self.peak, "bound_ptr": self.peak}
+        unused |= {"filter_eps": 0.0, "SCREEN": False}
+        arguments |= {"first_split": first, **(screen or unused)}
+        with on_device(self.hidden):
+            _logps_forward_kernel[grid](**arguments)
+
+    def merge(self, logps: Tensor, state: Tensor, stats: Tensor | None, tail: Tensor | None = None) -> None:
+        """Merge all splits into per-row results."""
+        arguments: dict[str, Any] = {"SPLITS": self.splits, "BLOCK_T": MERGE_ROWS, "T": logps.shape[0], "V": self.V}
+        arguments |= {"logps_ptr": logps, "state_ptr": state, "stats_ptr": state if stats is None else stats}
+        arguments |= {"tail_ptr": self.peak if tail is None else tail, "SCREEN": tail is not None}
+        with on_device(self.hidden):
+            _merge_splits_kernel[(triton.cdiv(self.rows.numel(), MERGE_ROWS),)](**self._shared, **arguments)
 
 
 def triton_forward(
@@ -198,33 +273,13 @@ def triton_forward(
     Memory: log-prob and state, 12 bytes a row, and 8 bytes (16 with stats) a scored row and split of SPLIT_COLUMNS
     columns. No synchronisation with the host.
     """
-    T, R = hidden.shape[0], rows.numel()
-    V = head.weight.shape[0]
+    T = hidden.shape[0]
     config = config or choose_config(architecture(hidden.device), hidden, head, want_stats=want_stats)
-    splits = -(-V // SPLIT_COLUMNS)
     logps = torch.zeros(T, dtype=torch.float32, device=hidden.device)
     state = torch.zeros(2, T, dtype=torch.float32, device=hidden.device)
-    stats = torch.zeros(3, T, dtype=torch.float32, device=hidden.device) if want_stats else state
-    if R:
-        partials = torch.empty(4 if want_stats else 2, splits, R, dtype=torch.float32, device=hidden.device)
-        peak, total, weighted, plain = partials if want_stats else (*partials, state, state)
-        shared: dict[str, Any] = {
-            "row_index_ptr": rows,
-            "target_ptr": target,
-            "peak_ptr": peak,
-            "total_ptr": total,
-            "weighted_ptr": weighted,
-            "sum_ptr": plain,
-            "picked_ptr": torch.empty(R, dtype=torch.float32, device=hidden.device),
-            "R": R,
-            "WANT_STATS": want_stats,
-        }
-        tile: dict[str, Any] = tile_arguments(hidden, rows, head) | config.constants
-        tile["SPLIT_COLUMNS"] = SPLIT_COLUMNS
-        with on_device(hidden):
-            _logps_forward_kernel[(triton.cdiv(R, config.block_t), splits)](**tile, **shared)
-        merge: dict[str, Any] = {"SPLITS": splits, "BLOCK_T": MERGE_ROWS, "T": T, "V": V}
-        merge |= {"logps_ptr": logps, "state_ptr": state, "stats_ptr": stats}
-        with on_device(hidden):
-            _merge_splits_kernel[(triton.cdiv(R, MERGE_ROWS),)](**shared, **merge)
-    return logps, state, TokenStats(*stats.unbind(0)) if want_stats else None
+    stats = torch.zeros(3, T, dtype=torch.float32, device=hidden.device) if want_stats else None
+    if rows.numel():
+        partials = Partials(hidden, target, rows, head, want_stats=want_stats)
+        partials.forward(config, 0, partials.splits)
+        partials.merge(logps, state, stats)
+    return logps, state, None if stats is None else TokenStats(*stats.unbind(0))

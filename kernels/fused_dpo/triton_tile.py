@@ -66,6 +66,13 @@ def tile_arguments(hidden: Tensor, rows: Tensor, head: LMHead) -> dict[str, Any]
 
 
 @triton.jit
+def surprise_of(logp):
+    """`1 - exp(logp)`, by its series where the difference would lose its digits."""
+    series = -logp * (1.0 + logp / 2.0 * (1.0 + logp / 3.0 * (1.0 + logp / 4.0 * (1.0 + logp / 5.0))))
+    return tl.where(logp > -0.1, series, 1.0 - tl.exp(logp))
+
+
+@triton.jit
 def logits_tile(
     hidden_ptr,
     rows,

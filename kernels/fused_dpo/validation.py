@@ -102,7 +102,7 @@ def filter_eps(grad_mode: str | None, impl: str, dtype: torch.dtype, options: Ke
         raise ValueError(f"grad_mode must be None, 'exact' or 'filtered', got {grad_mode!r}.")
     if grad_mode == "filtered" and impl == "reference":
         raise ValueError("grad_mode='filtered' needs impl 'streaming' or 'triton'; 'reference' is the exact oracle.")
-    filtered = grad_mode == "filtered" or (grad_mode is None and impl == "streaming" and dtype.itemsize == 2)
+    filtered = grad_mode == "filtered" or (grad_mode is None and impl != "reference" and dtype.itemsize == 2)
     return float(options.filter_eps) if filtered else 0.0
 
 

@@ -23,7 +23,16 @@ from torch import Tensor
 
 from fused_dpo import KernelOptions, LMHead, fused_dpo_logps, fused_token_logps, triton_autotune
 from fused_dpo.triton_backward import slice_width
-from fused_dpo.triton_configs import INTERPRETER_CONFIG, SPLIT_COLUMNS, TILE_CONFIGS, TileConfig, tile_config
+from fused_dpo.triton_configs import (
+    INTERPRETER_CONFIG,
+    PLAIN,
+    RICH,
+    RICHEST,
+    SPLIT_COLUMNS,
+    TILE_CONFIGS,
+    TileConfig,
+    tile_config,
+)
 from tests.kernels.helpers import (
     DIFFERENTIABLE,
     IGNORE,
@@ -101,7 +110,7 @@ def test_every_subset_of_gradients(needs: tuple[str, ...]) -> None:
 def test_several_splits_and_slices() -> None:
     """A vocabulary beyond one split of the forward; a workspace that holds only a part of it in the backward."""
     V = SPLIT_COLUMNS + 300
-    problem = make_problem((60, 3), V=V, D=5)
+    problem = make_problem((90, 3), V=V, D=5)
     rows = int((problem.aligned != IGNORE).sum())
     assert slice_width(rows, V, 4, 1) < V, "the backward has to take more than one slice"
     check(problem, torch.float32, workspace_mib=1)
@@ -261,14 +270,13 @@ def test_choice_of_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_configurations_never_depend_on_the_batch() -> None:
-    """Architecture, dtype and head alone; every architecture from Ampere on has one."""
-    plain = LMHead(torch.empty(1, 1))
-    assert tile_config(86, torch.bfloat16, plain) == tile_config(80, torch.bfloat16, plain)
-    assert tile_config(100, torch.float32, plain) == tile_config(90, torch.float32, plain)
-    for architecture in (80, 90):
+    """Architecture, dtype and epilogue alone; every architecture from Ampere on has one, with one block of rows."""
+    assert tile_config(86, torch.bfloat16, PLAIN) == tile_config(80, torch.bfloat16, PLAIN)
+    assert tile_config(100, torch.float32, RICH) == tile_config(90, torch.float32, RICH)
+    for architecture in (0, 80, 90):
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            for want_stats in (False, True):
-                assert tile_config(architecture, dtype, plain, want_stats=want_stats) in TILE_CONFIGS.values()
+            tiles = [tile_config(architecture, dtype, epilogue) for epilogue in (PLAIN, RICH, RICHEST)]
+            assert len({tile.block_t for tile in tiles}) == 1, "the backward reads the screen of any forward"
 
 
 class TestAutotune:
@@ -298,7 +306,7 @@ class TestAutotune:
 
     def test_off(self, times: dict[int, float], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("FUSED_DPO_AUTOTUNE", raising=False)
-        assert self.choose() == TILE_CONFIGS[90, 4, False]
+        assert self.choose() == TILE_CONFIGS[90, 4, PLAIN]
         monkeypatch.setenv("FUSED_DPO_AUTOTUNE", "1")
         assert self.choose(architecture=0) == INTERPRETER_CONFIG
 
@@ -338,7 +346,8 @@ def test_every_kernel_compiles_for_both_architectures(
         for row in compiled:
             print("  ".join(str(row[column]) for column in columns))
     seen = {(row["kernel"], row["architecture"], row["dtype"]) for row in compiled}
-    for kernel in ("_logps_forward_kernel", "_dlogits_kernel"):
+    multiplying = ("_logps_forward_kernel", "_dlogits_kernel", "_kept_dlogits_kernel", "_gathered_product_kernel")
+    for kernel in multiplying:
         assert {(kernel, arch, dtype) for arch in (80, 90) for dtype in ("bf16", "fp16", "fp32")} <= seen
     assert [row for row in compiled if row["problems"]] == []
 

@@ -1,0 +1,297 @@
+"""Screen, keep, correct on CUDA: the algorithm and error budget of `fused_dpo.filtered`, without a synchronisation.
+
+The forward is the exact one, and notes from its tiles how large a probability each column reaches in a block of rows.
+It runs the first splits of the vocabulary, where byte-pair tokenizers have
+their most frequent tokens, before the others: their log-sum-exp bounds the whole one from below well enough to know a
+probability from above (measured on real hidden states: 9 % of columns reach 2^-12 by the bound, 7 % do).
+
+Once the upstream gradients are known, the backward lists the columns that each block of rows keeps, computes dz there,
+and marks the rows that have something above the threshold in each narrow block of columns. dz is computed again for
+those, so that either gradient is a product with gathered rows, in a fixed order, with one writer for each entry.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fused_dpo.gradients import GradientSums
+from fused_dpo.head import HeadGrads, LMHead
+from fused_dpo.operands import Operands, ceil_div, round_up
+from fused_dpo.screen import BIAS, EVERYTHING, Judgement
+from fused_dpo.stats import TokenStats
+from fused_dpo.tail import mean_weights, spread_tail
+from fused_dpo.triton_configs import (
+    HOT_SPLITS,
+    RICH,
+    ProductConfig,
+    TileConfig,
+    epilogue_of,
+    product_config,
+    tile_config,
+)
+from fused_dpo.triton_forward import Partials
+from fused_dpo.triton_kept import _compact_kernel, _gathered_product_kernel, _kept_dlogits_kernel
+from fused_dpo.triton_tile import architecture, on_device, tile_arguments
+
+COMPACT_BLOCK = 1024
+"""Flags that a program of the compaction takes at a time."""
+TAIL_COLUMNS = 16384
+"""Columns of the correction taken at a time."""
+
+
+def _backward_config(hidden: Tensor) -> TileConfig:
+    """The reviewed tile shape, never a tuned one: its rows are the blocks of the screen."""
+    return tile_config(architecture(hidden.device), hidden.dtype, RICH)
+
+
+def triton_screen_shape(hidden: Tensor, head: LMHead, rows: int) -> tuple[int, int]:
+    """Shape of the screen for `rows` rows at most."""
+    return ceil_div(rows, _backward_config(hidden).block_t), head.weight.shape[0]
+
+
+def triton_filtered_forward(
+    hidden: Tensor,
+    target: Tensor,
+    rows: Tensor,
+    head: LMHead,
+    _workspace_mib: int,
+    *,
+    cu_seqlens: Tensor,
+    filter_eps: float,
+    tail_guard: float,
+    screen_shape: tuple[int, int],
+    want_stats: bool,
+) -> tuple[Tensor, Tensor, TokenStats | None, Tensor]:
+    """Log-prob, softmax state and screen: `filtered_forward` on CUDA, its log-probs and stats those of the exact path.
+
+    Memory: as `triton_forward`, 4 bytes more a scored row and split, and the screen, V bytes a block of rows.
+    """
+    del cu_seqlens  # the screen is exact here, so what a row's block holds beside it has no part in its log-prob
+    T, R, V = hidden.shape[0], rows.numel(), head.weight.shape[0]
+    device = hidden.device
+    epilogue = epilogue_of(head, want_stats=want_stats, screen=True)
+    config = tile_config(architecture(hidden.device), hidden.dtype, epilogue)
+    logps = torch.zeros(T, dtype=torch.float32, device=device)
+    state = torch.zeros(5, T, dtype=torch.float32, device=device)
+    stats = torch.zeros(3, T, dtype=torch.float32, device=device) if want_stats else None
+    screen = torch.zeros(screen_shape, dtype=torch.uint8, device=device)
+    if R:
+        partials = Partials(hidden, target, rows, head, want_stats=want_stats)
+        blocks = ceil_div(R, config.block_t)
+        tail = torch.empty_like(partials.total)
+        arguments: dict[str, Any] = {"screen_ptr": screen, "tail_ptr": tail, "SCREEN": True, "filter_eps": filter_eps}
+        hot = min(HOT_SPLITS, partials.splits)
+        arguments["bound_ptr"] = torch.full((R,), -torch.inf, device=device)
+        partials.forward(config, 0, hot, arguments)
+        if hot < partials.splits:
+            arguments["bound_ptr"] = (partials.peak[:hot] + partials.total[:hot].log()).logsumexp(0)
+            partials.forward(config, hot, partials.splits, arguments)
+        partials.merge(logps, state, stats, tail)
+
+        columns = (screen[:blocks] >= math.floor(BIAS + math.log2(filter_eps))).sum(1)
+        mean_tail = _of_blocks(state[2, rows], blocks, config.block_t).sum(1) / _block_sizes(R, blocks, config, device)
+        flat = ~(mean_tail <= tail_guard) | (columns > V // 2)  # NaN is not below the guard
+        screen[:blocks].masked_fill_(flat[:, None], EVERYTHING)
+        flat_rows = flat.repeat_interleave(config.block_t)[:R]
+        fraction = torch.where(flat, 1.0, columns / V).repeat_interleave(config.block_t)[:R]
+        state[2].index_copy_(0, rows, state[2, rows].masked_fill(flat_rows, 0.0))
+        state[3].index_copy_(0, rows, fraction)
+    return logps, state, None if stats is None else TokenStats(*stats.unbind(0)), screen
+
+
+def _of_blocks(values: Tensor, blocks: int, block_t: int) -> Tensor:
+    """Values of the scored rows [R] as [blocks, block_t], 0 beyond the last row."""
+    return F.pad(values, (0, blocks * block_t - values.numel())).view(blocks, block_t)
+
+
+def _block_sizes(R: int, blocks: int, config: TileConfig, device: torch.device) -> Tensor:
+    starts = torch.arange(blocks, device=device) * config.block_t
+    return (R - starts).clamp(max=config.block_t)
+
+
+def triton_filtered_backward(
+    dlogps: Tensor,
+    hidden: Tensor,
+    target: Tensor,
+    rows: Tensor,
+    state: Tensor,
+    head: LMHead,
+    workspace_mib: int,
+    *,
+    cu_seqlens: Tensor,
+    screen: Tensor,
+    filter_eps: float,
+    needs: tuple[bool, bool, bool, bool, bool],
+) -> HeadGrads:
+    """Gradients of `sum(dlogps * logps)`, only those asked for: `filtered_backward` on CUDA.
+
+    Numerics: dz is held in the hidden states' dtype (fp16: scaled so that its largest upstream gradient is 1); both
+        products accumulate in fp32. No atomics.
+    Memory: `workspace_mib`, 4·D bytes a scored row for the hidden states' gradient, 5·V bytes a block of rows for its
+        kept columns, and V/64 bytes a row. No synchronisation with the host.
+    """
+    del cu_seqlens
+    R, V = rows.numel(), head.weight.shape[0]
+    operands = Operands(hidden, rows, head)
+    sums = GradientSums(operands, 0, needs, empty=not R)
+    if not R:
+        return sums.finish()
+    upstream = dlogps[rows].float()
+    unit = torch.ones((), device=hidden.device)
+    if hidden.dtype == torch.float16:
+        unit = upstream.abs().amax().clamp_(min=torch.finfo(torch.float32).tiny)
+        upstream = upstream / unit
+    kept = _KeptLists(operands, target, state, upstream, workspace_mib)
+    blocks, config = kept.blocks, kept.config
+    block_of_row = torch.arange(R, device=hidden.device) // config.block_t
+    judgement = Judgement(block_of_row, blocks, upstream, state[4, rows], target[rows], filter_eps)
+    flat = (screen[:blocks, 0] == EVERYTHING)[block_of_row] & (judgement.magnitude > judgement.negligible)
+    marks = flat[:, None].expand(R, ceil_div(V, config.narrow)).contiguous()
+    keep = judgement.columns(screen[:blocks])
+    residual = kept.add_hidden_gradient(keep, judgement.smallest[block_of_row], marks, sums)
+    if sums.hidden.shape[1]:
+        _correct(sums, residual, keep, config.block_t)
+        sums.hidden *= unit
+    if sums.dweight is not None or sums.dbias is not None or sums.dlora_b is not None:
+        kept.write_weight_gradients(marks, sums, unit)
+    return sums.finish()
+
+
+def _correct(sums: GradientSums, residual: Tensor, keep: Tensor, block_t: int) -> None:
+    """Spread what each row's kept columns sum to over the columns that it drops (see `fused_dpo.tail`)."""
+    operands, blocks = sums.operands, keep.shape[0]
+    R, D = residual.numel(), operands.D
+    hidden = operands.hidden if operands.hidden.shape[0] == R else operands.hidden[operands.rows]
+    shares = mean_weights(_of_blocks(residual, blocks, block_t)).to(operands.dtype)
+    full = R // block_t
+    mean = operands.buffer(blocks, operands.dtype)
+    if full:
+        whole = hidden[: full * block_t].reshape(full, block_t, D)
+        mean[:full, :D] = torch.bmm(shares[:full, None], whole).squeeze(1)
+    if full < blocks:
+        mean[full, :D] = shares[full, : R - full * block_t] @ hidden[full * block_t :]
+    mean = operands.widen(mean).to(operands.held_dtype)
+    spread = spread_tail(operands, mean, keep, TAIL_COLUMNS)[:, sums.hidden_columns]
+    if full:
+        of_blocks = sums.hidden[: full * block_t].view(full, block_t, -1)
+        of_blocks.addcmul_(residual[: full * block_t].view(full, block_t, 1), spread[:full, None], value=-1.0)
+    if full < blocks:
+        sums.hidden[full * block_t :].addr_(residual[full * block_t :], spread[full], alpha=-1.0)
+
+
+class _KeptLists:
+    """Launches of the kernels that work on lists of kept columns and rows."""
+
+    def __init__(self, operands: Operands, target: Tensor, state: Tensor, upstream: Tensor, workspace_mib: int) -> None:
+        hidden, rows, head = operands.hidden, operands.rows, operands.head
+        self.operands, self.device = operands, hidden.device
+        self.R, self.V = rows.numel(), operands.V
+        self.config = _backward_config(hidden)
+        self.product: ProductConfig = product_config(architecture(hidden.device), hidden.dtype)
+        self.blocks = ceil_div(self.R, self.config.block_t)
+        multiple = max(self.config.block_v, self.config.narrow)
+        fits = workspace_mib * 2**20 * 3 // 4 // (self.R * hidden.element_size()) // multiple * multiple
+        self.width = min(max(fits, multiple), round_up(self.V, multiple))
+        self._tile: dict[str, Any] = {
+            **tile_arguments(hidden, rows, head),
+            "row_index_ptr": rows,
+            "target_ptr": target,
+            "state_ptr": state,
+            "T": hidden.shape[0],
+            "upstream_ptr": upstream,
+            "R": self.R,
+        }
+        self._dz = torch.empty(self.R * self.width, dtype=hidden.dtype, device=self.device)
+        self._counts = torch.empty(
+            max(self.blocks, self.width // self.config.narrow), dtype=torch.int32, device=self.device
+        )
+
+    def add_hidden_gradient(self, keep: Tensor, smallest: Tensor, marks: Tensor, sums: GradientSums) -> Tensor:
+        """Add `dz @ weight` over the kept columns, bool [blocks, V]; returns what each row of dz sums to there [R].
+
+        Sets `marks`, bool [R, narrow blocks of columns], where a row has an entry above its `smallest` [R].
+        """
+        config, operands, head = self.config, self.operands, self.operands.head
+        columns = torch.empty(self.blocks, self.V, dtype=torch.int32, device=self.device)
+        self._compact(keep, columns)
+        tiles = self.width // config.block_v
+        residual, parts = torch.zeros(self.R, device=self.device), torch.empty(tiles, self.R, device=self.device)
+        lists: dict[str, Any] = {"list_ptr": columns, "counts_ptr": self._counts, "stride_lg": columns.stride(0)}
+        lists |= {"capacity": self.width, "smallest_ptr": smallest, "marks_ptr": marks}
+        products = {"list_ptr": columns, "counts_ptr": self._counts, "stride_lg": self.V, "capacity": self.width}
+        products |= {"stride_ag": config.block_t * self.width, "stride_am": self.width, "stride_ak": 1}
+        for first in range(0, self.V, self.width):
+            parts.zero_()
+            self._dlogits(self.config, lists, (self.blocks, tiles), first, parts)
+            residual += parts.sum(0)
+            out = sums.hidden
+            if sums.need_hidden:
+                self._product(head.weight, out[:, : operands.D], products, first, config.block_t)
+            if operands.rank and head.lora is not None and out.shape[1]:
+                self._product(head.lora[1], out[:, -operands.rank :], products, first, config.block_t)
+        return residual
+
+    def write_weight_gradients(self, keep: Tensor, sums: GradientSums, unit: Tensor) -> None:
+        """Write `dz.T @ hidden`, and the same for bias and adapter, from the kept rows, bool [R, narrow blocks]."""
+        config, operands = self.config, self.operands
+        narrow, total = config.narrow, keep.shape[1]
+        rows = torch.empty(self.width // narrow, self.R, dtype=torch.int32, device=self.device)
+        lists: dict[str, Any] = {"list_ptr": rows, "counts_ptr": self._counts, "stride_lg": self.R, "capacity": self.R}
+        strides = {"stride_ag": self.R * narrow, "stride_am": 1, "stride_ak": narrow}
+        for first in range(0, total, self.width // narrow):
+            groups = min(self.width // narrow, total - first)
+            self._compact(keep[:, first : first + groups].T, rows)
+            start, stop = first * narrow, min((first + groups) * narrow, self.V)
+            self._dlogits(config.of_rows, lists, (groups, ceil_div(self.R, config.block_t)), start)
+            arguments = lists | strides
+            if sums.dweight is not None:
+                out = sums.dweight[start:stop]
+                self._product(operands.hidden, out, arguments, 0, narrow, unit, index=operands.rows)
+            if sums.dlora_b is not None:
+                self._product(self._tile["lora_h_ptr"], sums.dlora_b[start:stop], arguments, 0, narrow, unit)
+            if sums.dbias is not None:
+                ones = torch.ones(self.R, 1, dtype=operands.dtype, device=self.device)
+                self._product(ones, sums.dbias[start:stop, None], arguments, 0, narrow, unit)
+
+    def _compact(self, flags: Tensor, lists: Tensor) -> None:
+        """Lists of the set flags, bool [groups, N] of any strides, and their lengths."""
+        groups, N = flags.shape
+        arguments: dict[str, Any] = {"flags_ptr": flags, "list_ptr": lists, "counts_ptr": self._counts, "N": N}
+        arguments |= {"stride_fg": flags.stride(0), "stride_fn": flags.stride(1), "stride_lg": lists.stride(0)}
+        with on_device(flags):
+            _compact_kernel[(groups,)](**arguments, BLOCK_N=COMPACT_BLOCK)  # pyright: ignore[reportArgumentType]
+
+    def _dlogits(
+        self, tile: TileConfig, lists: dict[str, Any], grid: tuple[int, int], first: int, residual: Tensor | None = None
+    ) -> None:
+        """dz of the lists into the workspace: of columns if the rows' sums go to `residual`, else of rows."""
+        arguments: dict[str, Any] = {"smallest_ptr": self._dz, "marks_ptr": self._dz, **self._tile, **lists}
+        arguments |= {"dz_ptr": self._dz, "first": first, "NARROW": self.config.narrow, **tile.constants}
+        arguments |= {"residual_ptr": self._dz if residual is None else residual, "BY_COLUMNS": residual is not None}
+        with on_device(self._dz):
+            _kept_dlogits_kernel[grid](**arguments)
+
+    def _product(
+        self,
+        b: Tensor,
+        out: Tensor,
+        arguments: dict[str, Any],
+        first: int,
+        block_m: int,
+        unit: Tensor | None = None,
+        index: Tensor | None = None,
+    ) -> None:
+        """`out (+)= dz @ b[lists]`, written times `unit` where there is one, else added."""
+        M, N = out.shape
+        shape = self.product
+        grid = ceil_div(N, shape.block_n), ceil_div(M, block_m)
+        options: dict[str, Any] = {"BLOCK_M": block_m, "ACCUMULATE": unit is None, "INDIRECT": index is not None}
+        options |= {"first": first, "M": M, "N": N, "stride_om": out.stride(0)}
+        options |= {"a_ptr": self._dz, "b_ptr": b, "stride_bk": b.stride(0), "stride_bn": b.stride(1), "out_ptr": out}
+        options["unit_ptr"] = self._dz if unit is None else unit
+        options["index_ptr"] = arguments["list_ptr"] if index is None else index
+        with on_device(out):
+            _gathered_product_kernel[grid](**arguments, **options, **shape.constants)

@@ -1,0 +1,229 @@
+"""Triton kernels that work on lists of kept columns or rows: compaction, dz of what is kept, and gathered products.
+
+One list a group: the columns that a block of rows keeps (for the hidden states' gradient), or the rows that a narrow
+block of columns keeps (for the weight's). Lists ascend. How long they are is known on the device alone, so every launch
+covers the longest list there can be, and a program beyond the end of its own does nothing.
+"""
+
+import triton
+import triton.language as tl
+
+from fused_dpo.triton_tile import logits_tile
+
+
+@triton.jit
+def _compact_kernel(
+    flags_ptr, list_ptr, counts_ptr, N, stride_fg, stride_fn, stride_lg, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """Positions of the set flags of each group, ascending, and how many there are.
+
+    Grid: groups. Reads N bytes and writes at most 4·N a group; bound by latency.
+    """
+    group = tl.program_id(0).to(tl.int64)
+    count = 0
+    for start in range(0, N, BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        flags = tl.load(flags_ptr + group * stride_fg + offs_n.to(tl.int64) * stride_fn, mask=offs_n < N, other=0)
+        flags = (flags != 0).to(tl.int32)
+        at = count + tl.cumsum(flags, 0) - flags
+        tl.store(list_ptr + group * stride_lg + at, offs_n, mask=flags != 0)
+        count += tl.sum(flags)
+    tl.store(counts_ptr + group, count)
+
+
+@triton.jit
+def _kept_dlogits_kernel(
+    hidden_ptr,
+    row_index_ptr,
+    target_ptr,
+    weight_ptr,
+    bias_ptr,
+    lora_h_ptr,
+    lora_b_ptr,
+    state_ptr,
+    upstream_ptr,
+    list_ptr,
+    counts_ptr,
+    dz_ptr,
+    residual_ptr,
+    smallest_ptr,
+    marks_ptr,
+    first,
+    capacity,
+    stride_lg,
+    T,
+    R,
+    V,
+    D,
+    stride_ht,
+    stride_hd,
+    stride_wv,
+    stride_wd,
+    stride_bv,
+    stride_br,
+    logit_scale,
+    softcap,
+    inverse_temperature,
+    BY_COLUMNS: tl.constexpr,
+    NARROW: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """dz of what is kept, in the hidden states' dtype.
+
+    Grid: (groups, tiles of a list). BY_COLUMNS: group g is the g-th block of BLOCK_T scored rows, its list holds
+    columns, and slots `first` to `first + capacity` of it go to dz `[R, capacity]`; `residual` `[tiles, R]` gets the
+    sum of each row's tile, and `marks` `[R, narrow blocks]` a 1 where any of NARROW columns has an entry of the row
+    above `smallest` `[R]` (all writers write the same). Else: group g is the columns from `first + g * BLOCK_V` on, its
+    list holds scored rows, and dz is `[groups, capacity, BLOCK_V]`.
+
+    Roofline: 2·D FLOP for each of the tile's entries, bound by the matrix units; gathered rows of hidden states and
+    head are contiguous, so they load like any others.
+    """
+    group = tl.program_id(0)
+    tile = tl.program_id(1)
+    count = tl.load(counts_ptr + group)
+    entries = list_ptr + group.to(tl.int64) * stride_lg
+    if BY_COLUMNS:
+        slots = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+        live = first + tile * BLOCK_V < count
+        offs_t = group * BLOCK_T + tl.arange(0, BLOCK_T)
+        mask_t = offs_t < R
+        offs_v = tl.load(entries + first + slots, mask=(first + slots < count) & (slots < capacity), other=V)
+    else:
+        slots = tile * BLOCK_T + tl.arange(0, BLOCK_T)
+        live = tile * BLOCK_T < count
+        mask_t = slots < count
+        offs_t = tl.load(entries + slots, mask=mask_t, other=0)
+        offs_v = first + group * BLOCK_V + tl.arange(0, BLOCK_V)
+    if live:
+        rows = tl.load(row_index_ptr + offs_t, mask=mask_t, other=0).to(tl.int64)
+        z = logits_tile(
+            hidden_ptr,
+            rows,
+            mask_t,
+            weight_ptr,
+            offs_v,
+            bias_ptr,
+            lora_h_ptr,
+            offs_t,
+            lora_b_ptr,
+            V,
+            D,
+            stride_ht,
+            stride_hd,
+            stride_wv,
+            stride_wd,
+            stride_bv,
+            stride_br,
+            logit_scale,
+            softcap,
+            inverse_temperature,
+            RANK,
+            BLOCK_R,
+            HAS_BIAS,
+            HAS_SOFTCAP,
+            BLOCK_T,
+            BLOCK_V,
+            BLOCK_D,
+        )
+        target = tl.load(target_ptr + rows, mask=mask_t, other=-1)
+        peak = tl.load(state_ptr + rows, mask=mask_t, other=float("inf"))
+        total = tl.load(state_ptr + T + rows, mask=mask_t, other=1.0)
+        surprise = tl.load(state_ptr + 4 * T + rows, mask=mask_t, other=0.0)
+        upstream = tl.load(upstream_ptr + offs_t, mask=mask_t, other=0.0)
+        hit = offs_v[None, :] == target[:, None]
+        dz = tl.where(hit, surprise[:, None], -tl.exp(z - peak[:, None]) / total[:, None]) * upstream[:, None]
+        if BY_COLUMNS:
+            tl.store(residual_ptr + tile * R + offs_t, tl.sum(dz, axis=1), mask=mask_t)
+            smallest = tl.load(smallest_ptr + offs_t, mask=mask_t, other=float("inf"))
+            marks = marks_ptr + offs_t.to(tl.int64)[:, None] * tl.cdiv(V, NARROW) + (offs_v // NARROW)[None, :]
+            above = mask_t[:, None] & (offs_v < V)[None, :] & ~(tl.abs(dz) <= smallest[:, None])  # NaN is above
+            tl.store(marks, tl.full([BLOCK_T, BLOCK_V], 1, dtype=tl.uint8), mask=above)
+        if HAS_SOFTCAP:  # d tanh(u) = 1 - tanh(u)^2
+            ratio = tl.where(z == float("-inf"), 0.0, z) / (softcap * inverse_temperature)
+            dz *= 1.0 - ratio * ratio
+        dz *= logit_scale * inverse_temperature
+        if BY_COLUMNS:
+            out = dz_ptr + offs_t.to(tl.int64)[:, None] * capacity + slots[None, :]
+            tl.store(out, dz.to(dz_ptr.dtype.element_ty), mask=mask_t[:, None] & (slots < capacity)[None, :])
+        else:
+            out = dz_ptr + (group.to(tl.int64) * capacity + slots)[:, None] * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
+            tl.store(out, dz.to(dz_ptr.dtype.element_ty), mask=mask_t[:, None])
+
+
+@triton.jit
+def _gathered_product_kernel(
+    a_ptr,
+    list_ptr,
+    counts_ptr,
+    index_ptr,
+    b_ptr,
+    unit_ptr,
+    out_ptr,
+    first,
+    capacity,
+    stride_ag,
+    stride_am,
+    stride_ak,
+    stride_lg,
+    stride_bk,
+    stride_bn,
+    stride_om,
+    M,
+    N,
+    INDIRECT: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """`out[group] (+)= a[group] @ b[list[group]]`: rows of `b` gathered by the group's list, in ascending order.
+
+    Grid: (tiles of N, groups). `a` is `[BLOCK_M, slots]` by its strides, for slots `first` to `first + capacity` of the
+    list; with INDIRECT a list's entry goes through `index` first. `out` `[M, N]` has BLOCK_M rows a group: with
+    ACCUMULATE fp32, added to, and left alone where no slot is live; else written once, times `unit`. Every entry has
+    one writer, and no atomics.
+
+    Roofline: 2·BLOCK_M·N FLOP a slot, bound by the matrix units; `b`'s gathered rows come from L2.
+    """
+    group = tl.program_id(1)
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    row = group.to(tl.int64) * BLOCK_M + offs_m
+    mask_m = row < M
+    live = tl.minimum(tl.load(counts_ptr + group) - first, capacity)
+    entries = list_ptr + group.to(tl.int64) * stride_lg + first
+    a_group = a_ptr + group.to(tl.int64) * stride_ag
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    for start in range(0, live, BLOCK_K):
+        slots = start + tl.arange(0, BLOCK_K)
+        mask_k = slots < live
+        at = tl.load(entries + slots, mask=mask_k, other=0)
+        if INDIRECT:
+            at = tl.load(index_ptr + at, mask=mask_k, other=0)
+        wide = slots.to(tl.int64)
+        a = tl.load(
+            a_group + offs_m.to(tl.int64)[:, None] * stride_am + wide[None, :] * stride_ak,
+            mask=mask_m[:, None] & mask_k[None, :],
+            other=0.0,
+        )
+        b = tl.load(
+            b_ptr + at.to(tl.int64)[:, None] * stride_bk + offs_n[None, :] * stride_bn,
+            mask=mask_k[:, None] & mask_n[None, :],
+            other=0.0,
+        )
+        acc = tl.dot(a, b.to(a.dtype), acc, input_precision="ieee")
+    out = out_ptr + row[:, None] * stride_om + offs_n[None, :]
+    mask = mask_m[:, None] & mask_n[None, :]
+    if ACCUMULATE:
+        if live > 0:
+            tl.store(out, tl.load(out, mask=mask, other=0.0) + acc, mask=mask)
+    else:
+        tl.store(out, (acc * tl.load(unit_ptr)).to(out_ptr.dtype.element_ty), mask=mask)

@@ -7,7 +7,7 @@ from fused_dpo.head import HeadGrads
 from fused_dpo.operands import Operands
 from fused_dpo.precision import matmul_precision
 
-ROWS_AT_ONCE = 1024
+ROWS_AT_ONCE = 256
 """Rows that are brought through the adapter and rounded at a time: nothing there is as large as the batch."""
 
 

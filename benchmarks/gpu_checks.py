@@ -6,13 +6,14 @@ numbers that belong into the record. `Scale` makes them small enough for Triton'
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.replay import describe, replay
 from fused_dpo import KernelOptions, LMHead, fused_dpo_logps
 
 TRITON = KernelOptions(impl="triton")
@@ -33,9 +34,12 @@ class Scale:
     D: int = 1000
     large_vocab: int = 262144
     large_dim: int = 8192
+    filter_vocab: int = 151936
+    filter_dim: int = 1024
 
 
-SMALL = Scale("cpu", (torch.float16, torch.float32), (1, 17, 30), V=67, D=20, large_vocab=100, large_dim=16)
+SMALL = Scale("cpu", (torch.float16, torch.float32), (1, 17, 30), V=67, D=20, large_vocab=100, large_dim=16,
+    filter_vocab=600, filter_dim=16)  # fmt: skip
 
 
 class Case(NamedTuple):
@@ -47,11 +51,14 @@ class Case(NamedTuple):
     cu_seqlens: Tensor
     upstream: Tensor
 
-    def logps(self, options: KernelOptions = TRITON) -> Tensor:
+    def logps(self, options: KernelOptions = TRITON, grad_mode: str | None = "exact") -> Tensor:
         """By the package."""
-        return fused_dpo_logps(
-            self.hidden, self.head, self.labels, cu_seqlens=self.cu_seqlens, shift=False, options=options
-        )
+        arguments: Any = {"cu_seqlens": self.cu_seqlens, "shift": False, "grad_mode": grad_mode, "options": options}
+        return fused_dpo_logps(self.hidden, self.head, self.labels, **arguments)
+
+    def filtered_logps(self) -> Tensor:
+        """The same with filtered gradients."""
+        return self.logps(grad_mode="filtered")
 
     def to(self, dtype: torch.dtype) -> "Case":
         """The same numbers in another dtype."""
@@ -126,18 +133,40 @@ def check_accuracy(scale: Scale) -> dict[str, Any]:
     return record
 
 
+def check_filtered(scale: Scale) -> dict[str, Any]:
+    """Filtered gradients on realistic logits: half of eager bf16's error, or within the theorem's bound elsewhere."""
+    dtype = scale.dtypes[0]
+    N = sum(scale.lengths)
+    problem = replay(N, scale.filter_dim, scale.filter_vocab, device=scale.device)
+    rng = torch.Generator().manual_seed(0)
+    offsets = torch.tensor([0, *scale.lengths]).cumsum(0).to(scale.device, torch.int32)
+    upstream = torch.randn(len(scale.lengths), generator=rng).to(scale.device)
+    head = LMHead(problem.weight.to(dtype))
+    case = Case(problem.hidden.to(dtype), head, problem.target, offsets, upstream)
+    truth = evaluate(case.to(torch.float64), eager_logps)
+    ours, eager = evaluate(case, Case.filtered_logps), evaluate(case, eager_logps)
+    record: dict[str, Any] = {"source": problem.source, **describe(problem)}
+    for name, a, b, t in zip(("logps", "dhidden", "dweight"), ours, eager, truth, strict=True):
+        error, eager_error = (float((x.double() - t).norm() / t.norm()) for x in (a, b))
+        bound = eager_error / 2 if dtype == torch.bfloat16 else (2 * 2**-12) ** 0.5
+        record[name] = {"error": error, "eager_error": eager_error}
+        assert error <= bound, f"{name}: error {error:.3g}, bound {bound:.3g}"
+    return record
+
+
 def check_run_to_run(scale: Scale) -> None:
     """Log-probs and gradients have the same bits in a second run, and with uninitialised memory full of NaN."""
     deterministic: Any = torch.utils.deterministic
-    for dtype in scale.dtypes:
+    for dtype, function in product(scale.dtypes, (Case.logps, Case.filtered_logps)):
         case = make_case(scale, dtype, V=scale.V, D=scale.D)
-        first = evaluate(case, Case.logps)
-        assert all(map(torch.equal, first, evaluate(case, Case.logps))), f"{dtype}: the second run differs"
+        label = f"{dtype}, {function.__name__}"
+        first = evaluate(case, function)
+        assert all(map(torch.equal, first, evaluate(case, function))), f"{label}: the second run differs"
         before = deterministic.fill_uninitialized_memory
         torch.use_deterministic_algorithms(True, warn_only=True)
         deterministic.fill_uninitialized_memory = True
         try:
-            assert all(map(torch.equal, first, evaluate(case, Case.logps))), f"{dtype}: reads uninitialised memory"
+            assert all(map(torch.equal, first, evaluate(case, function))), f"{label}: reads uninitialised memory"
         finally:
             torch.use_deterministic_algorithms(False)
             deterministic.fill_uninitialized_memory = before
@@ -147,18 +176,16 @@ def check_batch_invariance(scale: Scale) -> None:
     """A sequence's log-prob has the same bits alone, in another order, and without gradient."""
     if scale.device == "cpu":
         raise NotHereError("the interpreter's NumPy loops round by an element's place in the array")
-    for dtype in scale.dtypes:
+    for dtype, function in product(scale.dtypes, (Case.logps, Case.filtered_logps)):
         case = make_case(scale, dtype, V=scale.V, D=scale.D)
-        together = evaluate(case, Case.logps)[0]
+        together = evaluate(case, function)[0]
         with torch.no_grad():
-            assert torch.equal(case.logps(), together), f"{dtype}: differs without gradient"
+            assert torch.equal(function(case), together), f"{dtype}: differs without gradient"
         bounds = case.cu_seqlens.tolist()
         for index, (start, stop) in enumerate(pairwise(bounds)):
             offsets = torch.tensor([0, stop - start], dtype=torch.int32, device=scale.device)
-            alone = case._replace(
-                hidden=case.hidden[start:stop], labels=case.labels[start:stop], cu_seqlens=offsets
-            ).logps()
-            assert torch.equal(alone[0], together[index]), f"{dtype}: sequence {index} differs alone"
+            alone = case._replace(hidden=case.hidden[start:stop], labels=case.labels[start:stop], cu_seqlens=offsets)
+            assert torch.equal(function(alone)[0], together[index]), f"{dtype}: sequence {index} differs alone"
 
 
 def check_large_offsets(scale: Scale) -> None:
@@ -186,27 +213,33 @@ def check_large_offsets(scale: Scale) -> None:
 
 
 def check_memory(scale: Scale) -> dict[str, Any]:
-    """Peak beyond inputs and gradients stays within what the docstring of `triton_backward` states."""
+    """Peak beyond inputs and gradients stays within what the docstrings of the Triton backwards state."""
     if scale.device == "cpu":
         raise NotHereError("measured by CUDA's allocator")
     T, D, V = 8192, 2048, 128256
-    hidden = torch.randn(T, D, device="cuda").bfloat16().requires_grad_()
-    weight = torch.randn(V, D, device="cuda").bfloat16().requires_grad_()
-    labels = torch.randint(V, (T,), device="cuda")
+    problem = replay(T, D, V, device="cuda")
+    hidden, weight = problem.hidden.requires_grad_(), problem.weight.requires_grad_()
     offsets = torch.arange(0, T + 1, 512, device="cuda", dtype=torch.int32)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    logps = fused_dpo_logps(hidden, weight, labels, cu_seqlens=offsets, shift=False, options=TRITON)
-    forward = torch.cuda.max_memory_allocated() - before
-    logps.sum().backward()
-    torch.cuda.synchronize()
-    gradients = 2 * (T * D + V * D)
-    extra = torch.cuda.max_memory_allocated() - before - gradients
+    options = KernelOptions(impl="triton", row_index=torch.arange(T, device="cuda"))
+    record = {}
     # The fp32 gradient of the hidden states and its rounded copy, and a few numbers a row and split.
-    stated = TRITON.workspace_mib * 2**20 + 4 * T * D + 2 * T * D + 400 * T
-    assert extra <= stated, f"{extra / 2**20:.0f} MiB, stated {stated / 2**20:.0f} MiB"
-    return {"forward_mib": forward / 2**20, "extra_mib": extra / 2**20, "stated_mib": stated / 2**20}
+    exact = TRITON.workspace_mib * 2**20 + 4 * T * D + 2 * T * D + 1000 * T
+    filtered = exact + 6 * V * T // 128 + V * T // 64  # screen, kept columns and their lists; marks
+    for mode, stated in (("exact", exact), ("filtered", filtered)):
+        hidden.grad = weight.grad = None
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        arguments: Any = {"cu_seqlens": offsets, "shift": False, "grad_mode": mode, "options": options}
+        logps = fused_dpo_logps(hidden, weight, problem.target, **arguments)
+        forward = torch.cuda.max_memory_allocated() - before
+        logps.sum().backward()
+        torch.cuda.synchronize()
+        extra = torch.cuda.max_memory_allocated() - before - 2 * (T * D + V * D)
+        numbers = {"forward_mib": forward, "extra_mib": extra, "stated_mib": stated}
+        record[mode] = {name: size / 2**20 for name, size in numbers.items()}
+        assert extra <= stated, f"{mode}: {extra / 2**20:.0f} MiB, stated {stated / 2**20:.0f} MiB"
+    return record
 
 
 def check_no_synchronisation(scale: Scale) -> None:
@@ -216,12 +249,13 @@ def check_no_synchronisation(scale: Scale) -> None:
     case = make_case(scale, torch.bfloat16, V=scale.V, D=scale.D).leaves()
     rows = (case.labels >= 0).nonzero().squeeze(1)
     options = KernelOptions(impl="triton", row_index=rows)
-    case.logps(options).sum().backward()  # compiles
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        case.logps(options).sum().backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    for mode in ("exact", "filtered"):
+        case.logps(options, mode).sum().backward()  # compiles
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            case.logps(options, mode).sum().backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def check_streaming_agrees(scale: Scale) -> None:
@@ -239,6 +273,7 @@ def check_streaming_agrees(scale: Scale) -> None:
 CHECKS: dict[str, Callable[[Scale], Any]] = {
     "accuracy against float64": check_accuracy,
     "run to run, NaN-poisoned": check_run_to_run,
+    "filtered gradients": check_filtered,
     "batch invariance": check_batch_invariance,
     "streaming agrees": check_streaming_agrees,
     "offsets beyond 2^31": check_large_offsets,

@@ -27,7 +27,8 @@ from torch import Tensor  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 from benchmarks.gpu_checks import CHECKS, SMALL, NotHereError, Scale  # noqa: E402
-from fused_dpo import KernelOptions, fused_dpo_logps  # noqa: E402
+from benchmarks.replay import Replay, describe, replay  # noqa: E402
+from fused_dpo import KernelOptions, fused_token_logps  # noqa: E402
 
 SHAPES = ((8192, 4096, 151936), (16384, 4096, 128256))
 """N scored tokens, D, V: the heads of Qwen3-8B and Llama-3-8B."""
@@ -60,25 +61,52 @@ def median_ms(function: Callable[[], Any], runs: int = 10, seconds: float = 4.0)
 
 
 def naive_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Full logits, log-softmax in fp32, one sum over everything."""
-    return F.log_softmax((hidden @ weight.T).float(), dim=-1).gather(1, labels[:, None]).sum()
+    """Full logits, log-softmax in fp32, a log-prob per token."""
+    return F.log_softmax((hidden @ weight.T).float(), dim=-1).gather(1, labels[:, None]).squeeze(1)
 
 
-def timings(N: int, D: int, V: int) -> Iterator[dict[str, Any]]:
-    """A row an implementation: milliseconds and extra memory, forward and forward + backward."""
-    hidden = torch.randn(N, D, device="cuda").bfloat16().requires_grad_()
-    weight = (torch.randn(V, D, device="cuda") * 3 / D**0.5).bfloat16().requires_grad_()
-    labels = torch.randint(V, (N,), device="cuda")
-    offsets = torch.arange(0, N + 1, 512, device="cuda", dtype=torch.int32)
+def truth(problem: Replay, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs of the tokens, and the gradients for `upstream` [N], in float64, some rows at a time."""
+    weight = problem.weight.double()
+    logps, dhidden, dweight = [], [], torch.zeros_like(weight)
+    for hidden, target, g in zip(
+        problem.hidden.split(512), problem.target.split(512), upstream.split(512), strict=True
+    ):
+        rows = hidden.double()
+        log_p = (rows @ weight.T).log_softmax(-1)
+        logps.append(log_p.gather(1, target[:, None]).squeeze(1))
+        dz = log_p.exp_().neg_()
+        dz[torch.arange(len(target), device=dz.device), target] += 1.0
+        dz *= g.double()[:, None]
+        dhidden.append(dz @ weight)
+        dweight += dz.T @ rows
+    return torch.cat(logps), torch.cat(dhidden), dweight
+
+
+def relative_error(got: Tensor, true: Tensor) -> float:
+    """In the Frobenius norm, a piece at a time: a float64 copy of a gradient is large."""
+    squares = sum((a.double() - b).square().sum() for a, b in zip(got.split(8192), true.split(8192), strict=True))
+    return float((squares / true.square().sum()) ** 0.5)
+
+
+def timings(N: int, D: int, V: int, hidden_file: Path | None) -> Iterator[dict[str, Any]]:
+    """A row an implementation: milliseconds, extra memory and errors, forward and forward + backward."""
+    problem = replay(N, D, V, hidden_file=hidden_file, device="cuda")
+    yield {"implementation": "problem", "source": problem.source, **describe(problem)}
+    hidden, weight, labels = problem.hidden.requires_grad_(), problem.weight.requires_grad_(), problem.target
+    offsets = torch.arange(0, N + 1, 64, device="cuda", dtype=torch.int32)
+    upstream = torch.randn(N // 64, device="cuda").repeat_interleave(64)
     options = KernelOptions(impl="triton", row_index=torch.arange(N, device="cuda"))
     pass_flop = 2 * N * D * V
 
-    def ours() -> Tensor:
-        return fused_dpo_logps(hidden, weight, labels, cu_seqlens=offsets, shift=False, options=options).sum()
+    def ours(mode: str) -> Callable[[], Tensor]:
+        arguments: Any = {"cu_seqlens": offsets, "shift": False, "grad_mode": mode, "options": options}
+        return lambda: fused_token_logps(hidden, weight, labels, **arguments).logps
 
     compiled = torch.compile(naive_logps)
     implementations: dict[str, Callable[[], Tensor]] = {
-        "fused exact": ours,
+        "fused filtered": ours("filtered"),
+        "fused exact": ours("exact"),
         "naive": lambda: naive_logps(hidden, weight, labels),
         "torch.compile naive": lambda: compiled(hidden, weight, labels),
     }
@@ -91,6 +119,7 @@ def timings(N: int, D: int, V: int) -> Iterator[dict[str, Any]]:
 
     with torch.no_grad():
         one = median_ms(lambda: hidden @ weight.T)
+        true_logps, true_dhidden, true_dweight = truth(problem, upstream)
     yield {"implementation": "bare matmul", "forward_ms": one, "tflop_s": pass_flop / one / 1e9}
     three = median_ms(bare_matmuls)
     yield {"implementation": "three bare matmuls", "total_ms": three, "tflop_s": 3 * pass_flop / three / 1e9}
@@ -100,25 +129,48 @@ def timings(N: int, D: int, V: int) -> Iterator[dict[str, Any]]:
             with torch.no_grad():
                 row["forward_ms"] = median_ms(function)
 
-            def step(call: Callable[[], Tensor] = function) -> None:
+            def step(call: Callable[[], Tensor] = function) -> Tensor:
                 hidden.grad = weight.grad = None
-                call().backward()
+                logps = call()
+                logps.backward(upstream)
+                return logps.detach()
 
             row["total_ms"] = median_ms(step)
             hidden.grad = weight.grad = None
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            step()
+            logps = step()
             torch.cuda.synchronize()
             gradients = hidden.nbytes + weight.nbytes
             row["extra_gib"] = (torch.cuda.max_memory_allocated() - before - gradients) / 2**30
             row["forward_share_of_bare_matmul"] = one / row["forward_ms"]
             row["total_over_three_matmuls"] = row["total_ms"] / three
+            sequences = (logps.double() - true_logps).view(-1, 64).sum(1)
+            row["worst_sequence_error_nat"] = float(sequences.abs().max())
+            assert hidden.grad is not None
+            assert weight.grad is not None
+            row["dhidden_error"] = relative_error(hidden.grad, true_dhidden)
+            row["dweight_error"] = relative_error(weight.grad, true_dweight)
         except Exception as error:  # out of memory, a compiler that fails: the other rows still count
             row["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
         yield row
         torch.cuda.empty_cache()
+    arguments: Any = {
+        "cu_seqlens": offsets,
+        "shift": False,
+        "with_stats": ("tail", "kept_fraction"),
+        "options": options,
+    }
+    with torch.no_grad():
+        stats = fused_token_logps(hidden, weight, labels, grad_mode="filtered", **arguments)
+    assert stats.tail is not None
+    assert stats.kept_fraction is not None
+    yield {
+        "implementation": "fused filtered: what its forward keeps",
+        "tail": float(stats.tail.mean()),
+        "kept_fraction": float(stats.kept_fraction.mean()),
+    }
 
 
 def sanitizer() -> dict[str, Any]:
@@ -158,7 +210,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def parts(scale: Scale) -> Iterator[tuple[str, Callable[[], Any]]]:
+def parts(scale: Scale, hidden_file: Path | None) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Name and work of every part, in order."""
     for name, check in CHECKS.items():
         yield f"check: {name}", lambda check=check: check(scale)
@@ -166,16 +218,16 @@ def parts(scale: Scale) -> Iterator[tuple[str, Callable[[], Any]]]:
         return
     yield "ceilings", ceilings
     for shape in SHAPES:
-        yield "timings N={} D={} V={}".format(*shape), lambda shape=shape: list(timings(*shape))
+        yield "timings N={} D={} V={}".format(*shape), lambda shape=shape: list(timings(*shape, hidden_file))
     yield "compute-sanitizer", sanitizer
 
 
-def run(out: Path, minutes: float, scale: Scale) -> dict[str, Any]:
+def run(out: Path, minutes: float, scale: Scale, hidden_file: Path | None = None) -> dict[str, Any]:
     """Run all parts within the time and write the record after each."""
     out.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {"environment": environment(), "parts": {}}
     started = time.perf_counter()
-    for name, work in parts(scale):
+    for name, work in parts(scale, hidden_file):
         if time.perf_counter() - started > 60 * minutes:
             entry: dict[str, Any] = {"status": "no time left"}
         else:
@@ -199,12 +251,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for gpu_suite.json")
     parser.add_argument("--minutes", type=float, default=8.5, help="begin no part after so many minutes (default: 8.5)")
+    parser.add_argument(
+        "--hidden", type=Path, help="file of real hidden states (default: the shared one, else synthetic)"
+    )
     parser.add_argument("--interpreter", action="store_true", help="the checks alone, small, in Triton's interpreter")
     options = parser.parse_args()
     if not options.interpreter and not torch.cuda.is_available():
         print("no CUDA device; --interpreter runs the checks without one", file=sys.stderr)
         return 2
-    record = run(options.out, options.minutes, SMALL if options.interpreter else Scale())
+    record = run(options.out, options.minutes, SMALL if options.interpreter else Scale(), options.hidden)
     failed = [name for name, entry in record["parts"].items() if entry["status"] not in ("ok", "skipped")]
     skipped = [name for name, entry in record["parts"].items() if entry["status"] == "skipped"]
     passed = len(record["parts"]) - len(failed) - len(skipped)

@@ -1,4 +1,4 @@
-"""The head alone, forward and backward: naive full logits against `impl="streaming"`, with errors against float64.
+"""The head alone, forward and backward: exact and filtered streaming against full logits, errors against float64.
 
     python -m benchmarks.head [--hidden FILE] [--tokens N] [--repeats N] [--out FILE.json]
 
@@ -10,6 +10,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,9 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.measure import console, environment, isolated, peak_growth_mib, timed
-from fused_dpo import KernelOptions, fused_dpo_logps
-
-SHARED_HIDDEN = Path(__file__).parents[1] / "../shared/data/hidden/smollm2_helpful.safetensors"
+from benchmarks.replay import SHARED_HIDDEN
+from fused_dpo import KernelOptions, fused_dpo_logps, fused_token_logps
 
 
 class Problem(NamedTuple):
@@ -66,13 +66,32 @@ def naive_logps(hidden: Tensor, weight: Tensor, target: Tensor, cu_seqlens: Tens
     return torch.zeros(len(lengths)).index_add(0, sequence, token_logps)
 
 
-def streaming_logps(hidden: Tensor, weight: Tensor, target: Tensor, cu_seqlens: Tensor) -> Tensor:
+def cut_cross_entropy_logps(hidden: Tensor, weight: Tensor, target: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Cut Cross-Entropy's path for CPUs, compiled by inductor (Wijmans et al., 2024, arXiv 2411.09009)."""
+    from cut_cross_entropy import linear_cross_entropy  # pyright: ignore[reportMissingImports]
+
+    token_losses = linear_cross_entropy(hidden, weight, target, reduction="none", impl="torch_compile")
+    return torch.segment_reduce(-token_losses.float(), "sum", offsets=cu_seqlens.long(), unsafe=True)
+
+
+def streaming(grad_mode: str, filter_eps: float = 2**-12) -> Callable[..., Tensor]:
     """Ours."""
-    options = KernelOptions(impl="streaming")
-    return fused_dpo_logps(hidden, weight, target, cu_seqlens=cu_seqlens, shift=False, options=options)
+
+    def logps(hidden: Tensor, weight: Tensor, target: Tensor, cu_seqlens: Tensor) -> Tensor:
+        arguments: Any = {"cu_seqlens": cu_seqlens, "shift": False, "grad_mode": grad_mode}
+        options = KernelOptions(impl="streaming", filter_eps=filter_eps)
+        return fused_dpo_logps(hidden, weight, target, options=options, **arguments)
+
+    return logps
 
 
-IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {"naive bf16": naive_logps, "streaming": streaming_logps}
+FILTERED = {f"filtered, eps 2^-{bits}": 2.0**-bits for bits in (10, 12, 14)}
+IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
+    "naive bf16": naive_logps,
+    "cut-cross-entropy": cut_cross_entropy_logps,
+    "exact": streaming("exact"),
+    **{name: streaming("filtered", eps) for name, eps in FILTERED.items()},
+}
 
 
 def truth(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,6 +128,17 @@ def measure(name: str, path: str | None, tokens: int, repeats: int, reference: t
     times = [run()[3:] for _ in range(repeats)]
     forward, backward = (statistics.median(column) for column in zip(*times, strict=True))
     true_logps, true_dhidden, true_dweight = reference
+    filtered = {}
+    if name in FILTERED:
+        options = KernelOptions(impl="streaming", filter_eps=FILTERED[name])
+        stats: Any = {"with_stats": ("tail", "kept_fraction"), "grad_mode": "filtered", "options": options}
+        with torch.no_grad():
+            tokens = fused_token_logps(
+                problem.hidden, problem.weight, problem.target, cu_seqlens=problem.cu_seqlens, shift=False, **stats
+            )
+        assert tokens.tail is not None
+        assert tokens.kept_fraction is not None
+        filtered = {"tail": float(tokens.tail.mean()), "kept_fraction": float(tokens.kept_fraction.mean())}
     return {
         "implementation": name,
         "tokens": len(problem.hidden),
@@ -121,6 +151,7 @@ def measure(name: str, path: str | None, tokens: int, repeats: int, reference: t
         "worst_logp_error_nat": float((logps.double() - true_logps).abs().max()),
         "dhidden_error": float((dhidden.double() - true_dhidden).norm() / true_dhidden.norm()),
         "dweight_error": float((dweight.double() - true_dweight).norm() / true_dweight.norm()),
+        **filtered,
     }
 
 
@@ -135,10 +166,12 @@ def main() -> None:
     path = options.hidden or (str(SHARED_HIDDEN) if SHARED_HIDDEN.is_file() else None)
 
     reference = truth(load_problem(path, options.tokens))
-    rows = [isolated(measure, name, path, options.tokens, options.repeats, reference) for name in IMPLEMENTATIONS]
+    missing = () if find_spec("cut_cross_entropy") else ("cut-cross-entropy",)
+    names = [name for name in IMPLEMENTATIONS if name not in missing]
+    rows = [isolated(measure, name, path, options.tokens, options.repeats, reference) for name in names]
     problem = "real hidden states" if path else "random hidden states"
     table = Table(title=f"{problem}, {rows[0]['tokens']} tokens, bf16, {environment()['device']}")
-    for column in ("", "forward s", "backward s", "total s", "extra MiB", "worst log-prob error", "dH", "dW"):
+    for column in ("", "forward s", "backward s", "total s", "extra MiB", "worst log-prob error", "dH", "dW", "kept"):
         table.add_column(column, justify="right" if column else "left")
     for row in rows:
         table.add_row(
@@ -147,8 +180,11 @@ def main() -> None:
             f"{row['extra_mib']:.0f}",
             f"{row['worst_logp_error_nat']:.2g} nat",
             *(f"{row[key]:.2%}" for key in ("dhidden_error", "dweight_error")),
+            f"{row['kept_fraction']:.1%}" if "kept_fraction" in row else "",
         )
     console().print(table)
+    for name in missing:
+        console().print(f"{name} is not installed: not measured")
     if options.out:
         options.out.write_text(json.dumps({**environment(), "problem": problem, "rows": rows}, indent=2) + "\n")
 

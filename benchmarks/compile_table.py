@@ -92,7 +92,18 @@ def compile_kernel(kernel: Any, architecture: int, dtype: str, options: str, til
     """Compile one kernel for contiguous inputs whose sizes are multiples of 16, as real heads have them."""
     names = kernel.arg_names
     constants = {name: value for name, value in constants.items() if name in names}
-    in_dtype = {"hidden_ptr", "weight_ptr", "lora_h_ptr", "lora_b_ptr", "bias_ptr", "dz_ptr", "a_ptr", "b_ptr"}
+    in_dtype = {
+        "hidden_ptr",
+        "weight_ptr",
+        "lora_h_ptr",
+        "lora_b_ptr",
+        "bias_ptr",
+        "dz_ptr",
+        "a_ptr",
+        "b_ptr",
+        "tail_ptr",
+        "sums_ptr",
+    }
     integers = {"row_index_ptr": "*i64", "target_ptr": "*i64", "index_ptr": "*i64"}
     integers |= {"list_ptr": "*i32", "counts_ptr": "*i32", "kept_ptr": "*i32", "screen_ptr": "*u8", "flags_ptr": "*u8"}
 
@@ -105,7 +116,7 @@ def compile_kernel(kernel: Any, architecture: int, dtype: str, options: str, til
             return f"*{dtype}" if name in in_dtype else "*fp32"
         return "fp32" if name in ("logit_scale", "softcap", "inverse_temperature", "filter_eps") else "i32"
 
-    aligned = {"D", "stride_ht", "stride_wv", "stride_z", "stride_bk", "capacity", "stride_om", "N"}
+    aligned = {"D", "stride_ht", "stride_wv", "stride_z", "stride_bk", "capacity", "stride_om", "stride_tb", "N"}
     attributes = {
         (position,): [["tt.divisibility", 16]]
         for position, name in enumerate(names)
@@ -168,7 +179,13 @@ def compile_all() -> Iterator[Compiled]:
                 ("by rows", NARROW_COLUMNS, "stride_am"),
             ):
                 constants = {"BLOCK_M": block_m, "ACCUMULATE": way == "by columns", "INDIRECT": way == "by rows"}
-                constants |= {contiguous: 1, "stride_bn": 1, "BLOCK_N": shape.block_n, "BLOCK_K": shape.block_k}
+                constants |= {
+                    "CORRECT": way == "by rows",
+                    contiguous: 1,
+                    "stride_bn": 1,
+                    "BLOCK_N": shape.block_n,
+                    "BLOCK_K": shape.block_k,
+                }
                 label = f"{block_m}x{shape.block_n}x{shape.block_k} w{shape.num_warps} s{shape.num_stages}"
                 yield compile_kernel(
                     _gathered_product_kernel, architecture, dtype, way, label, constants, shape.num_warps,

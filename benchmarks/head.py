@@ -133,12 +133,12 @@ def measure(name: str, path: str | None, tokens: int, repeats: int, reference: t
         options = KernelOptions(impl="streaming", filter_eps=FILTERED[name])
         stats: Any = {"with_stats": ("tail", "kept_fraction"), "grad_mode": "filtered", "options": options}
         with torch.no_grad():
-            tokens = fused_token_logps(
+            scored = fused_token_logps(
                 problem.hidden, problem.weight, problem.target, cu_seqlens=problem.cu_seqlens, shift=False, **stats
             )
-        assert tokens.tail is not None
-        assert tokens.kept_fraction is not None
-        filtered = {"tail": float(tokens.tail.mean()), "kept_fraction": float(tokens.kept_fraction.mean())}
+        assert scored.tail is not None
+        assert scored.kept_fraction is not None
+        filtered = {"tail": float(scored.tail.mean()), "kept_fraction": float(scored.kept_fraction.mean())}
     return {
         "implementation": name,
         "tokens": len(problem.hidden),

@@ -3,9 +3,10 @@
 Real-logit replay: real hidden states and their head keep their logits under a semi-orthogonal lift to a larger hidden
 size (`(h Q)(w Q)ᵀ = h wᵀ` for `Q Qᵀ = I`), up to the rounding of the lifted numbers to bf16. The vocabulary grows by
 rows that are means of two real ones, moved down along the mean hidden state, so that their logits fall into the tail,
-as those of a larger vocabulary's rare tokens do. Without the file, a synthetic distribution stands in: a Zipf-like bias,
-on a constant hidden dimension, plus normal logits that the tokens of a sequence share in part, fitted to the entropy,
-the tail and the kept columns of the real ones.
+as those of a larger vocabulary's rare tokens do.
+
+Without the file, a synthetic distribution stands in: a Zipf-like bias, on a constant hidden dimension, plus normal
+logits that the tokens of a sequence share in part, fitted to the entropy, the tail and the kept columns of the real.
 """
 
 from pathlib import Path

@@ -128,7 +128,7 @@ def _token_logps_op(
     tail_guard: float,
     want_stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-prob [T], state of the softmax [2 or 5, T], the screen [blocks, V], and the stats stacked [3, T].
+    """Log-prob [T], state of the softmax [2 or 5, T], the screen [blocks, 2, V], and the stats stacked [3, T].
 
     The screen and the stats are empty where they are not wanted, and the state is 5 rows where there is a screen.
     """
@@ -145,13 +145,13 @@ def _token_logps_op(
         else:
             forward, _ = _exact(impl)
             logps, state, stats = forward(hidden, target, rows, head, workspace_mib, want_stats=want_stats)
-            screen = torch.empty(0, 0, dtype=torch.uint8, device=hidden.device)
+            screen = torch.empty(0, 0, 0, dtype=torch.uint8, device=hidden.device)
     return logps, state, screen, torch.stack(stats) if stats is not None else logps.new_empty(0)
 
 
 def _screen_shape(
     hidden: Tensor, head: LMHead, row_index: Tensor | None, cu_seqlens: Tensor, impl: str, workspace_mib: int
-) -> tuple[int, int]:
+) -> tuple[int, int, int]:
     """Shape of the screen, by shapes alone: as if all rows were scored, so that nothing has to be read for it."""
     rows = hidden.shape[0] if row_index is None else row_index.shape[0]
     if impl == "streaming":
@@ -169,7 +169,7 @@ def _(
     per_row = hidden.new_empty(target.shape, dtype=accumulation_dtype(hidden.dtype))
     stats = per_row.new_empty((3, *target.shape) if want_stats else (0,))
     state = per_row.new_empty((5 if filter_eps else 2, *target.shape))
-    screen = 0, 0
+    screen = 0, 0, 0
     if filter_eps:
         head = _head(weight, bias, lora_a, lora_b, lora_scale, logit_scale, softcap, temperature)
         screen = _screen_shape(hidden, head, row_index, cu_seqlens, impl, workspace_mib)

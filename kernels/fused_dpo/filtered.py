@@ -2,9 +2,9 @@
 
 A trained model's softmax is nearly empty: of 50,000 columns a row gives about 100 more than 2^-12 (measured on real
 hidden states). The forward *screens*: for each block of up to 128 scored rows it notes how large a probability each
-column reaches. The backward *keeps* the columns that matter, with exact probabilities, and *corrects* for the rest:
-what a row drops is known exactly, and is spread over the dropped columns by one distribution per block, so that every
-row of the gradient of the logits still sums to zero.
+column reaches, and how large it is on average. The backward *keeps* the columns that matter, with exact probabilities,
+and *corrects* for the rest: a dropped column's mean probability in the block stands for that of each row, scaled for
+the hidden states' gradient so that every row of the gradient of the logits still sums to zero.
 
 On a CPU with bf16 units and bf16 inputs the screen is coarse: its logits are rounded to bf16, which is twice as fast.
 They choose the columns and weigh the tail of what is not above `eps`, and nothing else: logits above it are computed
@@ -13,23 +13,26 @@ again, accumulated in fp32. Elsewhere the screen's logits are accumulated in fp3
 Error budget. Row r has upstream gradient g_r, probabilities p(r,v) and target y_r; its gradient of the logits is
 `dz_r = g_r (onehot(y_r) - p_r)`, of size |g_r| (1 - p(r,y_r)) up to a factor of sqrt(2). In a block G is the largest
 |g_r| and s the root mean square of 1 - p(r,y_r); S is the root mean square of |g_r| (1 - p(r,y_r)) over all rows. D_r
-are the columns that r drops, tail_r their mass, and q the block's distribution over them.
+are the columns that r drops, tail_r their mass, and q(v) a distribution over them, the block's means rounded to powers
+of two and normalised. A row drops its own target only where |g_r| (1 - p(r,y_r)) <= eps S, so that all of it is
+negligible: what follows is about the other rows.
 
 1. Every dropped entry is small: `|dz(r,v)| <= eps * max(G s, S)` for v in D_r.
 2. All of them together are small: `|dz - kept part of dz| <= sqrt(2 eps) |dz|` in the Frobenius norm for the whole
    batch, if upstream gradients are equal within a block (as those of a sequence are). That is 2.2 % at eps = 2^-12, for
-   flat, peaked and adversarial logits alike; on real ones the correction leaves a fifth of it. Proof, where a row keeps
-   its target: by 1. its squares sum to at most `eps (G s + S) |g_r| tail_r`, and tail_r <= 1 - p(r,y_r); summed over
-   all rows, by Cauchy-Schwarz, that is at most `2 eps * sum_r |g_r|^2 (1 - p(r,y_r))^2`. A row drops its target only
-   where |g_r| (1 - p(r,y_r)) <= eps S, which adds at most eps^2 to the 2 eps.
+   flat, peaked and adversarial logits alike. Proof: by 1. a row's squares sum to at most
+   `eps (G s + S) |g_r| tail_r`, and tail_r <= 1 - p(r,y_r); summed over all rows, by Cauchy-Schwarz, that is at most
+   `2 eps * sum_r |g_r|^2 (1 - p(r,y_r))^2`. Rows that drop their target add at most eps^2 to the 2 eps.
 3. With the correction the kept dz_r changes by `e_r(v) = g_r (p(r,v) - tail_r q(v))` on D_r, so `sum_v e_r(v) = 0` and
-   `|ΔdH_r| <= |g_r| tail_r max_{u,v in D_r} |w_u - w_v| <= 2 |g_r| tail_r max_v |w_v|`.
-4. The weight's gradient does without the correction, and `sum_v |ΔdW_v| <= sum_r |g_r| tail_r |h_r|`.
+   `|e_r| <= 2 |g_r| tail_r` in the sum of magnitudes; dH_r changes by e_r times the weight (and, in a head with a
+   softcap, the difference of its derivatives at p(r,v) and at the mean).
+4. The weight's gradient takes `-g_r` times the block's mean probability, as the screen has it, for each dropped entry.
 
-Under a coarse screen 1. holds up to a factor of 1.3, which is what the rounding of the logits can move a probability by
-(|logit| <= COARSE_RANGE, else the block is exact). A block whose mean tail exceeds `tail_guard`, or that has more than
-half of its columns above `eps`, keeps everything: what is flat is computed exactly. Saturated pairs, with their g_r far
-below S, keep hardly anything.
+Under a coarse screen 1. holds up to a factor of 1.5, which is what the rounding of the logits can move a probability by
+(largest logit <= COARSE_RANGE, else the block is exact). A block whose mean tail exceeds `tail_guard`, or that has more
+than half of its columns above `eps`, keeps everything: what is flat is computed exactly. Saturated pairs, with their
+g_r far below S, keep hardly anything. On real hidden states the correction leaves a fifth of the dropped gradient of
+the hidden states and half of the weight's (DESIGN.md).
 
 Source of the idea to skip small softmax entries in the backward: Wijmans et al., 2024, Cut Your Losses in Large-
 Vocabulary Language Models, arXiv 2411.09009, section 4.3 (whole tiles, threshold 2^-12, no correction).
@@ -42,12 +45,11 @@ from fused_dpo.gradients import GradientSums
 from fused_dpo.head import HeadGrads, LMHead
 from fused_dpo.kept import COLUMN_MULTIPLE, Kept, targets_among
 from fused_dpo.online_softmax import OnlineSoftmax
-from fused_dpo.operands import Operands, ceil_div, even_bounds, logits_gradient, round_up
-from fused_dpo.precision import matmul_precision, product
+from fused_dpo.operands import Operands, ceil_div, even_bounds, logits_gradient
+from fused_dpo.precision import accumulate_product, matmul_precision, product
 from fused_dpo.screen import (
     BLOCK_ROWS,
     EVERYTHING,
-    ROW_MULTIPLE,
     Judgement,
     Screener,
     block_spans,
@@ -56,7 +58,7 @@ from fused_dpo.screen import (
     rows_screened,
 )
 from fused_dpo.stats import TokenStats
-from fused_dpo.tail import mean_weights, spread_tail
+from fused_dpo.tail import Tail
 
 COARSE_RANGE = 64.0
 """Largest logit that a bf16 screen is trusted with: its rounding there is at most 0.125."""
@@ -72,7 +74,7 @@ def filtered_forward(
     cu_seqlens: Tensor,
     filter_eps: float,
     tail_guard: float,
-    screen_shape: tuple[int, int],
+    screen_shape: tuple[int, int, int],
     want_stats: bool,
 ) -> tuple[Tensor, Tensor, TokenStats | None, Tensor]:
     """Log-prob, softmax state and screen; the first five arguments as in `streaming_forward`.
@@ -105,18 +107,20 @@ def filtered_forward(
         for start, stop in group:
             span, local = slice(start, stop), slice(start - origin, stop - origin)
             z, p, targets = group_z[local], group_p[local], row_target[span]
-            level = levels[block]
+            level, mean = levels[block]
             block += 1
             largest = largest_of(p)
             level.copy_(exponents(largest))
+            mean.copy_(exponents(p.new_full((1, stop - start), 1 / (stop - start)) @ p).squeeze(0))
             keep = largest > filter_eps
             keep[targets[targets < V]] = True
-            keep[largest.argmax()] = True  # there is always one
+            keep[0] = True  # there is always one to look at
             index = keep.nonzero().squeeze(1)
             p_top, place = p.index_select(1, index).max(1)
             tail = p.index_fill_(1, index, 0.0).sum(1).to(operands.acc_dtype)
             z_top = z.gather(1, index[place][:, None]).squeeze(1).to(operands.acc_dtype)
-            trusted = not screen.coarse or bool(z_top.abs().amax() <= COARSE_RANGE)
+            # Where a row's largest is not above eps, its largest logit may be among the dropped.
+            trusted = not screen.coarse or bool((z_top.abs().amax() <= COARSE_RANGE) & (p_top.amin() > filter_eps))
             # NaN is not below the guard; gathering more than half of the columns costs more than taking all of them.
             if trusted and bool(tail.mean() <= tail_guard) and index.numel() <= V // 2:
                 fractions[span] = index.numel() / V
@@ -135,6 +139,8 @@ def filtered_forward(
                 weight = kept.weight(columns)
                 kept_z, scratch = kept.logits(rows_operand, weight, columns, stop - start)
                 softmax.fold(kept_z, *targets_among(columns, targets), scratch, span)
+            if level[0] == EVERYTHING:
+                continue
             # The screen's probabilities are in units of its own softmax; its largest entry tells what those are.
             unit = (z_top - softmax.peak[span]).exp() / p_top.to(operands.acc_dtype)
             softmax.add_tail(span, unit * tails[span], *((unit * (p * z).sum(1), z.sum(1)) if want_stats else ()))
@@ -183,12 +189,19 @@ def filtered_backward(
     sizes = torch.tensor([stop - start for start, stop in spans], dtype=torch.int64, device=hidden.device)
     block_of_row = torch.repeat_interleave(torch.arange(len(spans), device=hidden.device), sizes)
     judgement = Judgement(block_of_row, len(spans), upstream, surprise, row_target, filter_eps)
-    keep = judgement.columns(screen[: len(spans)])
+    keep = judgement.columns(screen[: len(spans), 0])
+    log_sum_exp = upstream.new_zeros(len(spans)).scatter_reduce(
+        0, block_of_row, peak + total.log(), "mean", include_self=False
+    )
+    tail = Tail(operands, screen[: len(spans), 1], keep, log_sum_exp)
+    upstream_sums = _upstream_sums(kept, upstream.masked_fill(judgement.negligible >= judgement.magnitude, 0.0), spans)
 
-    per_column = max(operands.width * operands.acc_dtype.itemsize, 1)
-    width = min(max(workspace_mib * 2**19 // per_column, COLUMN_MULTIPLE), V) if needs[1] or needs[4] else V
-    bounds = even_bounds(V, width)
+    bounds = even_bounds(
+        V, max(workspace_mib * 2**19 // (operands.width * operands.acc_dtype.itemsize), COLUMN_MULTIPLE)
+    )
     sums = GradientSums(operands, ceil_div(V, len(bounds)), needs, empty=False)
+    fits = workspace_mib * 2**18 // (6 * max(len(spans), 1) * operands.acc_dtype.itemsize)
+    tail_width = min(max(fits, COLUMN_MULTIPLE), kept.width)
     residual = torch.zeros_like(upstream)  # sum of each row of dz over the columns it keeps
     for first, last in bounds:
         sums.begin_slice(last - first)
@@ -206,10 +219,42 @@ def filtered_backward(
                 residual[span] += dz.sum(1)
                 operands.through_logits(dz, z)
                 _add_products(sums, dz, weight, rows_operand, columns, span, first)
+        _correct_weight(sums, tail, upstream_sums, first, last, tail_width)
         sums.end_slice(first, last)
     if sums.hidden.shape[1] and R:
-        _correct(sums, kept, residual, keep, spans)
+        spread = tail.spread(tail_width)[:, sums.hidden_columns]
+        for block, (start, stop) in enumerate(spans):
+            sums.hidden[start:stop].addr_(residual[start:stop], spread[block], alpha=-1.0)
     return sums.finish()
+
+
+def _upstream_sums(kept: Kept, upstream: Tensor, spans: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    """Sums over each block's rows of upstream times hidden state, as operand [blocks, K], and of upstream [blocks]."""
+    operands = kept.operands
+    sums = torch.zeros(len(spans), operands.width, dtype=operands.acc_dtype, device=upstream.device)
+    counts = upstream.new_zeros(len(spans))
+    for block, (start, stop) in enumerate(spans):
+        part = upstream[start:stop]
+        hidden = kept.hidden(start, stop)[: stop - start].to(operands.acc_dtype)
+        sums[block] = part @ hidden.masked_fill((part == 0)[:, None], 0.0)  # what has no gradient may be NaN
+        counts[block] = part.sum()
+    return sums.to(operands.held_dtype), counts
+
+
+def _correct_weight(
+    sums: GradientSums, tail: Tail, upstream_sums: tuple[Tensor, Tensor], first: int, last: int, width: int
+) -> None:
+    """Take the dropped columns' mean probabilities for each row's own in the sums of the slice `first:last`."""
+    if not sums.weight.shape[1] and sums.bias is None:
+        return
+    hidden, counts = upstream_sums
+    operands = sums.operands
+    for start, stop in even_bounds(last - first, width):
+        _, dz = tail.columns(first + start, first + stop)
+        with matmul_precision(operands.dtype):
+            accumulate_product(sums.weight[start:stop], dz.neg().T, hidden[:, sums.weight_columns])
+        if sums.bias is not None:
+            sums.bias[start:stop] -= counts @ dz
 
 
 def _add_products(
@@ -233,15 +278,3 @@ def _add_products(
     if sums.bias is not None:
         where = torch.arange(columns.start, columns.stop) if isinstance(columns, slice) else columns
         sums.bias.index_add_(0, where - first, dz.sum(0))
-
-
-def _correct(sums: GradientSums, kept: Kept, residual: Tensor, keep: Tensor, spans: list[tuple[int, int]]) -> None:
-    """Spread what each row's kept columns sum to over the columns that it drops."""
-    operands = sums.operands
-    mean = operands.buffer(round_up(len(spans), ROW_MULTIPLE))
-    for block, (start, stop) in enumerate(spans):
-        hidden = kept.hidden(start, stop)[: stop - start]
-        mean[block] = mean_weights(residual[start:stop]) @ hidden.to(operands.acc_dtype)
-    spread = spread_tail(operands, mean, keep, kept.width)[:, sums.hidden_columns]
-    for block, (start, stop) in enumerate(spans):
-        sums.hidden[start:stop].addr_(residual[start:stop], spread[block], alpha=-1.0)

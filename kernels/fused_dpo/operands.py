@@ -59,7 +59,7 @@ class Operands:
     def read_hidden(self, start: int, stop: int, out: Tensor) -> Tensor:
         """Scored rows `start:stop` into the first rows of `out` [n, K], zeros into the rest; returns `out`."""
         D, count = self.D, stop - start
-        out[:count, :D] = self.hidden[self.rows[start:stop]]
+        out[:count, :D] = self.hidden.index_select(0, self.rows[start:stop])
         out[count:, :D] = 0.0
         return self.widen(out)
 
@@ -78,11 +78,11 @@ class Operands:
 
     def read_weight(self, which: slice | Tensor, out: Tensor) -> Tensor:
         """Rows of the head, by slice or int64 index, into the first rows of `out` [n, K]; returns those rows."""
-        weight = self.head.weight[which].to(self.dtype)
+        weight = _rows_of(self.head.weight, which).to(self.dtype)
         part = out[: weight.shape[0]]
         part[:, : self.D] = weight
         if self.head.lora is not None:
-            part[:, self.D : self.D + self.rank] = self.head.lora[1][which].to(self.dtype)
+            part[:, self.D : self.D + self.rank] = _rows_of(self.head.lora[1], which).to(self.dtype)
         return part
 
     def is_operand(self, dtype: torch.dtype) -> bool:
@@ -119,6 +119,11 @@ class Operands:
         if factor != 1.0:
             dz *= factor
         return dz
+
+
+def _rows_of(tensor: Tensor, which: slice | Tensor) -> Tensor:
+    """`tensor[which]`; on a CPU `index_select` takes a quarter of the time that indexing does."""
+    return tensor[which] if isinstance(which, slice) else tensor.index_select(0, which)
 
 
 def logits_gradient(

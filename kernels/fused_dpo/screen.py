@@ -1,9 +1,9 @@
 """Which columns of the vocabulary matter to which rows: seen in the forward, judged in the backward.
 
-A screen is a map `uint8 [blocks, V]`: for each block of scored rows and each column the (biased, as in fp32) exponent
-of the largest probability that any of the rows gives it, or EVERYTHING throughout a block that is to be computed
-exactly. Exponents instead of bits, so that the backward can choose the threshold by what it knows then, the upstream
-gradient, without a second look at the logits.
+A screen is `uint8 [blocks, 2, V]`: for each block of scored rows and each column the (biased, as in fp32) exponent of
+the largest probability that any of the rows gives it, or EVERYTHING throughout a block that is to be computed exactly;
+and the exponent of the mean. Exponents of the largest, not bits, so that the backward can choose the threshold by what
+it knows then, the upstream gradient, without a second look at the logits.
 """
 
 from collections.abc import Iterator
@@ -18,10 +18,10 @@ from fused_dpo.precision import accumulation_dtype, has_bf16_units, matmul_preci
 
 BLOCK_ROWS = 128
 """Scored rows that share their kept columns: fewer keep fewer columns, more feed the matrix units better."""
-ROWS_AT_ONCE = 512
+ROWS_AT_ONCE = 256
 """Rows screened at a time, at most."""
 ROW_MULTIPLE = 32
-"""Blocks are multiplied in multiples of this, and cut down to one where the vocabulary is too large for more."""
+"""Rows are screened in multiples of this, so that a row's bits do not depend on how many there are."""
 EVERYTHING = 255
 """The exponent of a column that no threshold drops."""
 BIAS = 127
@@ -44,9 +44,9 @@ def block_spans(rows: Tensor, offsets: Tensor, block_rows: int) -> list[tuple[in
     ]
 
 
-def exponents(largest: Tensor) -> Tensor:
-    """Screen of columns [V] whose largest probabilities are given; NaN is kept by every threshold."""
-    return (largest.float().view(torch.int32) >> 23).to(torch.uint8)
+def exponents(probabilities: Tensor) -> Tensor:
+    """Biased exponents of probabilities [V]; NaN has the one that every threshold keeps."""
+    return (probabilities.float().view(torch.int32) >> 23).to(torch.uint8)
 
 
 class Judgement:
@@ -69,7 +69,9 @@ class Judgement:
         self, block_of_row: Tensor, blocks: int, upstream: Tensor, surprise: Tensor, target: Tensor, eps: float
     ) -> None:
         self.block_of_row, self.target = block_of_row, target
-        self.magnitude, size = upstream.abs(), (upstream * surprise).abs()
+        self.magnitude = upstream.abs()
+        # Rows without gradient are out of it, whatever their hidden states are.
+        size = torch.where(upstream == 0, 0.0, (upstream * surprise).abs())
         zeros = upstream.new_zeros(blocks)
         self.largest = zeros.scatter_reduce(0, block_of_row, self.magnitude, "amax")
         squares = zeros.scatter_reduce(0, block_of_row, surprise.square(), "mean", include_self=False)
@@ -80,7 +82,7 @@ class Judgement:
         self.judged = size > self.negligible
 
     def columns(self, levels: Tensor) -> Tensor:
-        """Columns that each block keeps, bool [blocks, V], by a screen [blocks, V].
+        """Columns that each block keeps, bool [blocks, V], by the exponents of its largest [blocks, V].
 
         Of more than half of the columns all are kept: gathering them would cost more.
         """
@@ -88,7 +90,9 @@ class Judgement:
         limit = torch.where(self.largest <= self.negligible, torch.full_like(limit, EVERYTHING), limit)
         keep = levels > limit.nan_to_num(nan=-1.0).to(torch.int16)[:, None]
         _keep_targets(keep, self.block_of_row, self.target, self.judged)
-        return keep | (keep.sum(1, keepdim=True) > levels.shape[1] // 2)
+        for part in keep.split(16):  # sums of bool are taken in int64, eight times their size
+            part |= part.sum(1, keepdim=True) > part.shape[1] // 2
+        return keep
 
 
 def _keep_targets(keep: Tensor, row: Tensor, column: Tensor, judged: Tensor) -> None:
@@ -109,16 +113,16 @@ def screens_coarsely(hidden: Tensor, head: LMHead) -> bool:
 
 
 def rows_screened(hidden: Tensor, head: LMHead, workspace_mib: int) -> int:
-    """Rows whose logits and probabilities over the whole vocabulary fit into half of the workspace, at most 512."""
+    """Rows whose logits and probabilities over the whole vocabulary fit into half of the workspace: 64 to 512."""
     dtype = hidden.dtype if screens_coarsely(hidden, head) else accumulation_dtype(hidden.dtype)
     fits = workspace_mib * 2**19 // (2 * head.weight.shape[0] * dtype.itemsize) // ROW_MULTIPLE * ROW_MULTIPLE
     return min(max(fits, ROW_MULTIPLE), ROWS_AT_ONCE)
 
 
-def screen_shape(hidden: Tensor, head: LMHead, rows: int, sequences: int, workspace_mib: int) -> tuple[int, int]:
+def screen_shape(hidden: Tensor, head: LMHead, rows: int, sequences: int, workspace_mib: int) -> tuple[int, int, int]:
     """Shape of the screen of `fused_dpo.filtered`, for `rows` rows at most: no block straddles two sequences."""
     block_rows = min(rows_screened(hidden, head, workspace_mib), BLOCK_ROWS)
-    return ceil_div(rows, block_rows) + sequences, head.weight.shape[0]
+    return ceil_div(rows, block_rows) + sequences, 2, head.weight.shape[0]
 
 
 class Screener:
@@ -130,7 +134,7 @@ class Screener:
         self.coarse = screens_coarsely(operands.hidden, head)
         self.rows = rows_screened(operands.hidden, head, workspace_mib)
         held = operands.dtype if self.coarse else operands.held_dtype
-        self._hidden = operands.buffer(round_up(self.rows, 64), held)
+        self._hidden = operands.buffer(self.rows, held)
         column_bytes = width * (operands.dtype.itemsize + held.itemsize)
         own = operands.is_operand(held)
         self._bounds = even_bounds(operands.V, operands.V if own else max(workspace_mib * 2**18 // column_bytes, 16))
@@ -153,7 +157,7 @@ class Screener:
     def look(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Logits and probabilities [stop - start, V] of scored rows, overwritten by the next call."""
         operands = self.operands
-        rows = round_up(stop - start, 64)  # a row's bits must not depend on how many there are
+        rows = round_up(stop - start, ROW_MULTIPLE)
         hidden, z = operands.read_hidden(start, stop, self._hidden[:rows]), self._logits[:rows]
         for first, last in self._bounds:
             columns = slice(first, last)
@@ -170,7 +174,7 @@ class Screener:
 
 
 def largest_of(probabilities: Tensor) -> Tensor:
-    """Largest of each column, in the dtype of the probabilities; NaN counts as large."""
+    """Largest of each column, in the dtype of the probabilities. Blocks with NaN are left to the guard."""
     if probabilities.dtype != torch.bfloat16:
         return probabilities.amax(0)
     # Numbers that are not negative order like their bits, and integers are compared three times as fast.

@@ -1,51 +1,61 @@
-"""The correction for what filtered gradients drop: one distribution per block over its other columns."""
+"""What filtered gradients do about the columns that they drop: the block's mean probability stands for each row's own.
+
+The forward notes, for each block of rows and each column, the exponent of the mean probability that the rows give it.
+Of dropped columns this is all that is known, and enough: on real hidden states, whole means or the logits of a mean
+hidden state in their place make the corrected gradients no better (measured).
+"""
 
 import torch
 from torch import Tensor
 
-from fused_dpo.operands import Operands, even_bounds, shifted_exp
-from fused_dpo.precision import accumulate_product, matmul_precision, product
+from fused_dpo.operands import Operands, even_bounds
+from fused_dpo.precision import accumulate_product, matmul_precision
 
 
-def mean_weights(residual: Tensor) -> Tensor:
-    """Weights of the rows of blocks [..., rows] in their mean hidden state: by what they have to spread."""
-    share = residual.abs()
-    return share / share.sum(-1, keepdim=True).clamp(min=torch.finfo(share.dtype).tiny)
-
-
-def spread_tail(operands: Operands, mean: Tensor, keep: Tensor, width: int) -> Tensor:
-    """`q @ weight` of every block [blocks, K], with the derivative of what happens to the logits.
-
-    q is the softmax over the dropped columns at the block's mean hidden state. Offsets of single rows cancel, so it is
-    the geometric mean of the rows' tails, normalised. 0 where nothing is dropped.
+class Tail:
+    """Mean probabilities of the columns that each block of rows drops.
 
     Args:
         operands: of the rows.
-        mean: operand [blocks or more, K].
+        means: uint8 [blocks, V], exponents of the mean probabilities (see `fused_dpo.screen`).
         keep: bool [blocks, V].
-        width: columns to take at a time; three times `width * blocks` numbers are held.
+        offset: [blocks], mean log-sum-exp of a block's rows: where the logits of its probabilities are.
     """
-    blocks, V = keep.shape
-    dtype, device = operands.acc_dtype, keep.device
-    lowest = torch.finfo(dtype).min
-    spread = torch.zeros(blocks, operands.width, dtype=dtype, device=device)
-    peak = torch.full((blocks,), lowest, dtype=dtype, device=device)
-    total = torch.zeros_like(peak)
-    buffer = operands.buffer(0 if operands.is_operand(operands.held_dtype) else width)
-    for start, stop in even_bounds(V, width):
-        weight = operands.weight_slice(slice(start, stop), buffer)
-        z = torch.empty(mean.shape[0], stop - start, dtype=dtype, device=device)
-        with matmul_precision(operands.dtype):
-            product(mean, weight.T, out=z)
-        z = operands.to_logits(z, operands.bias(slice(start, stop)))[:blocks]
-        dropped = ~keep[:, start:stop]
-        new_peak = torch.maximum(peak, z.masked_fill(~dropped, -torch.inf).amax(1))
-        shift = torch.where(new_peak > lowest, new_peak, z.amax(1).clamp(min=lowest))  # nothing dropped: stay finite
-        q = shifted_exp(z, shift, torch.empty_like(z)).mul_(dropped)
-        rescale = (peak - new_peak).exp_()
-        total = total * rescale + q.sum(1)
-        operands.through_logits(q, z)
-        with matmul_precision(operands.dtype):
-            accumulate_product(spread.mul_(rescale[:, None]), q, weight)
-        peak = new_peak
-    return spread / torch.where(total > 0, total, 1.0)[:, None]
+
+    def __init__(self, operands: Operands, means: Tensor, keep: Tensor, offset: Tensor) -> None:
+        self.operands, self.means, self.keep, self.offset = operands, means, keep, offset
+        everything = [_powers(part).sum(1) for part in means.split(16)]
+        tiny = torch.finfo(torch.float32).tiny
+        self._unit = 1.0 / torch.cat(everything).clamp(min=tiny) if everything else means.new_zeros(0).float()
+
+    def columns(self, first: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Columns `first:stop` [blocks, stop - first]: of the probabilities, and of the gradient that they stand for.
+
+        The second is the first with the derivative of what happens to the logits, as they are at that probability.
+        """
+        p = (_powers(self.means[:, first:stop]) * self._unit[:, None]).masked_fill_(self.keep[:, first:stop], 0.0)
+        p = p.to(self.operands.acc_dtype)
+        z = p.clamp(min=torch.finfo(torch.float32).tiny).log_().add_(self.offset[:, None])
+        return p, self.operands.through_logits(p.clone(), z)
+
+    def spread(self, width: int) -> Tensor:
+        """`q @ weight` of every block [blocks, K], q the dropped probabilities over their sum; 0 where nothing is.
+
+        Takes `width` columns at a time, and holds six times `width * blocks` numbers.
+        """
+        operands = self.operands
+        total = self.offset.new_zeros(len(self.offset))
+        spread = self.offset.new_zeros(len(self.offset), operands.width)
+        buffer = operands.buffer(0 if operands.is_operand(operands.held_dtype) else min(width, operands.V))
+        for start, stop in even_bounds(operands.V, width):
+            p, dz = self.columns(start, stop)
+            total += p.sum(1)
+            with matmul_precision(operands.dtype):
+                accumulate_product(spread, dz, operands.weight_slice(slice(start, stop), buffer))
+        return spread / torch.where(total > 0, total, 1.0)[:, None]
+
+
+def _powers(exponents: Tensor) -> Tensor:
+    """2 to the power of biased exponents, 0 for the smallest; what is not finite counts for nothing."""
+    bits = exponents.to(torch.int32) << 23
+    return bits.masked_fill_(exponents == 255, 0).view(torch.float32)

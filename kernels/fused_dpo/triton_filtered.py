@@ -22,7 +22,7 @@ from fused_dpo.head import HeadGrads, LMHead
 from fused_dpo.operands import Operands, ceil_div, round_up
 from fused_dpo.screen import BIAS, EVERYTHING, Judgement
 from fused_dpo.stats import TokenStats
-from fused_dpo.tail import mean_weights, spread_tail
+from fused_dpo.tail import Tail
 from fused_dpo.triton_configs import (
     HOT_SPLITS,
     RICH,
@@ -40,6 +40,8 @@ COMPACT_BLOCK = 1024
 """Flags that a program of the compaction takes at a time."""
 TAIL_COLUMNS = 16384
 """Columns of the correction taken at a time."""
+TAIL_SCALE = 4096.0
+"""Factor on mean probabilities, and divisor of what they are multiplied with: fp16 ends at 6e-8."""
 
 
 def _backward_config(hidden: Tensor) -> TileConfig:
@@ -47,9 +49,9 @@ def _backward_config(hidden: Tensor) -> TileConfig:
     return tile_config(architecture(hidden.device), hidden.dtype, RICH)
 
 
-def triton_screen_shape(hidden: Tensor, head: LMHead, rows: int) -> tuple[int, int]:
+def triton_screen_shape(hidden: Tensor, head: LMHead, rows: int) -> tuple[int, int, int]:
     """Shape of the screen for `rows` rows at most."""
-    return ceil_div(rows, _backward_config(hidden).block_t), head.weight.shape[0]
+    return ceil_div(rows, _backward_config(hidden).block_t), 2, head.weight.shape[0]
 
 
 def triton_filtered_forward(
@@ -62,12 +64,12 @@ def triton_filtered_forward(
     cu_seqlens: Tensor,
     filter_eps: float,
     tail_guard: float,
-    screen_shape: tuple[int, int],
+    screen_shape: tuple[int, int, int],
     want_stats: bool,
 ) -> tuple[Tensor, Tensor, TokenStats | None, Tensor]:
     """Log-prob, softmax state and screen: `filtered_forward` on CUDA, its log-probs and stats those of the exact path.
 
-    Memory: as `triton_forward`, 4 bytes more a scored row and split, and the screen, V bytes a block of rows.
+    Memory: as `triton_forward`, 4 bytes more a scored row and split, and the screen, 2·V bytes a block of rows.
     """
     del cu_seqlens  # the screen is exact here, so what a row's block holds beside it has no part in its log-prob
     T, R, V = hidden.shape[0], rows.numel(), head.weight.shape[0]
@@ -91,10 +93,10 @@ def triton_filtered_forward(
             partials.forward(config, hot, partials.splits, arguments)
         partials.merge(logps, state, stats, tail)
 
-        columns = (screen[:blocks] >= math.floor(BIAS + math.log2(filter_eps))).sum(1)
+        columns = (screen[:blocks, 0] >= math.floor(BIAS + math.log2(filter_eps))).sum(1)
         mean_tail = _of_blocks(state[2, rows], blocks, config.block_t).sum(1) / _block_sizes(R, blocks, config, device)
         flat = ~(mean_tail <= tail_guard) | (columns > V // 2)  # NaN is not below the guard
-        screen[:blocks].masked_fill_(flat[:, None], EVERYTHING)
+        screen[:blocks, 0].masked_fill_(flat[:, None], EVERYTHING)
         flat_rows = flat.repeat_interleave(config.block_t)[:R]
         fraction = torch.where(flat, 1.0, columns / V).repeat_interleave(config.block_t)[:R]
         state[2].index_copy_(0, rows, state[2, rows].masked_fill(flat_rows, 0.0))
@@ -148,38 +150,28 @@ def triton_filtered_backward(
     blocks, config = kept.blocks, kept.config
     block_of_row = torch.arange(R, device=hidden.device) // config.block_t
     judgement = Judgement(block_of_row, blocks, upstream, state[4, rows], target[rows], filter_eps)
-    flat = (screen[:blocks, 0] == EVERYTHING)[block_of_row] & (judgement.magnitude > judgement.negligible)
+    flat = (screen[:blocks, 0, 0] == EVERYTHING)[block_of_row] & (judgement.magnitude > judgement.negligible)
     marks = flat[:, None].expand(R, ceil_div(V, config.narrow)).contiguous()
-    keep = judgement.columns(screen[:blocks])
+    keep = judgement.columns(screen[:blocks, 0])
+    offset = _of_blocks((state[0, rows] + state[1, rows].log()), blocks, config.block_t).sum(1)
+    tail = Tail(operands, screen[:blocks, 1], keep, offset / _block_sizes(R, blocks, config, hidden.device))
     residual = kept.add_hidden_gradient(keep, judgement.smallest[block_of_row], marks, sums)
     if sums.hidden.shape[1]:
-        _correct(sums, residual, keep, config.block_t)
+        _spread(sums.hidden, residual, tail.spread(TAIL_COLUMNS)[:, sums.hidden_columns], config.block_t)
         sums.hidden *= unit
     if sums.dweight is not None or sums.dbias is not None or sums.dlora_b is not None:
-        kept.write_weight_gradients(marks, sums, unit)
+        judged = torch.where(judgement.magnitude > judgement.negligible, upstream, 0.0)
+        kept.write_weight_gradients(marks, sums, tail, _of_blocks(judged, blocks, config.block_t), unit)
     return sums.finish()
 
 
-def _correct(sums: GradientSums, residual: Tensor, keep: Tensor, block_t: int) -> None:
-    """Spread what each row's kept columns sum to over the columns that it drops (see `fused_dpo.tail`)."""
-    operands, blocks = sums.operands, keep.shape[0]
-    R, D = residual.numel(), operands.D
-    hidden = operands.hidden if operands.hidden.shape[0] == R else operands.hidden[operands.rows]
-    shares = mean_weights(_of_blocks(residual, blocks, block_t)).to(operands.dtype)
-    full = R // block_t
-    mean = operands.buffer(blocks, operands.dtype)
-    if full:
-        whole = hidden[: full * block_t].reshape(full, block_t, D)
-        mean[:full, :D] = torch.bmm(shares[:full, None], whole).squeeze(1)
-    if full < blocks:
-        mean[full, :D] = shares[full, : R - full * block_t] @ hidden[full * block_t :]
-    mean = operands.widen(mean).to(operands.held_dtype)
-    spread = spread_tail(operands, mean, keep, TAIL_COLUMNS)[:, sums.hidden_columns]
-    if full:
-        of_blocks = sums.hidden[: full * block_t].view(full, block_t, -1)
-        of_blocks.addcmul_(residual[: full * block_t].view(full, block_t, 1), spread[:full, None], value=-1.0)
-    if full < blocks:
-        sums.hidden[full * block_t :].addr_(residual[full * block_t :], spread[full], alpha=-1.0)
+def _spread(sums: Tensor, residual: Tensor, spread: Tensor, block_t: int) -> None:
+    """Take `residual * spread` of each row's block from `sums` [R, columns], without a copy of their size."""
+    R, full = residual.numel(), residual.numel() // block_t
+    of_blocks = sums[: full * block_t].view(full, block_t, sums.shape[1])
+    of_blocks.addcmul_(residual[: full * block_t].view(full, block_t, 1), spread[:full, None], value=-1.0)
+    if full * block_t < R:
+        sums[full * block_t :].addr_(residual[full * block_t :], spread[full], alpha=-1.0)
 
 
 class _KeptLists:
@@ -234,27 +226,46 @@ class _KeptLists:
                 self._product(head.lora[1], out[:, -operands.rank :], products, first, config.block_t)
         return residual
 
-    def write_weight_gradients(self, keep: Tensor, sums: GradientSums, unit: Tensor) -> None:
-        """Write `dz.T @ hidden`, and the same for bias and adapter, from the kept rows, bool [R, narrow blocks]."""
-        config, operands = self.config, self.operands
-        narrow, total = config.narrow, keep.shape[1]
+    def write_weight_gradients(
+        self, keep: Tensor, sums: GradientSums, tail: Tail, upstream: Tensor, unit: Tensor
+    ) -> None:
+        """Write `dz.T @ hidden`, and the same for bias and adapter, from the kept rows, bool [R, narrow blocks].
+
+        What is dropped takes part by its block's mean: `upstream` is that of the rows in blocks [blocks, rows].
+        """
+        config, operands, narrow = self.config, self.operands, self.config.narrow
+        others: list[tuple[Tensor, Tensor, Tensor | None]] = []  # rows to gather, where to write, index of the rows
+        if sums.dweight is not None:
+            others.append((operands.hidden, sums.dweight, operands.rows))
+        if sums.dlora_b is not None:
+            others.append((self._tile["lora_h_ptr"], sums.dlora_b, None))
+        if sums.dbias is not None:
+            others.append((torch.ones(self.R, 1, dtype=operands.dtype, device=self.device), sums.dbias[:, None], None))
+        block_sums = [self._block_sums(upstream, b, index) for b, _, index in others]
         rows = torch.empty(self.width // narrow, self.R, dtype=torch.int32, device=self.device)
         lists: dict[str, Any] = {"list_ptr": rows, "counts_ptr": self._counts, "stride_lg": self.R, "capacity": self.R}
         strides = {"stride_ag": self.R * narrow, "stride_am": 1, "stride_ak": narrow}
-        for first in range(0, total, self.width // narrow):
-            groups = min(self.width // narrow, total - first)
+        for first in range(0, keep.shape[1], self.width // narrow):
+            groups = min(self.width // narrow, keep.shape[1] - first)
             self._compact(keep[:, first : first + groups].T, rows)
             start, stop = first * narrow, min((first + groups) * narrow, self.V)
             self._dlogits(config.of_rows, lists, (groups, ceil_div(self.R, config.block_t)), start)
-            arguments = lists | strides
-            if sums.dweight is not None:
-                out = sums.dweight[start:stop]
-                self._product(operands.hidden, out, arguments, 0, narrow, unit, index=operands.rows)
-            if sums.dlora_b is not None:
-                self._product(self._tile["lora_h_ptr"], sums.dlora_b[start:stop], arguments, 0, narrow, unit)
-            if sums.dbias is not None:
-                ones = torch.ones(self.R, 1, dtype=operands.dtype, device=self.device)
-                self._product(ones, sums.dbias[start:stop, None], arguments, 0, narrow, unit)
+            means = (tail.columns(start, stop)[1] * -TAIL_SCALE).to(operands.dtype)
+            for (b, out, index), of_blocks in zip(others, block_sums, strict=True):
+                correction = means, of_blocks
+                self._product(b, out[start:stop], lists | strides, 0, narrow, unit, index, correction)
+
+    def _block_sums(self, upstream: Tensor, b: Tensor, index: Tensor | None) -> Tensor:
+        """Sums over each block's rows of upstream [blocks, rows] times row of `b`, over TAIL_SCALE, [blocks, N]."""
+        blocks, block_t = upstream.shape
+        sums = torch.zeros(blocks, b.shape[1], dtype=b.dtype, device=self.device)
+        for block in range(blocks):
+            span = slice(block * block_t, min((block + 1) * block_t, self.R))
+            part = b[span] if index is None else b.index_select(0, index[span])
+            weights = upstream[block, : part.shape[0]]
+            part = part.masked_fill((weights == 0)[:, None], 0.0)  # what has no gradient may be NaN
+            sums[block] = (weights[None] / TAIL_SCALE).to(part.dtype) @ part
+        return sums
 
     def _compact(self, flags: Tensor, lists: Tensor) -> None:
         """Lists of the set flags, bool [groups, N] of any strides, and their lengths."""
@@ -283,6 +294,7 @@ class _KeptLists:
         block_m: int,
         unit: Tensor | None = None,
         index: Tensor | None = None,
+        correction: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """`out (+)= dz @ b[lists]`, written times `unit` where there is one, else added."""
         M, N = out.shape
@@ -293,5 +305,8 @@ class _KeptLists:
         options |= {"a_ptr": self._dz, "b_ptr": b, "stride_bk": b.stride(0), "stride_bn": b.stride(1), "out_ptr": out}
         options["unit_ptr"] = self._dz if unit is None else unit
         options["index_ptr"] = arguments["list_ptr"] if index is None else index
+        means, of_blocks = (self._dz, self._dz) if correction is None else correction
+        options |= {"tail_ptr": means, "sums_ptr": of_blocks, "CORRECT": correction is not None}
+        options |= {"blocks": self.blocks, "stride_tb": means.stride(0)}
         with on_device(out):
             _gathered_product_kernel[grid](**arguments, **options, **shape.constants)

@@ -68,8 +68,8 @@ def _logps_forward_kernel(
 
     SCREEN adds what filtered gradients need, from tiles that are in registers anyway. Probabilities are known from
     above, by a bound on the log-sum-exp from below: what the split has summed up so far, and `bound` [R], the
-    log-sum-exp over the splits that were run first (-inf there). `screen` `[block, V]` gets the exponent of each
-    column's largest in the block (see `fused_dpo.screen`), `tail`, like `total`, the sum of what is at most
+    log-sum-exp over the splits that were run first (-inf there). `screen` `[block, 2, V]` gets the exponents of each
+    column's largest and mean in the block (see `fused_dpo.screen`), `tail`, like `total`, the sum of what is at most
     `filter_eps` in its own row.
 
     Roofline: 2·R·D·V FLOP; bytes are the weight once (V·D) plus the hidden states once from memory (R·D), everything
@@ -137,8 +137,11 @@ def _logps_forward_kernel(
             above = total + tl.exp(tl.minimum(bound - shift, 80.0))
             p = weights * tl.where(mask_t, 1.0 / tl.maximum(above, 1e-30), 0.0)[:, None]
             tail = tail * rescale + tl.sum(tl.where(p <= filter_eps, p, 0.0), axis=1) * above
-            levels = (tl.max(p, axis=0).to(tl.int32, bitcast=True) >> 23).to(tl.uint8)
-            tl.store(screen_ptr + pid_t.to(tl.int64) * V + offs_v, levels, mask=offs_v < V)
+            screen = screen_ptr + pid_t.to(tl.int64) * 2 * V + offs_v
+            largest = tl.max(p, axis=0).to(tl.int32, bitcast=True) >> 23
+            tl.store(screen, largest.to(tl.uint8), mask=offs_v < V)
+            mean = tl.sum(p, axis=0) / tl.minimum(R - pid_t * BLOCK_T, BLOCK_T)
+            tl.store(screen + V, (mean.to(tl.int32, bitcast=True) >> 23).to(tl.uint8), mask=offs_v < V)
         peak = new_peak
 
     at = split.to(tl.int64) * R + offs_t

@@ -164,8 +164,11 @@ def _gathered_product_kernel(
     counts_ptr,
     index_ptr,
     b_ptr,
+    tail_ptr,
+    sums_ptr,
     unit_ptr,
     out_ptr,
+    blocks,
     first,
     capacity,
     stride_ag,
@@ -174,10 +177,12 @@ def _gathered_product_kernel(
     stride_lg,
     stride_bk,
     stride_bn,
+    stride_tb,
     stride_om,
     M,
     N,
     INDIRECT: tl.constexpr,
+    CORRECT: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -188,7 +193,7 @@ def _gathered_product_kernel(
     Grid: (tiles of N, groups). `a` is `[BLOCK_M, slots]` by its strides, for slots `first` to `first + capacity` of the
     list; with INDIRECT a list's entry goes through `index` first. `out` `[M, N]` has BLOCK_M rows a group: with
     ACCUMULATE fp32, added to, and left alone where no slot is live; else written once, times `unit`. Every entry has
-    one writer, and no atomics.
+    one writer, and no atomics. CORRECT takes `tail` `[blocks, M]` with `sums` `[blocks, N]` in as so many rows more.
 
     Roofline: 2·BLOCK_M·N FLOP a slot, bound by the matrix units; `b`'s gathered rows come from L2.
     """
@@ -220,6 +225,17 @@ def _gathered_product_kernel(
             other=0.0,
         )
         acc = tl.dot(a, b.to(a.dtype), acc, input_precision="ieee")
+    if CORRECT:
+        for start in range(0, blocks, BLOCK_K):
+            offs_b = start + tl.arange(0, BLOCK_K)
+            mask_b = offs_b < blocks
+            a = tl.load(
+                tail_ptr + offs_b[None, :] * stride_tb + row[:, None], mask=mask_m[:, None] & mask_b[None, :], other=0.0
+            )
+            b = tl.load(
+                sums_ptr + offs_b[:, None] * N + offs_n[None, :], mask=mask_b[:, None] & mask_n[None, :], other=0.0
+            )
+            acc = tl.dot(a, b, acc, input_precision="ieee")
     out = out_ptr + row[:, None] * stride_om + offs_n[None, :]
     mask = mask_m[:, None] & mask_n[None, :]
     if ACCUMULATE:

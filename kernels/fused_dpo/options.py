@@ -22,9 +22,10 @@ class KernelOptions:
     workspace_mib: int = 128
     """Bound on temporary memory in MiB, beyond the per-row state (a few numbers a token) and the fp32 accumulator of
     the hidden states' gradient (4 bytes x scored tokens x D). One slice of the head with its gradient and one tile of
-    logits have to fit, so very small bounds run with narrow slices, not with an error; filtered gradients hold logits and probabilities
-    of at least 32 rows over the whole vocabulary (128·V bytes in a bf16 screen, 256·V in a fp32 one). The width of the slices, and
-    with it the last bits of the result, depends on this bound and never on the number of tokens."""
+    logits have to fit, so very small bounds run with narrow slices, not with an error; filtered gradients hold logits
+    and probabilities of at least 32 rows over the whole vocabulary (128·V bytes in a bf16 screen, 256·V in a fp32 one).
+    The width of the slices, and with it the last bits of the result, depends on this bound and never on the number of
+    tokens."""
     filter_eps: float = 2**-12
     """With `grad_mode="filtered"`: the probability, in units of what the rows of a block have left over for all tokens
     but the target, below which a column's share of the gradient is not computed entry by entry. Errors of the gradients

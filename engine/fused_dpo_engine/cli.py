@@ -11,8 +11,10 @@ USAGE = """usage: fused-dpo COMMAND [options]
 
 commands:
   train    train a model on preference pairs; `fused-dpo train --help` explains every option
+  plan     print what the forward passes over a data set take, before any training
   env      print versions, devices and what the kernels can use here
 """
+COMMANDS = ("train", "plan", "env")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,8 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command in ("-h", "--help"):
         print(USAGE)
         return 0
-    if command not in ("train", "env"):
-        close = difflib.get_close_matches(command, ["train", "env"], n=1)
+    if command not in COMMANDS:
+        close = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         print(f"fused-dpo: unknown command {command!r}{hint}\n\n{USAGE}", file=sys.stderr)
         return 2
@@ -34,12 +36,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             print(describe())
             return 0
-        from fused_dpo_engine.run import train
+        if command == "plan":
+            from fused_dpo_engine.plan_report import plan as work
+
+            parse = parse_plan
+        else:
+            from fused_dpo_engine.run import train as work
+
+            parse = parse_train
     except ModuleNotFoundError as error:
         print(f"fused-dpo: {error}. The trainer needs: pip install 'fused-dpo[train]'", file=sys.stderr)
         return 2
     try:
-        train(parse_train(rest))
+        work(parse(rest))
     except UserError as error:
         print(f"fused-dpo: {error}", file=sys.stderr)
         return 2
@@ -60,9 +69,34 @@ def parse_train(arguments: Sequence[str]) -> Any:
             each other.
         SystemExit: unknown or malformed options, after a message (status 2), and --help (status 0).
     """
-    import tyro
-
     from fused_dpo_engine.config import TrainConfig
+
+    return _parse(
+        TrainConfig,
+        "fused-dpo train",
+        "Train a language model on preference pairs by Direct Preference Optimization.",
+        arguments,
+    )
+
+
+def parse_plan(arguments: Sequence[str]) -> Any:
+    """Options of `fused-dpo plan` as a `PlanConfig`; of a `--config` file those that it knows.
+
+    Raises:
+        UserError, SystemExit: as in `parse_train`.
+    """
+    from fused_dpo_engine.config import PlanConfig
+
+    return _parse(
+        PlanConfig,
+        "fused-dpo plan",
+        "Plan the forward passes over preference pairs, and print what they take, without loading a model.",
+        arguments,
+    )
+
+
+def _parse(config: type, program: str, description: str, arguments: Sequence[str]) -> Any:
+    import tyro
 
     rest: list[str] = []
     from_files: list[str] = []
@@ -70,14 +104,14 @@ def parse_train(arguments: Sequence[str]) -> Any:
     for argument in remaining:
         if argument == "--config" or argument.startswith("--config="):
             path = argument.partition("=")[2] or next(remaining, "")
-            from_files += arguments_of_file(path)
+            from_files += arguments_of_file(path, config)
         else:
             rest.append(argument)
     return tyro.cli(
-        TrainConfig,
-        prog="fused-dpo train",
+        config,
+        prog=program,
         description=(
-            "Train a language model on preference pairs by Direct Preference Optimization.\n\n"
+            f"{description}\n\n"
             "--config FILE.yaml reads options from a YAML or JSON file of `name: value` lines, such as the config.json "
             "of an earlier run; options given on the command line win."
         ),
@@ -86,8 +120,12 @@ def parse_train(arguments: Sequence[str]) -> Any:
     )
 
 
-def arguments_of_file(path: str) -> list[str]:
-    """The settings of a YAML (or JSON) file as command-line options."""
+def arguments_of_file(path: str, config: type) -> list[str]:
+    """The settings of a YAML (or JSON) file as command-line options, less what `config` lacks.
+
+    Raises:
+        UserError: no such file, no mapping in it, or names that no configuration knows.
+    """
     import yaml
 
     from fused_dpo_engine.config import TrainConfig
@@ -101,13 +139,15 @@ def arguments_of_file(path: str) -> list[str]:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(settings, dict):
         raise UserError(f"{path} must hold `name: value` lines, got {type(settings).__name__}.")
-    known = [f.name for group in dataclasses.fields(TrainConfig) for f in dataclasses.fields(group.type)]  # type: ignore
+    taken, known = _option_names(config), _option_names(TrainConfig)
     arguments: list[str] = []
     for name, value in settings.items():
         key = str(name).replace("-", "_")
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
             raise UserError(f"{path}: unknown option {name!r}" + (f"; did you mean {close[0]}?" if close else "."))
+        if key not in taken:
+            continue
         option = f"--{key.replace('_', '-')}"
         if isinstance(value, bool):
             arguments.append(option if value else f"--no-{option[2:]}")
@@ -116,6 +156,13 @@ def arguments_of_file(path: str) -> list[str]:
         elif value is not None:
             arguments += [option, str(value)]
     return arguments
+
+
+def _option_names(config: Any) -> list[str]:
+    names = []
+    for field in dataclasses.fields(config):
+        names += _option_names(field.type) if dataclasses.is_dataclass(field.type) else [field.name]
+    return names
 
 
 if __name__ == "__main__":

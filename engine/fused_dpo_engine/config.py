@@ -31,6 +31,13 @@ class ModelOptions:
     auto: bfloat16 where the hardware multiplies it (Ampere and later, CPUs with AVX512-BF16 or AMX), else float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on; auto takes a GPU if there is one."""
+    attention: Literal["auto", "flash_attn_3", "flash_attn_4", "flash_attn_2", "varlen", "flex", "sdpa"] = "auto"
+    """Kernel for packed attention: flash-attn (where installed), torch's variable-length or Flex attention, or SDPA a
+    segment. auto takes the first of these that is there and can do what the model needs."""
+    liger: bool = False
+    """Use liger-kernel's RMSNorm, rotary embedding and gated MLP (CUDA only; needs the extra `liger`)."""
+    compile: bool = False
+    """Compile the model's backbone with torch.compile; the first steps take longer."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: much less memory for about a third more time."""
     workspace_mib: int = 128
@@ -158,8 +165,35 @@ class OptimizerOptions:
 
 
 @dataclass(frozen=True)
+class PackingOptions:
+    """How pairs are put into forward passes."""
+
+    tokens_per_batch: int = 8192
+    """Tokens per forward pass: sets memory and speed, never the result of a step. Steps are split to fit
+    (accumulation)."""
+    packing: bool = True
+    """Put pairs side by side in one row without padding. --no-packing pads them to one width and takes the model's own
+    attention, to compare, and for models that cannot be packed."""
+    prefix_sharing: bool = True
+    """Compute what the responses to a prompt have in common once. --no-prefix-sharing to compare."""
+    batches_per_step: int | None = None
+    """Make a step of so many full forward passes, instead of --pairs-per-step pairs; their number then varies."""
+    plan_window: int = 1024
+    """Shuffled pairs that are planned together with --batches-per-step: more fill better, fewer mix better."""
+
+    def __post_init__(self) -> None:
+        least = {"tokens_per_batch": 4, "batches_per_step": 1, "plan_window": 1}
+        for name, least_value in least.items():
+            value = getattr(self, name)
+            _require(
+                value is None or value >= least_value,
+                f"{name.replace('_', '-')} must be at least {least_value}, got {value}.",
+            )
+
+
+@dataclass(frozen=True)
 class RunOptions:
-    """Length of the run, batches, evaluation and output."""
+    """Length of the run, evaluation and output."""
 
     output: str
     """Folder for config.json, metrics.jsonl, summary.json, tensorboard/, model/ and best/."""
@@ -171,8 +205,6 @@ class RunOptions:
     """Passes over the training pairs, if max-steps is not given."""
     pairs_per_step: int = 16
     """Pairs per optimizer step; the loss is their mean. The last step of an epoch takes what is left."""
-    tokens_per_batch: int = 8192
-    """Tokens per forward pass: sets memory and speed, never the result. Steps are split to fit (accumulation)."""
     seed: int = 0
     """Seed of the order of pairs, the held-out split and adapter initialisation."""
     eval_steps: int = 0
@@ -187,13 +219,21 @@ class RunOptions:
     """Write TensorBoard curves to output/tensorboard."""
 
     def __post_init__(self) -> None:
-        for name, least in (("pairs_per_step", 1), ("tokens_per_batch", 4), ("eval_steps", 0), ("save_steps", 0)):
+        for name, least in (("pairs_per_step", 1), ("eval_steps", 0), ("save_steps", 0)):
             value = getattr(self, name)
             _require(value >= least, f"{name.replace('_', '-')} must be at least {least}, got {value}.")
         _require(self.max_steps is None or self.max_steps >= 1, f"max-steps must be at least 1, got {self.max_steps}.")
         _require(0 < self.epochs < math.inf, f"epochs must be positive and finite, got {self.epochs}.")
         _require(0 <= self.seed < 2**63, f"seed must lie in [0, 2^63), got {self.seed}.")
         _require(self.early_stopping_patience >= 0, "early-stopping-patience must not be negative.")
+
+
+def _require_room(data: DataOptions, packing: PackingOptions) -> None:
+    _require(
+        data.max_length is None or 2 * data.max_length <= packing.tokens_per_batch,
+        f"a pair takes up to 2 x max-length = {2 * (data.max_length or 0)} tokens, more than tokens-per-batch = "
+        f"{packing.tokens_per_batch}; raise the one or lower the other.",
+    )
 
 
 @dataclass(frozen=True)
@@ -205,15 +245,12 @@ class TrainConfig:
     data: DataOptions
     loss: LossOptions
     optimizer: OptimizerOptions
+    packing: PackingOptions
     run: RunOptions
 
     def __post_init__(self) -> None:
         run, data = self.run, self.data
-        _require(
-            data.max_length is None or 2 * data.max_length <= run.tokens_per_batch,
-            f"a pair takes up to 2 x max-length = {2 * (data.max_length or 0)} tokens, more than tokens-per-batch = "
-            f"{run.tokens_per_batch}; raise the one or lower the other.",
-        )
+        _require_room(data, self.packing)
         has_eval = bool(data.eval_data or data.eval_fraction)
         _require(
             has_eval or not (run.eval_steps or run.early_stopping_patience),
@@ -235,3 +272,29 @@ class TrainConfig:
     def save(self, path: Path) -> None:
         """Write the settings as JSON."""
         path.write_text(json.dumps(self.flat(), indent=2) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """Plan the forward passes over preference pairs, and print what they take, without loading a model."""
+
+    model: str
+    """Folder or Hugging Face name of the model whose tokenizer makes the tokens."""
+    data: DataOptions
+    packing: PackingOptions
+    pairs_per_step: int = 16
+    """Pairs per optimizer step."""
+    seed: int = 0
+    """Seed of the order of pairs and the held-out split."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model. Only for models you trust."""
+
+    def __post_init__(self) -> None:
+        _require(self.pairs_per_step >= 1, f"pairs-per-step must be at least 1, got {self.pairs_per_step}.")
+        _require(0 <= self.seed < 2**63, f"seed must lie in [0, 2^63), got {self.seed}.")
+        _require_room(self.data, self.packing)
+
+    @property
+    def model_options(self) -> ModelOptions:
+        """The model, as functions that load one take it."""
+        return ModelOptions(model=self.model, trust_remote_code=self.trust_remote_code)

@@ -5,5 +5,9 @@ class UserError(ValueError):
     """Input or settings that cannot work; the message says why and what to do instead."""
 
 
+class UnsupportedModelError(UserError):
+    """The model's architecture cannot run packed."""
+
+
 class TrainingDivergedError(RuntimeError):
     """The loss or its gradient is no longer a number; the last good weights have been saved."""

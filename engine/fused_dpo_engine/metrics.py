@@ -1,4 +1,4 @@
-"""What is measured, and where it is written: sums on the device, metrics.jsonl, TensorBoard, memory."""
+"""What is measured, and where it is written: sums on the device, token slots, metrics.jsonl, TensorBoard, memory."""
 
 import json
 import resource
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_dpo import LossOutput
-from fused_dpo_engine.packing import PackedBatch
+from fused_dpo_engine.batches import PairBatch
 
 
 class PairMetrics:
@@ -20,7 +20,7 @@ class PairMetrics:
         self._sums: dict[str, Tensor] = {}
         self._pairs = 0
 
-    def add(self, output: LossOutput, logps: Tensor, batch: PackedBatch) -> None:
+    def add(self, output: LossOutput, logps: Tensor, batch: PairBatch) -> None:
         """Take in a micro-batch; its loss is already a share of the whole."""
         chosen, rejected = logps.detach()[0::2], logps.detach()[1::2]
         likelier = chosen / batch.chosen_lengths > rejected / batch.rejected_lengths
@@ -54,6 +54,40 @@ class PairMetrics:
             name: value if name in whole else value / max(self._pairs, 1)
             for name, value in zip(tensors, values, strict=True)
         }
+
+
+class SlotMetrics:
+    """What forward passes did with their token slots; all of it is known on the host.
+
+    Args:
+        tokens_per_batch: slots that a forward pass may have.
+    """
+
+    def __init__(self, tokens_per_batch: int) -> None:
+        self.tokens_per_batch = tokens_per_batch
+        self.passes = self.slots = self.tokens = self._padding = 0
+
+    def add(self, batch: PairBatch) -> None:
+        """Take in a forward pass."""
+        self.passes += 1
+        self.slots += batch.num_slots
+        self.tokens += batch.num_tokens
+        self._padding += batch.num_padding
+
+    @property
+    def fill(self) -> float:
+        """Slots taken over slots allowed."""
+        return self.slots / max(self.passes * self.tokens_per_batch, 1)
+
+    @property
+    def padding(self) -> float:
+        """Share of the slots that hold no token."""
+        return self._padding / max(self.slots, 1)
+
+    @property
+    def shared(self) -> float:
+        """Share of the tokens (of whole sequences) that are not computed, as another sequence has them."""
+        return 1 - (self.slots - self._padding) / max(self.tokens, 1)
 
 
 class MetricsWriter:

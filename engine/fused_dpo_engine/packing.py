@@ -1,150 +1,129 @@
-"""Token pairs -> packed micro-batches: one row of tokens without padding, planned and built on the host."""
+"""Token pairs -> one packed row without padding, what they share computed once; built on the host."""
 
-from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fused_dpo_engine.batches import PairBatch
 from fused_dpo_engine.pairs import TokenPair
+from fused_dpo_engine.sharing import place_sequences
 
 
-@dataclass(frozen=True)
+class Segment(NamedTuple):
+    """Rows of a packed row that attend causally to the first `shared` rows of their trunk, then to themselves."""
+
+    start: int
+    stop: int
+    trunk: int
+    """Which segment; itself where nothing is shared."""
+    shared: int
+
+
+@dataclass(frozen=True, eq=False)
 class AttentionPlan:
-    """Which stretches of a packed row attend to themselves; handed to every attention layer of the model."""
+    """Who sees whom in a packed row of T tokens and N segments; handed to every attention layer of the model.
 
-    segments: tuple[tuple[int, int], ...]
-    """Start and end of each sequence in the packed row, in order and without gaps."""
-
-
-@dataclass(frozen=True)
-class PackedBatch:
-    """Pairs side by side in one row: `[chosen 0 | rejected 0 | chosen 1 | rejected 1 | ...]`.
-
-    T tokens, R scored rows, B pairs.
+    A variable-length attention call with offsets of its own for queries and keys, causal and aligned bottom-right.
     """
 
-    pair_indices: list[int]
-    """Which pairs, in order."""
-    input_ids: Tensor
-    """int64 [1, T]."""
+    segments: tuple[Segment, ...]
+    """In the order of the row, without gaps."""
+    cu_q: Tensor = field(repr=False)
+    """int32 [N+1], offsets of the segments' queries in the row."""
+    cu_k: Tensor = field(repr=False)
+    """int32 [N+1], offsets of the segments' keys among the gathered keys."""
+    max_q: int
+    """Queries of the longest segment."""
+    max_k: int
+    """Keys of the longest segment."""
+    kv_index: Tensor | None = field(repr=False)
+    """int64 [K], the row of each gathered key; None where nothing is shared, and the keys are the row itself."""
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "AttentionPlan":
+        """The plan with its tensors on `device`."""
+        cu_q, cu_k = (offsets.to(device, non_blocking=non_blocking) for offsets in (self.cu_q, self.cu_k))
+        kv_index = None if self.kv_index is None else self.kv_index.to(device, non_blocking=non_blocking)
+        return AttentionPlan(self.segments, cu_q, cu_k, self.max_q, self.max_k, kv_index)
+
+
+def plan_attention(segments: Sequence[Segment]) -> AttentionPlan:
+    """The plan of at least one segment."""
+    queries = [segment.stop - segment.start for segment in segments]
+    keys = [length + segment.shared for length, segment in zip(queries, segments, strict=True)]
+    kv_index = None
+    if any(segment.shared for segment in segments):
+        rows = []
+        for start, stop, trunk, shared in segments:
+            first = segments[trunk].start
+            rows += [np.arange(first, first + shared), np.arange(start, stop)]
+        kv_index = torch.from_numpy(np.concatenate(rows))
+    return AttentionPlan(tuple(segments), _offsets(queries), _offsets(keys), max(queries), max(keys), kv_index)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedBatch(PairBatch):
+    """Pairs in one row, `[prompt 0 + chosen 0 | rejected 0 | prompt 1 + chosen 1 | rejected 1 | ...]`.
+
+    T rows, R scored tokens, B pairs. `input_ids` is int64 [1, T].
+    """
+
     position_ids: Tensor
-    """int64 [1, T], counting from 0 in every sequence."""
+    """int64 [1, T], each token's position in its own sequence."""
     scored_rows: Tensor
-    """int64 [R], rows of the packed hidden states that predict a response token."""
+    """int64 [R], rows of the packed hidden states that predict a response token. A row that several sequences share
+    stands there once for each: the last shared row predicts the first token of each branch."""
     targets: Tensor
     """int64 [R], the tokens that those rows predict."""
     cu_scored: Tensor
-    """int32 [2B+1], offsets of the sequences among the scored rows."""
-    chosen_lengths: Tensor
-    """int64 [B], scored tokens of the chosen responses."""
-    rejected_lengths: Tensor
-    """int64 [B]."""
+    """int32 [2B+1], offsets of the sequences among the scored rows, in the order of the pairs."""
     attention: AttentionPlan = field(repr=False)
 
-    @property
-    def num_pairs(self) -> int:
-        """B."""
-        return len(self.pair_indices)
 
-    @property
-    def num_tokens(self) -> int:
-        """T."""
-        return self.input_ids.shape[1]
-
-    def to(self, device: torch.device) -> "PackedBatch":
-        """The batch with its tensors on `device`, copied without waiting where the device allows it."""
-        moved = {
-            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
-        }
-        return PackedBatch(**{**vars(self), **moved})
-
-
-def pair_cost(pair: TokenPair) -> int:
-    """Tokens that a pair takes in a packed row."""
-    return len(pair.chosen_ids) + len(pair.rejected_ids)
-
-
-def plan_batches(costs: Sequence[int], budget: int) -> list[list[int]]:
-    """Put items into as few batches of at most `budget` tokens as best-fit-decreasing finds.
-
-    Deterministic: ties go to the earlier item. Batches come in the order of their first item's cost, items within a
-    batch in ascending order.
+def pack(pairs: Sequence[TokenPair], indices: Sequence[int], *, share: bool = True) -> PackedBatch:
+    """Build the packed batch of `pairs[i] for i in indices`; the row before a response's first token predicts it.
 
     Args:
-        costs: tokens of each item.
-        budget: tokens a batch may hold.
-
-    Returns:
-        Lists of positions in `costs`.
-
-    Raises:
-        ValueError: an item alone is larger than the budget.
-
-    Source:
-        Johnson, 1973, Near-optimal bin packing algorithms; the sorted list of free space makes it O(n log n).
+        pairs: all pairs.
+        indices: at least one, none twice.
+        share: compute the common beginning of the sequences on one prompt once.
     """
-    batches: list[list[int]] = []
-    free: list[tuple[int, int]] = []  # (tokens left, batch), ascending
-    for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        cost = costs[item]
-        if cost > budget:
-            raise ValueError(
-                f"a pair of {cost} tokens does not fit into a batch of {budget}; raise tokens_per_batch or lower "
-                f"max_length (a pair takes up to 2 x max_length)."
-            )
-        at = bisect_left(free, (cost, -1))
-        if at < len(free):
-            left, batch = free.pop(at)
-        else:
-            left, batch = budget, len(batches)
-            batches.append([])
-        batches[batch].append(item)
-        insort(free, (left - cost, batch))
-    return [sorted(batch) for batch in batches]
+    placements = place_sequences(pairs, indices, share=share)
+    segments: list[Segment] = []
+    scored: list[np.ndarray] = [np.empty(0)] * len(placements)
+    targets = scored.copy()
+    stop = 0
+    for placement in placements:
+        start, stop = stop, stop + placement.num_rows
+        segments.append(Segment(start, stop, placement.trunk, placement.shared))
+        trunk = segments[placement.trunk].start
+        # The row of every position of the sequence: in its trunk as far as they go together, then its own.
+        rows = np.concatenate((np.arange(trunk, trunk + placement.shared), np.arange(start, stop)))
+        first = pairs[indices[placement.sequence // 2]].prompt_length
+        scored[placement.sequence] = rows[first - 1 : -1]
+        targets[placement.sequence] = placement.ids[first:]
 
-
-def pack(pairs: Sequence[TokenPair], indices: Sequence[int]) -> PackedBatch:
-    """Build the packed batch of `pairs[i] for i in indices`; the row before a response's first token predicts it."""
-    tokens: list[np.ndarray] = []
-    positions: list[np.ndarray] = []
-    scored: list[np.ndarray] = []
-    targets: list[np.ndarray] = []
-    segments: list[tuple[int, int]] = []
-    lengths: list[int] = []
-    offset = 0
-    for index in indices:
-        pair = pairs[index]
-        for ids in (pair.chosen_ids, pair.rejected_ids):
-            first = pair.prompt_length
-            tokens.append(ids)
-            positions.append(np.arange(len(ids)))
-            scored.append(np.arange(offset + first - 1, offset + len(ids) - 1))
-            targets.append(ids[first:])
-            segments.append((offset, offset + len(ids)))
-            lengths.append(len(ids) - first)
-            offset += len(ids)
-
-    def tensor(parts: list[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.concatenate(parts).astype(np.int64))
-
-    scored_lengths = torch.tensor(lengths, dtype=torch.int64)
+    lengths = [len(rows) for rows in scored]
     return PackedBatch(
         pair_indices=list(indices),
-        input_ids=tensor(tokens)[None],
-        position_ids=tensor(positions)[None],
-        scored_rows=tensor(scored),
-        targets=tensor(targets),
-        cu_scored=torch.cat((torch.zeros(1), scored_lengths.cumsum(0))).to(torch.int32),
-        chosen_lengths=scored_lengths[0::2],
-        rejected_lengths=scored_lengths[1::2],
-        attention=AttentionPlan(tuple(segments)),
+        input_ids=_tensor([placement.ids[placement.shared :] for placement in placements])[None],
+        position_ids=_tensor([np.arange(p.shared, len(p.ids)) for p in placements])[None],
+        scored_rows=_tensor(scored),
+        targets=_tensor(targets),
+        cu_scored=_offsets(lengths),
+        chosen_lengths=torch.tensor(lengths[0::2]),
+        rejected_lengths=torch.tensor(lengths[1::2]),
+        attention=plan_attention(segments),
+        num_tokens=sum(pairs[index].num_tokens for index in indices),
     )
 
 
-def pack_all(pairs: Sequence[TokenPair], indices: Sequence[int], budget: int) -> list[PackedBatch]:
-    """Pack the pairs at `indices` into batches of at most `budget` tokens each; a pair is never split."""
-    plan = plan_batches([pair_cost(pairs[i]) for i in indices], budget)
-    return [pack(pairs, [indices[i] for i in batch]) for batch in plan]
+def _tensor(parts: Sequence[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64))
+
+
+def _offsets(lengths: Sequence[int]) -> Tensor:
+    return torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))

@@ -32,6 +32,16 @@ class TokenPair:
         """Scored tokens of the rejected sequence."""
         return len(self.rejected_ids) - self.prompt_length
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of both sequences, the prompt counted in each."""
+        return len(self.chosen_ids) + len(self.rejected_ids)
+
+    @property
+    def prompt_key(self) -> bytes:
+        """The prompt's tokens, equal for equal prompts."""
+        return self.chosen_ids[: self.prompt_length].tobytes()
+
 
 @dataclass(frozen=True, slots=True)
 class LengthStatistics:
@@ -114,7 +124,7 @@ def split_pairs(pairs: Sequence[TokenPair], fraction: float, seed: int) -> tuple
         raise DataError(f"the held-out fraction must be between 0 and 1, got {fraction}")
     groups: dict[bytes, list[int]] = {}
     for index, pair in enumerate(pairs):
-        groups.setdefault(pair.chosen_ids[: pair.prompt_length].tobytes(), []).append(index)
+        groups.setdefault(pair.prompt_key, []).append(index)
     if len(groups) < 2:
         raise DataError(
             f"holding out pairs needs at least two different prompts, got {len(groups)} in {len(pairs)} pairs; "

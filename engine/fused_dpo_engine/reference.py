@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from fused_dpo_engine.batches import PairBatch
 from fused_dpo_engine.errors import UserError
-from fused_dpo_engine.packing import PackedBatch
 from fused_dpo_engine.pairs import TokenPair
 from fused_dpo_engine.policy import Policy
 
@@ -20,7 +20,7 @@ class ReferenceLogps:
     logps: Tensor
     """fp32 [pairs, 2] on the host: chosen, rejected."""
 
-    def of(self, batch: PackedBatch, device: torch.device) -> tuple[Tensor, Tensor]:
+    def of(self, batch: PairBatch, device: torch.device) -> tuple[Tensor, Tensor]:
         """Log-probs [B] of the batch's chosen and of its rejected responses."""
         logps = self.logps[batch.pair_indices].to(device, non_blocking=True)
         return logps[:, 0], logps[:, 1]
@@ -28,7 +28,7 @@ class ReferenceLogps:
 
 @torch.no_grad()
 def score_reference(
-    policy: Policy, pairs: list[TokenPair], batches: Iterable[PackedBatch], total: int, progress: bool
+    policy: Policy, pairs: list[TokenPair], batches: Iterable[PairBatch], total: int, progress: bool
 ) -> ReferenceLogps:
     """Score the pairs of `batches` with the policy's model, its adapters off.
 
@@ -38,7 +38,7 @@ def score_reference(
     Args:
         policy: holds the reference model, or the policy before its first update.
         pairs: all pairs, to which the batches' indices refer.
-        batches: packed pairs.
+        batches: of pairs.
         total: number of pairs in the batches, for the progress bar.
         progress: show one.
 

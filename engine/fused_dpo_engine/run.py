@@ -10,18 +10,19 @@ import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedTokenizerBase
 
 from fused_dpo.losses import needs_reference
 from fused_dpo_engine.config import LoraOptions, TrainConfig
-from fused_dpo_engine.data import read_rows
 from fused_dpo_engine.errors import UserError
-from fused_dpo_engine.packing import pack, pack_all
-from fused_dpo_engine.pairs import TokenizedPairs, TokenPair, split_pairs
-from fused_dpo_engine.policy import Policy, build_policy, choose_device, choose_dtype, load_tokenizer
+from fused_dpo_engine.inputs import choose_max_length, load_pairs
+from fused_dpo_engine.loading import choose_device, choose_dtype, load_tokenizer
+from fused_dpo_engine.pairs import TokenPair
+from fused_dpo_engine.planning import PlannedBatch, build_batch, plan_pairs
+from fused_dpo_engine.policy import Policy, build_policy
 from fused_dpo_engine.reference import ReferenceLogps, score_reference
-from fused_dpo_engine.tokenization import tokenize_pairs
-from fused_dpo_engine.trainer import Summary, Trainer, first_pass
+from fused_dpo_engine.schedule import Schedule
+from fused_dpo_engine.self_test import pairs_to_test, self_test
+from fused_dpo_engine.trainer import Summary, Trainer
 
 RUN_FILES = ("config.json", "metrics.jsonl", "summary.json", "tensorboard", "model", "best")
 
@@ -46,25 +47,27 @@ def train(config: TrainConfig) -> Summary:
     _check_output(output, config.run.overwrite)
     tokenizer = load_tokenizer(config.model.model, config.model)
     config = _resolved(config, device)
-    pairs, held_out = _load_pairs(config, tokenizer, console)
+    pairs, held_out = load_pairs(config.data, config.run.seed, tokenizer, console)
 
+    packing = config.packing
     reference = held_out_reference = None
     if config.model.ref_model and needs_reference(config.loss.loss_type):
         frozen = dataclasses.replace(config.model, model=config.model.ref_model)
-        scorer = build_policy(frozen, LoraOptions(), device, ld_alpha=config.loss.ld_alpha)
+        scorer = build_policy(frozen, LoraOptions(), device, ld_alpha=config.loss.ld_alpha, packing=packing.packing)
         _check_vocabulary(scorer, pairs + held_out)
         reference, held_out_reference = _score(config, scorer, pairs, held_out, console)
         del scorer
         gc.collect()  # the model and its modules refer to each other
-    policy = build_policy(config.model, config.lora, device, ld_alpha=config.loss.ld_alpha)
+    policy = build_policy(config.model, config.lora, device, ld_alpha=config.loss.ld_alpha, packing=packing.packing)
     _check_vocabulary(policy, pairs + held_out)
     trainable = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     console.print(
         f"model: {type(policy.causal_lm).__name__}, {trainable / 1e6:.1f} M trainable weights, {config.model.dtype} on "
-        f"{device}, attention packed (SDPA a segment), head {'triton' if device.type == 'cuda' else 'streaming'}"
+        f"{device}, {_layout(config, policy)}, head {'triton' if device.type == 'cuda' else 'streaming'}"
     )
-    shortest = sorted(range(len(pairs)), key=lambda i: len(pairs[i].chosen_ids) + len(pairs[i].rejected_ids))
-    policy.self_test(pack(pairs, shortest[:2]).to(device))
+    self_test(policy, [pairs[i] for i in pairs_to_test(pairs, packing)], packing)
+    if config.model.compile:
+        policy.compile_backbone()
     if reference is None and needs_reference(config.loss.loss_type):
         reference, held_out_reference = _score(config, policy, pairs, held_out, console)
 
@@ -101,16 +104,7 @@ def _open_output(output: Path) -> None:
 
 def _resolved(config: TrainConfig, device: torch.device) -> TrainConfig:
     """The settings with every automatic choice made."""
-    try:
-        model_config = transformers.AutoConfig.from_pretrained(
-            config.model.model, trust_remote_code=config.model.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"no model configuration could be read from {config.model.model}: {error}") from error
-    longest = getattr(model_config.get_text_config(), "max_position_embeddings", None) or config.run.tokens_per_batch
-    max_length = config.data.max_length or min(config.run.tokens_per_batch // 2, longest)
-    if max_length > longest:
-        raise UserError(f"max-length {max_length} exceeds the {longest} positions that {config.model.model} has.")
+    max_length = choose_max_length(config.model, config.data, config.packing)
     dtype = "bfloat16" if choose_dtype(config.model, device) == torch.bfloat16 else "float32"
     return dataclasses.replace(
         config,
@@ -119,51 +113,29 @@ def _resolved(config: TrainConfig, device: torch.device) -> TrainConfig:
     )
 
 
-def _load_pairs(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, console: Console
-) -> tuple[list[TokenPair], list[TokenPair]]:
-    """Training and held-out pairs."""
-    data = config.data
-    template = None
-    if data.chat_template:
-        if not Path(data.chat_template).is_file():
-            raise UserError(f"--chat-template {data.chat_template}: no such file.")
-        try:
-            template = Path(data.chat_template).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"--chat-template {data.chat_template} is no UTF-8 text: {error}") from error
-
-    def load(source: str, split: str, kind: str) -> list[TokenPair]:
-        tokenized: TokenizedPairs = tokenize_pairs(
-            read_rows(source, split),
-            tokenizer,
-            max_length=data.max_length or 0,
-            truncate_prompts=data.truncate_prompts,
-            skip_bad_rows=data.skip_bad_rows,
-            chat_template=template,
-            progress=console.is_terminal,
-        )
-        console.print(f"{kind} data {source}: {tokenized.report.summary()}")
-        return tokenized.pairs
-
-    pairs = load(data.data, data.split, "training")
-    if data.eval_data:
-        return pairs, load(data.eval_data, data.eval_split, "held-out")
-    if data.eval_fraction:
-        pairs, held_out = split_pairs(pairs, data.eval_fraction, config.run.seed)
-        console.print(f"held out: {len(held_out)} of {len(pairs) + len(held_out)} pairs")
-        return pairs, held_out
-    return pairs, []
+def _layout(config: TrainConfig, policy: Policy) -> str:
+    if not config.packing.packing:
+        return f"padded batches, attention {policy.causal_lm.config._attn_implementation}"
+    shared = "prefixes shared" if config.packing.prefix_sharing else "prefixes not shared"
+    return f"packed, {shared}, attention {policy.attention_name}"
 
 
 def _score(
     config: TrainConfig, policy: Policy, pairs: list[TokenPair], held_out: list[TokenPair], console: Console
 ) -> tuple[ReferenceLogps, ReferenceLogps]:
     """Reference log-probs of all pairs that the run will see."""
-    batches, count = first_pass(config, pairs)
-    reference = score_reference(policy, pairs, batches, count, console.is_terminal)
-    held_out_batches = pack_all(held_out, range(len(held_out)), config.run.tokens_per_batch)
-    return reference, score_reference(policy, held_out, held_out_batches, len(held_out), console.is_terminal)
+    packing = config.packing
+
+    def score(side: list[TokenPair], plan: list[PlannedBatch]) -> ReferenceLogps:
+        batches = (build_batch(side, planned.indices, packing) for planned in plan)
+        total = sum(len(planned.indices) for planned in plan)
+        return score_reference(policy, side, batches, total, console.is_terminal)
+
+    seen = Schedule(pairs, config.run, packing).first_pass()
+    return (
+        score(pairs, [planned for step in seen for planned in step.batches]),
+        score(held_out, plan_pairs(held_out, range(len(held_out)), packing)),
+    )
 
 
 def _check_vocabulary(policy: Policy, pairs: list[TokenPair]) -> None:
@@ -192,6 +164,9 @@ def summary_table(summary: Summary, best_metric: str) -> Table:
         "tokens": f"{summary.tokens}",
         "seconds": f"{summary.seconds:.1f}",
         "tokens/s": f"{summary.tokens_per_second:.0f}",
+        "fill": f"{summary.fill:.1%}",
+        "padding": f"{summary.padding:.1%}",
+        "saved by sharing": f"{summary.shared:.1%}",
         "peak memory": f"{summary.peak_memory_gib:.2f} GiB",
     }
     if summary.best_step is not None:

@@ -1,28 +1,28 @@
-"""The training loop: steps of a fixed number of pairs, split into micro-batches by tokens."""
+"""The training loop: steps of pairs, split into forward passes by tokens."""
 
 import math
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from fused_dpo import DPOLoss, LossOutput
+from fused_dpo_engine.batches import PairBatch
 from fused_dpo_engine.checkpoint import save_model
 from fused_dpo_engine.config import TrainConfig
 from fused_dpo_engine.errors import TrainingDivergedError
-from fused_dpo_engine.metrics import MetricsWriter, PairMetrics, peak_memory_gib
+from fused_dpo_engine.metrics import MetricsWriter, PairMetrics, SlotMetrics, peak_memory_gib
 from fused_dpo_engine.optimizer import build_optimizer
-from fused_dpo_engine.packing import PackedBatch, pack_all
 from fused_dpo_engine.pairs import TokenPair
+from fused_dpo_engine.planning import build_batch, plan_pairs
 from fused_dpo_engine.policy import Policy
 from fused_dpo_engine.reference import ReferenceLogps
+from fused_dpo_engine.schedule import Schedule, Step
 
 
 @dataclass
@@ -33,9 +33,17 @@ class Summary:
     planned_steps: int = 0
     pairs: int = 0
     tokens: int = 0
+    """Of whole sequences: a prompt counts in each response's, whether it was computed once or twice; padding does
+    not."""
     seconds: float = 0.0
     """Time in training steps, without evaluation and saving."""
     tokens_per_second: float = 0.0
+    fill: float = 0.0
+    """Token slots of the forward passes over those that tokens-per-batch allows."""
+    padding: float = 0.0
+    """Share of the slots that held no token."""
+    shared: float = 0.0
+    """Share of the tokens that prefix sharing did not have to compute."""
     peak_memory_gib: float = 0.0
     stopped: str = "all steps done"
     eval_before: dict[str, float] = field(default_factory=dict)
@@ -46,34 +54,6 @@ class Summary:
     def as_dict(self) -> dict[str, object]:
         """For JSON."""
         return asdict(self)
-
-
-def total_steps(config: TrainConfig, num_pairs: int) -> int:
-    """Optimizer steps of the run."""
-    per_epoch = math.ceil(num_pairs / config.run.pairs_per_step)
-    return config.run.max_steps or max(1, math.ceil(config.run.epochs * per_epoch))
-
-
-def steps_of(num_pairs: int, pairs_per_step: int, seed: int, steps: int) -> Iterator[list[int]]:
-    """Pair indices of each step: every epoch a fresh shuffle, a function of seed and epoch alone."""
-    done, epoch = 0, 0
-    while True:
-        order = np.random.default_rng((seed, epoch)).permutation(num_pairs).tolist()
-        for start in range(0, num_pairs, pairs_per_step):
-            if done == steps:
-                return
-            yield order[start : start + pairs_per_step]
-            done += 1
-        epoch += 1
-
-
-def first_pass(config: TrainConfig, pairs: list[TokenPair]) -> tuple[Iterator[PackedBatch], int]:
-    """The micro-batches in which training sees each pair for the first time, and the number of pairs in them."""
-    run = config.run
-    steps = min(total_steps(config, len(pairs)), math.ceil(len(pairs) / run.pairs_per_step))
-    seen = list(steps_of(len(pairs), run.pairs_per_step, run.seed, steps))
-    batches = (batch for indices in seen for batch in pack_all(pairs, indices, run.tokens_per_batch))
-    return batches, sum(map(len, seen))
 
 
 class Trainer:
@@ -105,10 +85,12 @@ class Trainer:
         self.pairs, self.reference = pairs, reference
         self.held_out, self.held_out_reference = held_out, held_out_reference
         self.loss: DPOLoss = config.loss.module().to(policy.device)
-        self.total_steps = total_steps(config, len(pairs))
+        self.steps = Schedule(pairs, config.run, config.packing)
+        self.total_steps = self.steps.total_steps
         self.optimizer, self.schedule = build_optimizer(policy.parameters(), config.optimizer, self.total_steps)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.summary = Summary(planned_steps=self.total_steps)
+        self._slots = SlotMetrics(config.packing.tokens_per_batch)
         self._evaluations_without_gain = 0
 
     def train(self) -> Summary:
@@ -119,7 +101,6 @@ class Trainer:
         """
         run = self.config.run
         writer = MetricsWriter(self.output, tensorboard=run.tensorboard)
-        steps = steps_of(len(self.pairs), run.pairs_per_step, run.seed, self.total_steps)
         bar = tqdm(
             total=self.total_steps, desc="training", unit="step", mininterval=0.1 if sys.stderr.isatty() else 10.0
         )
@@ -127,8 +108,8 @@ class Trainer:
             if self.held_out:
                 self.summary.eval_before = self.evaluate()
                 writer.plot(0, self.summary.eval_before)
-            for step, indices in enumerate(steps, start=1):
-                metrics = self._step(step, indices)
+            for step, plan in enumerate(self.steps, start=1):
+                metrics = self._step(step, plan)
                 last = step == self.total_steps
                 if self.held_out and (last or (run.eval_steps and step % run.eval_steps == 0)):
                     metrics |= self._evaluate_and_keep_best(step)
@@ -157,21 +138,22 @@ class Trainer:
             self.summary.peak_memory_gib = peak_memory_gib(self.policy.device)
         return self.summary
 
-    def _step(self, step: int, indices: list[int]) -> dict[str, float]:
-        """One optimizer step on the mean loss of the pairs at `indices`."""
+    def _step(self, step: int, plan: Step) -> dict[str, float]:
+        """One optimizer step on the mean loss of the plan's pairs."""
         started = time.perf_counter()
-        device = self.policy.device
-        batches = pack_all(self.pairs, indices, self.config.run.tokens_per_batch)
+        device, packing, indices = self.policy.device, self.config.packing, plan.indices
         chosen_tokens = sum(self.pairs[i].chosen_length for i in indices)
-        sums = PairMetrics()
-        outputs: list[tuple[PackedBatch, LossOutput]] = []
-        for host_batch in batches:
-            batch = host_batch.to(device)
+        sums, slots = PairMetrics(), SlotMetrics(packing.tokens_per_batch)
+        outputs: list[tuple[PairBatch, LossOutput]] = []
+        for planned in plan.batches:
+            batch = build_batch(self.pairs, planned.indices, packing).to(device)
             logps = self.policy(batch)
             output = self._loss_of(batch, logps, self.reference, len(indices), chosen_tokens)
             output.loss.backward()
             sums.add(output, logps, batch)
             outputs.append((batch, output))
+            for layout in (slots, self._slots):
+                layout.add(batch)
         limit = self.config.optimizer.max_grad_norm or math.inf
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
         learning_rate = self.schedule.get_last_lr()[0]
@@ -183,26 +165,29 @@ class Trainer:
         self.schedule.step()
         self.optimizer.zero_grad()
 
-        tokens = sum(batch.num_tokens for batch in batches)
         seconds = time.perf_counter() - started
-        summary = self.summary
-        summary.steps, summary.pairs, summary.tokens = step, summary.pairs + len(indices), summary.tokens + tokens
+        summary, run_slots = self.summary, self._slots
+        summary.steps, summary.pairs, summary.tokens = step, summary.pairs + len(indices), run_slots.tokens
+        summary.fill, summary.padding, summary.shared = run_slots.fill, run_slots.padding, run_slots.shared
         summary.seconds += seconds
         summary.tokens_per_second = summary.tokens / summary.seconds
         return metrics | {
             "learning_rate": learning_rate,
             "epoch": summary.pairs / len(self.pairs),
             "pairs": len(indices),
-            "tokens": tokens,
-            "micro_batches": len(batches),
+            "tokens": slots.tokens,
+            "micro_batches": len(plan.batches),
+            "packing/fill": slots.fill,
+            "packing/padding": slots.padding,
+            "packing/shared": slots.shared,
             "seconds": seconds,
-            "tokens_per_second": tokens / seconds,
+            "tokens_per_second": slots.tokens / seconds,
             "peak_memory_gib": peak_memory_gib(device),
         }
 
     def _loss_of(
         self,
-        batch: PackedBatch,
+        batch: PairBatch,
         logps: Tensor,
         reference: ReferenceLogps | None,
         num_pairs: int,
@@ -226,8 +211,9 @@ class Trainer:
         sums = PairMetrics()
         chosen_tokens = sum(pair.chosen_length for pair in self.held_out)
         self.loss.eval()
-        for host_batch in pack_all(self.held_out, range(len(self.held_out)), self.config.run.tokens_per_batch):
-            batch = host_batch.to(self.policy.device)
+        packing = self.config.packing
+        for planned in plan_pairs(self.held_out, range(len(self.held_out)), packing):
+            batch = build_batch(self.held_out, planned.indices, packing).to(self.policy.device)
             logps = self.policy(batch)
             output = self._loss_of(batch, logps, self.held_out_reference, len(self.held_out), chosen_tokens)
             sums.add(output, logps, batch)
@@ -251,7 +237,7 @@ class Trainer:
         save_model(self.policy.model, self.tokenizer, self.output / name)
 
     def _diverged(
-        self, step: int, metrics: dict[str, float], outputs: list[tuple[PackedBatch, LossOutput]]
+        self, step: int, metrics: dict[str, float], outputs: list[tuple[PairBatch, LossOutput]]
     ) -> TrainingDivergedError:
         culprits = [
             self.pairs[batch.pair_indices[i]].where

@@ -33,7 +33,7 @@ def toy_settings(tiny_llama: Path, toy_data: Path) -> dict[str, Any]:
         "data": toy_data,
         "max_steps": 3,
         "pairs_per_step": 6,
-        "tokens_per_batch": 160,
+        "tokens_per_batch": 96,
         "max_length": 48,
         "learning_rate": 1e-3,
         "dtype": "float32",

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from fused_dpo_engine.attention import ATTENTION_NAME
-from fused_dpo_engine.packing import PackedBatch
+from fused_dpo_engine.packing import AttentionPlan, Segment, plan_attention
 from fused_dpo_engine.pairs import TokenPair
 from fused_dpo_engine.trainer import Summary
 
@@ -63,6 +64,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0},
 }
 """Model types that can be packed, and what sets each apart."""
+GPT_OSS: dict[str, Any] = {
+    **{"sliding_window": 8, "num_local_experts": 2, "num_experts_per_tok": 1},
+    "layer_types": ["sliding_attention", "full_attention"],
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+}
+"""Attention sinks; transformers has no experts in float64, so it is tested apart."""
 REFUSED: dict[str, dict[str, Any]] = {
     "bloom": {"num_key_value_heads": None, "head_dim": None},
     "falcon": {"head_dim": None},
@@ -151,6 +158,11 @@ def make_pair(prompt: int, chosen: int, rejected: int, *, seed: int = 0, where: 
 def make_pairs(*shapes: tuple[int, int, int]) -> list[TokenPair]:
     """Pairs of the given (prompt, chosen, rejected) lengths, from rows 1, 2, ..."""
     return [make_pair(*shape, seed=i, where=f"pairs.jsonl:{i}") for i, shape in enumerate(shapes, start=1)]
+
+
+def unshared_plan(*offsets: int) -> AttentionPlan:
+    """Segments between the offsets that share nothing."""
+    return plan_attention([Segment(*edges, at, 0) for at, edges in enumerate(pairwise(offsets))])
 
 
 def set_attention(monkeypatch: Any, function: Callable[..., Any]) -> None:
@@ -256,8 +268,3 @@ def largest_difference(got: dict[str, Tensor], expected: dict[str, Tensor]) -> f
     """Over all weights."""
     assert got.keys() == expected.keys()
     return max(float((got[name].double() - expected[name].double()).abs().max()) for name in got)
-
-
-def row_of(batch: PackedBatch, index: int) -> slice:
-    """Where sequence `index` stands among the scored rows."""
-    return slice(int(batch.cu_scored[index]), int(batch.cu_scored[index + 1]))

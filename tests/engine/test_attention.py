@@ -9,12 +9,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
-from fused_dpo_engine.attention import UnsupportedModelError, check_packable, packed_attention
-from fused_dpo_engine.packing import AttentionPlan
-from tests.engine.helpers import FAMILIES, REFUSED, tiny_config
+from fused_dpo_engine.attention import packed_attention
+from fused_dpo_engine.errors import UnsupportedModelError
+from fused_dpo_engine.packing import AttentionPlan, Segment, plan_attention
+from fused_dpo_engine.support import attention_needs, check_packable
+from tests.engine.helpers import FAMILIES, GPT_OSS, REFUSED, tiny_config, tiny_model, unshared_plan
 
-SEGMENTS = ((0, 5), (5, 6), (6, 17), (17, 20))
-PLAN = AttentionPlan(SEGMENTS)
+PLAN = unshared_plan(0, 5, 6, 17, 20)
+SHARED = plan_attention([Segment(0, 8, 0, 0), Segment(8, 9, 0, 7), Segment(9, 13, 0, 2), Segment(13, 20, 3, 0)])
+PLANS = {"unshared": PLAN, "shared": SHARED}
 LAYER = nn.Identity()
 
 
@@ -27,7 +30,9 @@ def inputs(kv_heads: int = 2, tokens: int = 20, batch: int = 1) -> tuple[Tensor,
     return tensor(4), tensor(kv_heads), tensor(kv_heads)
 
 
-def masked_softmax(q, k, v, segments, *, scaling=None, sliding_window=None, softcap=None) -> Tensor:
+def masked_softmax(
+    q, k, v, plan: AttentionPlan, *, scaling=None, sliding_window=None, softcap=None, s_aux=None
+) -> Tensor:
     """Attention over the whole row at once, a dense mask deciding who sees whom."""
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
@@ -35,11 +40,15 @@ def masked_softmax(q, k, v, segments, *, scaling=None, sliding_window=None, soft
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     seen = torch.zeros(scores.shape[-2:], dtype=torch.bool)
-    for start, stop in segments:
+    for start, stop, trunk, shared in plan.segments:
+        first = plan.segments[trunk].start
         for i in range(start, stop):
-            first = start if sliding_window is None else max(start, i - sliding_window + 1)
-            seen[i, first : i + 1] = True
-    weights = torch.where(seen, scores, -torch.inf).softmax(-1)
+            visible = [*range(first, first + shared), *range(start, i + 1)]
+            seen[i, visible if sliding_window is None else visible[-sliding_window:]] = True
+    scores = torch.where(seen, scores, -torch.inf)
+    if s_aux is not None:
+        scores = torch.cat((scores, s_aux.view(1, -1, 1, 1).expand(1, -1, scores.shape[2], 1)), -1)
+    weights = scores.softmax(-1)[..., : seen.shape[1]]
     return torch.einsum("bhij,bhjd->bihd", weights, v)
 
 
@@ -48,11 +57,15 @@ class TestAgainstMaskedSoftmax:
     @pytest.mark.parametrize("sliding_window", [None, 1, 3, 11, 100])
     @pytest.mark.parametrize("softcap", [None, 1.5])
     @pytest.mark.parametrize("scaling", [None, 0.7])
-    def test_values_and_gradients(self, kv_heads, sliding_window, softcap, scaling):
+    @pytest.mark.parametrize("plan", PLANS)
+    @pytest.mark.parametrize("with_sinks", [False, True])
+    def test_values_and_gradients(self, kv_heads, sliding_window, softcap, scaling, plan, with_sinks):
         tensors = inputs(kv_heads=kv_heads)
-        settings = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap}
-        got, weights = packed_attention(LAYER, *tensors, None, fused_dpo_plan=PLAN, **settings)
-        expected = masked_softmax(*tensors, SEGMENTS, **settings)
+        sinks = torch.randn(4, dtype=torch.float64, requires_grad=True) if with_sinks else None
+        settings = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap, "s_aux": sinks}
+        got, weights = packed_attention(LAYER, *tensors, None, fused_dpo_plan=PLANS[plan], **settings)
+        expected = masked_softmax(*tensors, PLANS[plan], **settings)
+        tensors += () if sinks is None else (sinks,)
         assert weights is None
         assert got.shape == (1, 20, 4, 8)
         torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-12)
@@ -70,7 +83,7 @@ class TestAgainstMaskedSoftmax:
         q, k, v = inputs()
         v = torch.cat((v, v[..., :3]), -1)
         got, _ = packed_attention(LAYER, q, k, v, None, softcap=softcap, fused_dpo_plan=PLAN)
-        torch.testing.assert_close(got, masked_softmax(q, k, v, SEGMENTS, softcap=softcap))
+        torch.testing.assert_close(got, masked_softmax(q, k, v, PLAN, softcap=softcap))
 
     @pytest.mark.parametrize("plan", [PLAN, None])
     def test_the_output_can_be_viewed(self, plan):
@@ -82,7 +95,7 @@ class TestAgainstMaskedSoftmax:
     def test_without_a_plan_every_row_is_one_segment(self, sliding_window):
         tensors = inputs(batch=3)
         got, _ = packed_attention(LAYER, *tensors, None, sliding_window=sliding_window)
-        torch.testing.assert_close(got, masked_softmax(*tensors, ((0, 20),), sliding_window=sliding_window))
+        torch.testing.assert_close(got, masked_softmax(*tensors, unshared_plan(0, 20), sliding_window=sliding_window))
 
     def test_the_plan_matters(self):
         tensors = inputs()
@@ -91,10 +104,23 @@ class TestAgainstMaskedSoftmax:
         torch.testing.assert_close(packed[:, :5], whole[:, :5])  # the first segment sees the same either way
         assert (packed - whole)[:, 5:].abs().amax((0, 2, 3)).min() > 1e-3  # every later token does not
 
+    def test_a_branch_sees_what_it_shares(self):
+        """Negative control of the plan's shared rows: with another trunk, or one row less, the result is another."""
+        tensors = inputs()
+        expected, _ = packed_attention(LAYER, *tensors, None, fused_dpo_plan=SHARED)
+        for at, change in ((1, {"shared": 6}), (2, {"trunk": 1, "shared": 1}), (2, {"shared": 0})):
+            segments = list(SHARED.segments)
+            segments[at] = segments[at]._replace(**change)
+            got, _ = packed_attention(LAYER, *tensors, None, fused_dpo_plan=plan_attention(segments))
+            start, stop = segments[at][:2]
+            assert (got - expected)[:, start:stop].abs().amax((0, 2, 3)).min() > 1e-3
+            others = torch.arange(20)[(torch.arange(20) < start) | (torch.arange(20) >= stop)]
+            torch.testing.assert_close(got[:, others], expected[:, others])
+
     def test_a_segment_keeps_its_bits_wherever_it_stands(self):
         q, k, v = (t.detach().float() for t in inputs())
         packed, _ = packed_attention(LAYER, q, k, v, None, fused_dpo_plan=PLAN)
-        for start, stop in SEGMENTS:
+        for start, stop, *_ in PLAN.segments:
             alone, _ = packed_attention(LAYER, *(t[:, :, start:stop] for t in (q, k, v)), attention_mask=None)
             assert torch.equal(packed[:, start:stop], alone)
 
@@ -111,7 +137,7 @@ class TestAgainstMaskedSoftmax:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             got, _ = packed_attention(LAYER, q, k, v.bfloat16(), None, softcap=softcap, fused_dpo_plan=PLAN)
         assert got.dtype == torch.bfloat16
-        expected = masked_softmax(q, k, v.bfloat16().float(), SEGMENTS, softcap=softcap)
+        expected = masked_softmax(q, k, v.bfloat16().float(), PLAN, softcap=softcap)
         torch.testing.assert_close(got.float(), expected, rtol=2**-8, atol=1e-5)  # rounded once, on the way out
 
 
@@ -119,10 +145,6 @@ class TestRefusals:
     def test_a_mask(self):
         with pytest.raises(ValueError, match="attention_mask=None and use_cache=False"):
             packed_attention(LAYER, *inputs(), torch.zeros(1, 1, 20, 20))
-
-    def test_attention_sinks(self):
-        with pytest.raises(UnsupportedModelError, match="s_aux"):
-            packed_attention(LAYER, *inputs(), None, s_aux=torch.zeros(4))
 
     def test_attention_in_both_directions(self):
         layer = nn.Module()
@@ -132,8 +154,12 @@ class TestRefusals:
 
     @pytest.mark.parametrize("tokens", [19, 21])
     def test_a_plan_for_another_row(self, tokens):
-        with pytest.raises(ValueError, match=f"the plan covers 20 tokens, the batch has {tokens}"):
+        with pytest.raises(ValueError, match=f"the plan covers one row of 20 tokens, the batch has 1 of {tokens}"):
             packed_attention(LAYER, *inputs(tokens=tokens), None, fused_dpo_plan=PLAN)
+
+    def test_a_plan_for_several_rows(self):
+        with pytest.raises(ValueError, match="the plan covers one row of 20 tokens, the batch has 2 of 20"):
+            packed_attention(LAYER, *inputs(batch=2), None, fused_dpo_plan=PLAN)
 
 
 def build(family: str, **changes: Any) -> Any:
@@ -174,7 +200,8 @@ class TestCheckPackable:
     @pytest.mark.parametrize("family", REFUSED)
     def test_refuses(self, family):
         model = build(family)
-        with pytest.raises(UnsupportedModelError, match=f"{type(model).__name__} .*packed sequences would see each"):
+        name = type(model).__name__
+        with pytest.raises(UnsupportedModelError, match=f"{name} .*packed sequences would see each.*--no-packing"):
             check_packable(model)
 
     def test_refuses_encoder_decoders(self):
@@ -212,3 +239,45 @@ class TestCheckPackable:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             check_packable(with_rope("llama", rope))
+
+
+class TestNeeds:
+    @pytest.mark.parametrize(
+        ("family", "expected"),
+        [
+            ("llama", {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "value_dim": 8, "window": None}),
+            ("mistral", {"window": 8, "softcap": None}),
+            ("gemma2", {"window": 8, "softcap": 1.0}),
+            ("gemma3_text", {"window": 8}),
+            ("gpt_neox", {"num_kv_heads": 4}),
+            ("deepseek_v3", {"head_dim": 16, "value_dim": 12}),
+            ("gpt_oss", {"sinks": True, "window": 8}),
+            ("gpt2", {"num_heads": 4, "head_dim": 8, "sinks": False}),
+        ],
+    )
+    def test_read_from_the_model(self, family, expected):
+        needs = attention_needs(build(family, **(GPT_OSS if family == "gpt_oss" else {})))
+        assert {name: getattr(needs, name) for name in expected} == expected
+
+    def test_a_window_that_no_layer_uses(self):
+        assert attention_needs(build("qwen2", sliding_window=8, use_sliding_window=False)).window is None
+
+
+class TestRopeWarning:
+    """What the warning speaks of, shown on a model."""
+
+    def test_dynamic_frequencies_depend_on_the_company(self):
+        rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+        model = tiny_model("llama", rope_parameters=rope, max_position_embeddings=16)
+        ids = torch.randint(5, 250, (1, 12))
+
+        def last(length: int) -> Tensor:
+            positions = torch.cat((torch.arange(12), torch.arange(length)))[None]
+            row = torch.cat((ids, torch.full((1, length), 7)), 1)
+            plan = unshared_plan(0, 12, 12 + length)
+            return model.model(
+                input_ids=row, position_ids=positions, use_cache=False, fused_dpo_plan=plan
+            ).last_hidden_state[0, :12]
+
+        assert torch.allclose(last(4), last(16))
+        assert (last(4) - last(40)).abs().max() > 1e-3

@@ -15,7 +15,6 @@ import torch
 import transformers
 
 from fused_dpo_engine.cli import main
-from fused_dpo_engine.policy import Policy
 from tests.engine.helpers import (
     ROOT,
     byte_tokenizer,
@@ -263,7 +262,7 @@ class TestBadInput:
 
     @pytest.mark.parametrize(
         ("family", "changes"),
-        [("bloom", {}), ("gptj", {}), ("mamba", {}), ("gpt_oss", {}), ("llama", {"logits_scaling": 2.0})],
+        [("bloom", {}), ("gptj", {}), ("mamba", {}), ("llama", {"logits_scaling": 2.0})],
     )
     def test_model_that_cannot_be_packed(self, train, tmp_path, family, changes):
         folder = save_folder(tmp_path / "model", family, **changes)
@@ -338,7 +337,7 @@ class TestOutput:
         elif what == "vocabulary":
             settings["model"] = save_folder(tmp_path / "model", vocab_size=60)
         else:
-            monkeypatch.setattr(Policy, "self_test", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            monkeypatch.setattr("fused_dpo_engine.run.self_test", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert train(**settings).status == (130 if what == "interruption" else 2)
         assert snapshot(tmp_path / "run") == finished
 

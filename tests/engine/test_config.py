@@ -68,6 +68,13 @@ class TestCommandLine:
             ("gradient_checkpointing", True),
             ("tensorboard", False),
             ("max_length", 100),
+            ("packing", False),
+            ("prefix_sharing", False),
+            ("batches_per_step", 2),
+            ("plan_window", 512),
+            ("attention", "varlen"),
+            ("liger", True),
+            ("compile", True),
         ],
     )
     def test_documented_names(self, name, value):
@@ -221,6 +228,8 @@ class TestContradictions:
             ({"max_grad_norm": -1}, "max-grad-norm must not be negative"),
             ({"weight_decay": -0.1}, "weight-decay must not be negative"),
             ({"pairs_per_step": 0}, "pairs-per-step must be at least 1, got 0"),
+            ({"batches_per_step": 0}, "batches-per-step must be at least 1, got 0"),
+            ({"plan_window": 0}, "plan-window must be at least 1, got 0"),
             ({"tokens_per_batch": 3}, "tokens-per-batch must be at least 4, got 3"),
             ({"eval_steps": -1}, "eval-steps must be at least 0"),
             ({"save_steps": -1}, "save-steps must be at least 0"),

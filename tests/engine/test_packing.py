@@ -1,7 +1,8 @@
-"""Planning and packing: nothing lost, nothing split, every index where slow code puts it."""
+"""Packed rows: nothing lost, nothing split, every scored row sees its own sequence and predicts what comes next."""
 
 import dataclasses
-from collections import defaultdict
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,131 +11,157 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fused_dpo_engine.packing import AttentionPlan, pack, pack_all, pair_cost, plan_batches
+from fused_dpo_engine.packing import PackedBatch, Segment, pack, plan_attention
+from fused_dpo_engine.padding import IGNORED, pad
 from fused_dpo_engine.pairs import TokenPair
-from tests.engine.helpers import make_pair, make_pairs
+from tests.engine.helpers import make_pairs
 
-lengths = st.integers(1, 12)
-shapes = st.lists(st.tuples(lengths, lengths, lengths), min_size=1, max_size=8)
-
-
-def first_fit(costs: list[int], budget: int) -> int:
-    """Batches that the simplest planner takes."""
-    batches: list[int] = []
-    for cost in costs:
-        for i, used in enumerate(batches):
-            if used + cost <= budget:
-                batches[i] += cost
-                break
-        else:
-            batches.append(cost)
-    return len(batches)
+few = st.lists(st.integers(0, 1), min_size=1, max_size=5)
+"""Tokens of two kinds, so that prompts are equal, responses begin alike and one extends the other."""
 
 
-class TestPlan:
-    @settings(deadline=None)
-    @given(costs=st.lists(st.integers(1, 50), max_size=60), budget=st.integers(50, 200))
-    def test_properties(self, costs, budget):
-        plan = plan_batches(costs, budget)
-        assert sorted(item for batch in plan for item in batch) == list(range(len(costs)))
-        assert plan == plan_batches(costs, budget)
-        assert all(batch == sorted(batch) for batch in plan)
-        used = [sum(costs[item] for item in batch) for batch in plan]
-        assert all(0 < tokens <= budget for tokens in used)
-        largest = [max(costs[item] for item in batch) for batch in plan]
-        assert largest == sorted(largest, reverse=True)
-        # No two batches would go into one, and so at most one is half empty.
-        assert sum(sorted(used)[:2]) > budget or len(plan) < 2
-        # The known bound of best-fit-decreasing on the least number of batches, which first-fit cannot beat.
-        assert len(plan) <= 11 / 9 * first_fit(costs, budget) + 1
-
-    def test_ties_go_to_the_earlier_item(self):
-        assert plan_batches([5, 5, 5, 5], 10) == [[0, 1], [2, 3]]
-
-    def test_the_tightest_batch_is_taken(self):
-        # 3 goes to the batch with 3 left, not to the earlier one with 4 left, which leaves room for 4.
-        assert plan_batches([6, 7, 3, 4], 10) == [[1, 2], [0, 3]]
-
-    def test_one_item_may_fill_the_budget(self):
-        assert plan_batches([10], 10) == [[0]]
-
-    def test_too_large_an_item(self):
-        with pytest.raises(ValueError, match=r"11 tokens does not fit into a batch of 10; raise tokens_per_batch"):
-            plan_batches([3, 11], 10)
+@st.composite
+def any_pairs(draw) -> list[TokenPair]:
+    """Pairs of all shapes; a rare one whose sequences have not even the first token in common."""
+    pairs = []
+    for prompt, chosen, rejected, odd in draw(
+        st.lists(st.tuples(few, few, few, st.integers(0, 9)), min_size=1, max_size=6)
+    ):
+        other = [1 - prompt[0], *prompt[1:]] if odd == 0 else prompt
+        sides = (np.array(prompt + chosen, np.int32), np.array(other + rejected, np.int32))
+        pairs.append(TokenPair(len(prompt), *sides, f"x:{len(pairs) + 1}"))
+    return pairs
 
 
-def slow_pack(pairs: list[TokenPair]) -> dict[str, list]:
-    """The same, a token at a time."""
-    expected: dict[str, list] = defaultdict(list, cu_scored=[0])
-    for pair in pairs:
-        for side in ("chosen", "rejected"):
-            start = len(expected["input_ids"])
-            before = len(expected["targets"])
-            for position, token in enumerate(getattr(pair, f"{side}_ids").tolist()):
-                if position >= pair.prompt_length:
-                    expected["scored_rows"].append(start + position - 1)
-                    expected["targets"].append(token)
-                expected["input_ids"].append(token)
-                expected["position_ids"].append(position)
-            expected["segments"].append((start, len(expected["input_ids"])))
-            expected["cu_scored"].append(len(expected["targets"]))
-            expected[f"{side}_lengths"].append(len(expected["targets"]) - before)
-    return expected
+def seen_by(batch: PackedBatch, row: int) -> list[int]:
+    """Rows that a row of the packed batch attends to, by the segments."""
+    for segment in batch.attention.segments:
+        if segment.start <= row < segment.stop:
+            first = batch.attention.segments[segment.trunk].start
+            return [*range(first, first + segment.shared), *range(segment.start, row + 1)]
+    raise AssertionError(f"row {row} is in no segment")
+
+
+def check(batch: PackedBatch, pairs: list[TokenPair]) -> None:
+    """Every scored row sees its sequence up to itself, at the right positions, and predicts the next token."""
+    tokens, positions = batch.input_ids[0].tolist(), batch.position_ids[0].tolist()
+    rows, targets, offsets = batch.scored_rows.tolist(), batch.targets.tolist(), batch.cu_scored.tolist()
+    assert offsets[0] == 0
+    assert offsets[-1] == len(rows) == len(targets)
+    for place, index in enumerate(batch.pair_indices):
+        pair = pairs[index]
+        for side, ids in enumerate((pair.chosen_ids.tolist(), pair.rejected_ids.tolist())):
+            scored = slice(offsets[2 * place + side], offsets[2 * place + side + 1])
+            assert targets[scored] == ids[pair.prompt_length :]
+            for at, row in enumerate(rows[scored], start=pair.prompt_length):
+                seen = seen_by(batch, row)
+                assert [tokens[i] for i in seen] == ids[:at]
+                assert [positions[i] for i in seen] == list(range(at))
+    assert batch.chosen_lengths.tolist() == [pairs[i].chosen_length for i in batch.pair_indices]
+    assert batch.rejected_lengths.tolist() == [pairs[i].rejected_length for i in batch.pair_indices]
+    assert batch.num_tokens == sum(pairs[i].num_tokens for i in batch.pair_indices)
+
+
+def check_offsets(batch: PackedBatch) -> None:
+    """The offsets and the gathered keys say the same as the segments."""
+    plan, length = batch.attention, batch.num_slots
+    keys = list(range(length)) if plan.kv_index is None else plan.kv_index.tolist()
+    cu_q, cu_k = plan.cu_q.tolist(), plan.cu_k.tolist()
+    assert (cu_q[0], cu_q[-1], cu_k[0], cu_k[-1]) == (0, length, 0, len(keys))
+    assert [(s.start, s.stop) for s in plan.segments] == list(pairwise(cu_q))
+    for n, segment in enumerate(plan.segments):
+        assert segment.stop > segment.start
+        assert keys[cu_k[n] : cu_k[n + 1]] == seen_by(batch, segment.stop - 1)
+    assert plan.max_q == int(plan.cu_q.diff().max())
+    assert plan.max_k == int(plan.cu_k.diff().max())
+    assert (plan.kv_index is None) == (not any(s.shared for s in plan.segments))
 
 
 class TestPack:
+    @pytest.mark.parametrize("share", [True, False])
     @settings(deadline=None)
-    @given(shapes=shapes, order=st.randoms(use_true_random=False))
-    def test_against_slow_construction(self, shapes, order):
-        pairs = make_pairs(*shapes)
+    @given(pairs=any_pairs(), order=st.randoms(use_true_random=False))
+    def test_every_scored_row_sees_its_own_sequence(self, share, pairs, order):
         indices = order.sample(range(len(pairs)), order.randint(1, len(pairs)))
-        batch = pack(pairs, indices)
-        expected = slow_pack([pairs[i] for i in indices])
+        batch = pack(pairs, indices, share=share)
         assert batch.pair_indices == indices
-        assert batch.num_pairs == len(indices)
-        assert batch.num_tokens == len(expected["input_ids"])
-        assert list(batch.attention.segments) == expected.pop("segments")
-        for name, values in expected.items():
-            tensor = getattr(batch, name)
-            shape = [1, len(values)] if name in ("input_ids", "position_ids") else [len(values)]
-            assert list(tensor.shape) == shape
-            assert tensor.dtype == (torch.int32 if name == "cu_scored" else torch.int64)
-            assert tensor.flatten().tolist() == values, name
+        check(batch, pairs)
+        check_offsets(batch)
+        if not share:
+            assert batch.num_slots == batch.num_tokens
+        assert batch.num_padding == 0
+
+    def test_a_wrong_row_would_show(self):
+        """Negative control of `check`."""
+        pairs = make_pairs((3, 4, 2), (2, 2, 2))
+        batch = pack(pairs, [0, 1])
+        trunk = batch.attention.segments[2]
+        mistakes: dict[str, Any] = {
+            "scored_rows": batch.scored_rows + 1,
+            "position_ids": torch.arange(batch.num_slots)[None],
+            "targets": batch.targets.flip(0),
+            "attention": plan_attention([*batch.attention.segments[:3], trunk._replace(trunk=0, shared=2)]),
+        }
+        for name, value in mistakes.items():
+            with pytest.raises((AssertionError, IndexError)):
+                check(dataclasses.replace(batch, **{name: value}), pairs)
 
     def test_by_hand(self):
         pair = TokenPair(2, np.array([7, 8, 9], np.int32), np.array([7, 8, 5, 6], np.int32), "x:1")
         batch = pack([pair], [0])
-        assert batch.input_ids.tolist() == [[7, 8, 9, 7, 8, 5, 6]]
-        assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3]]
-        assert batch.scored_rows.tolist() == [1, 4, 5]  # the row of token 8 predicts 9, and 5 in the other sequence
+        assert batch.input_ids.tolist() == [[7, 8, 9, 5, 6]]
+        assert batch.position_ids.tolist() == [[0, 1, 2, 2, 3]]
+        assert batch.scored_rows.tolist() == [1, 1, 3]  # the row of token 8 predicts 9, and 5 in the other sequence
         assert batch.targets.tolist() == [9, 5, 6]
         assert batch.cu_scored.tolist() == [0, 1, 3]
-        assert batch.attention == AttentionPlan(((0, 3), (3, 7)))
+        plan = batch.attention
+        assert plan.segments == (Segment(0, 3, 0, 0), Segment(3, 5, 0, 2))
+        assert plan.kv_index is not None
+        assert plan.kv_index.tolist() == [0, 1, 2, 0, 1, 3, 4]
+        assert (plan.cu_q.tolist(), plan.cu_k.tolist(), plan.max_q, plan.max_k) == ([0, 3, 5], [0, 3, 7], 3, 4)
+        assert (batch.num_slots, batch.num_tokens) == (5, 7)
 
-    @settings(deadline=None)
-    @given(shapes=shapes, extra=st.integers(0, 60))
-    def test_pack_all_splits_no_pair(self, shapes, extra):
-        pairs = make_pairs(*shapes)
-        budget = max(map(pair_cost, pairs)) + extra
-        indices = list(range(len(pairs)))[::-1]
-        batches = pack_all(pairs, indices, budget)
-        assert sorted(i for batch in batches for i in batch.pair_indices) == sorted(indices)
-        assert all(batch.num_tokens <= budget for batch in batches)
-        for batch in batches:
-            assert len(batch.attention.segments) == 2 * batch.num_pairs == len(batch.cu_scored) - 1
-            assert batch.num_tokens == sum(pair_cost(pairs[i]) for i in batch.pair_indices)
+    def test_dtypes(self):
+        batch = pack(make_pairs((3, 2, 4)), [0])
+        assert batch.attention.kv_index is not None
+        for tensor in (batch.input_ids, batch.position_ids, batch.scored_rows, batch.targets, batch.attention.kv_index):
+            assert tensor.dtype == torch.int64
+        for tensor in (batch.cu_scored, batch.attention.cu_q, batch.attention.cu_k):
+            assert tensor.dtype == torch.int32
 
-    def test_pack_all_names_the_way_out(self):
-        with pytest.raises(ValueError, match="tokens_per_batch"):
-            pack_all([make_pair(5, 5, 5)], [0], 19)
-
-    def test_to_moves_every_tensor_and_keeps_the_rest(self):
-        batch = pack(make_pairs((3, 2, 4), (1, 1, 1)), [1, 0])
+    @pytest.mark.parametrize("build", [pack, pad])
+    def test_to_moves_every_tensor_and_keeps_the_rest(self, build):
+        batch: Any = build(make_pairs((3, 2, 4), (1, 1, 1)), [1, 0])
         away, back = batch.to(torch.device("meta")), batch.to(torch.device("cpu"))
         for field in dataclasses.fields(batch):
             value = getattr(batch, field.name)
             if isinstance(value, Tensor):
                 assert getattr(away, field.name).is_meta, field.name
                 assert torch.equal(getattr(back, field.name), value)
-            else:
+            elif field.name != "attention":
                 assert getattr(away, field.name) == value
+        if build is pack:
+            assert away.attention.segments == batch.attention.segments
+            for name in ("cu_q", "cu_k", "kv_index"):
+                assert getattr(away.attention, name).is_meta
+                assert torch.equal(getattr(back.attention, name), getattr(batch.attention, name))
+
+
+class TestPad:
+    @settings(deadline=None)
+    @given(pairs=any_pairs(), order=st.randoms(use_true_random=False))
+    def test_rows_are_the_sequences(self, pairs, order):
+        indices = order.sample(range(len(pairs)), order.randint(1, len(pairs)))
+        batch = pad(pairs, indices)
+        sequences = [(pairs[i], ids) for i in indices for ids in (pairs[i].chosen_ids, pairs[i].rejected_ids)]
+        width = max(len(ids) for _, ids in sequences)
+        assert batch.input_ids.shape == batch.labels.shape == batch.attention_mask.shape == (len(sequences), width)
+        for row, (pair, ids) in enumerate(sequences):
+            left, prompt = width - len(ids), pair.prompt_length
+            assert batch.input_ids[row, : len(ids)].tolist() == ids.tolist()
+            assert batch.attention_mask[row].tolist() == [1] * len(ids) + [0] * left
+            expected = [IGNORED] * prompt + ids[prompt:].tolist() + [IGNORED] * left
+            assert batch.labels[row].tolist() == expected
+        assert batch.num_slots == batch.num_tokens + batch.num_padding == len(sequences) * width
+        assert batch.chosen_lengths.tolist() == [pairs[i].chosen_length for i in indices]
+        assert batch.rejected_lengths.tolist() == [pairs[i].rejected_length for i in indices]

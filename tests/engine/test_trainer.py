@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fused_dpo.losses import LOSS_TYPES, needs_reference
 from fused_dpo_engine.cli import parse_train
-from fused_dpo_engine.data import read_rows
+from fused_dpo_engine.config import PackingOptions, RunOptions
+from fused_dpo_engine.data import Row, read_rows
 from fused_dpo_engine.errors import TrainingDivergedError
+from fused_dpo_engine.pairs import TokenPair
 from fused_dpo_engine.policy import Policy
 from fused_dpo_engine.run import train
+from fused_dpo_engine.schedule import Schedule
 from fused_dpo_engine.tokenization import tokenize_pairs
-from fused_dpo_engine.trainer import Trainer, steps_of, total_steps
+from fused_dpo_engine.trainer import Trainer
 from tests.engine.helpers import (
     Run,
     assert_same_weights,
@@ -60,6 +62,18 @@ def without_clock(metrics: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{name: value for name, value in line.items() if name not in CLOCK} for line in metrics]
 
 
+def toy_pairs() -> list[TokenPair]:
+    """The tokens of the toy data."""
+    rows = [Row(values, "toy") for values in toy_rows(24)]
+    return tokenize_pairs(rows, byte_tokenizer(), max_length=48).pairs
+
+
+def toy_steps(steps: int, pairs_per_step: int = 6) -> list[list[int]]:
+    """Pair indices of the toy run's steps."""
+    run = RunOptions(output="", max_steps=steps, pairs_per_step=pairs_per_step)
+    return [step.indices for step in Schedule(toy_pairs(), run, PackingOptions())]
+
+
 def swapped(rows: list[dict[str, str]]) -> list[dict[str, str]]:
     return [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
 
@@ -88,7 +102,7 @@ class TestFiles:
     def test_automatic_choices_are_in_the_config(self, train_tiny):
         run = train_tiny(max_length=None, dtype="auto", device=None, max_steps=1)
         flat = json.loads((run.output / "config.json").read_text(encoding="utf-8"))
-        assert flat["max_length"] == 80  # half of tokens_per_batch, as the model has 128 positions
+        assert flat["max_length"] == 48  # half of tokens_per_batch, as the model has 128 positions
         assert flat["dtype"] in ("float32", "bfloat16")
         assert flat["device"] in ("cpu", "cuda")
 
@@ -147,24 +161,6 @@ class TestFiles:
 
 
 class TestSteps:
-    def test_every_epoch_sees_every_pair_once_in_a_new_order(self):
-        steps = list(steps_of(10, 4, seed=3, steps=9))
-        assert [len(step) for step in steps] == [4, 4, 2] * 3
-        epochs = [[pair for step in steps[i : i + 3] for pair in step] for i in (0, 3, 6)]
-        assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
-        assert all(a != b for a, b in pairwise(epochs))
-        assert steps == list(steps_of(10, 4, seed=3, steps=9))
-        assert steps[:5] == list(steps_of(10, 4, seed=3, steps=5))
-        assert steps != list(steps_of(10, 4, seed=4, steps=9))
-
-    @pytest.mark.parametrize(
-        ("settings", "expected"),
-        [({}, 3), ({"epochs": 2}, 6), ({"epochs": 1.5}, 5), ({"epochs": 0.01}, 1), ({"epochs": 9, "max_steps": 7}, 7)],
-    )
-    def test_total(self, settings, expected):
-        config = parse_train(options(model="m", data="d", output="o", pairs_per_step=4, **settings))
-        assert total_steps(config, 10) == expected
-
     def test_a_run_repeats_epochs(self, train_tiny):
         run = train_tiny(max_steps=6, pairs_per_step=10)  # 24 pairs: 10, 10, 4
         assert run.column("pairs") == [10, 10, 4] * 2
@@ -233,7 +229,7 @@ class TestLearning:
         with torch.no_grad():
             ref = own_logps(model, pairs)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-2, weight_decay=0)
-        for line, indices in zip(run.metrics, steps_of(24, 6, seed=0, steps=6), strict=True):
+        for line, indices in zip(run.metrics, toy_steps(6), strict=True):
             losses, margins = [], []
             for i in indices:
                 chosen, rejected = own_logps(model, [pairs[i]]) - ref[2 * i : 2 * i + 2]
@@ -332,9 +328,15 @@ class TestAccumulation:
     )
     def test_tokens_per_batch_sets_no_result(self, train_tiny, settings, micro_batches):
         # Adam divides by the gradient's own size, which turns rounding of tiny gradients into whole updates: damped.
-        common = {"max_steps": len(micro_batches), "learning_rate": 3e-2, "adam_epsilon": 1e-2, **settings}
+        common = {
+            "max_steps": len(micro_batches),
+            "learning_rate": 3e-2,
+            "adam_epsilon": 1e-2,
+            "max_length": 30,
+            **settings,
+        }
         whole = train_tiny("whole", tokens_per_batch=4000, **common)
-        split = train_tiny("split", tokens_per_batch=96, **common)
+        split = train_tiny("split", tokens_per_batch=60, **common)
         assert whole.column("micro_batches") == micro_batches
         assert all(count >= 2 for count in split.column("micro_batches"))
         assert len({*split.column("micro_batches")}) > 1  # uneven
@@ -490,7 +492,7 @@ def training_forward(monkeypatch, change: Callable[[Policy, Any, Any], Any]) -> 
 
 def second_step_pair() -> int:
     """A pair that the second step of the toy run sees first."""
-    return list(steps_of(24, 6, seed=0, steps=2))[1][0]
+    return toy_steps(2)[1][0]
 
 
 class TestDivergence:

@@ -1,0 +1,143 @@
+"""Which attention backend a model runs on: the first in a stated order that can do what the model needs here."""
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+
+from fused_dpo_engine.attention_call import Backend
+from fused_dpo_engine.errors import UserError
+
+ORDER = ("flash_attn_3", "flash_attn_4", "flash_attn_2", "varlen", "flex", "sdpa")
+"""flash-attn where its packages can be imported, then torch's own variable-length kernel, FlexAttention, and SDPA a
+segment, which does everything anywhere."""
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class AttentionNeeds:
+    """What a model asks of its attention."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    """Of queries and keys."""
+    value_dim: int
+    window: int | None = None
+    """Of the layers that have a sliding window."""
+    softcap: float | None = None
+    sinks: bool = False
+
+
+def why_not(
+    name: str, needs: AttentionNeeds, device: torch.device, dtype: torch.dtype, capability: tuple[int, int] | None
+) -> str | None:
+    """Why a backend, if it is installed, cannot serve these needs; None if it can.
+
+    Args:
+        name: one of `ORDER`.
+        needs: of the model.
+        device: that the model computes on.
+        dtype: that it computes in.
+        capability: compute capability of a CUDA device, such as (9, 0).
+    """
+    if name == "sdpa":
+        return None
+    if device.type != "cuda" or capability is None or capability < (8, 0):
+        return "it needs a CUDA device of compute capability 8.0 or later"
+    if dtype not in _HALF:
+        return f"it computes in float16 or bfloat16, not in {dtype}"
+    if name == "flex":
+        return None
+    if needs.sinks:
+        return "it has no attention sinks"
+    if needs.head_dim != needs.value_dim:
+        return f"it needs values as wide as keys, not {needs.value_dim} and {needs.head_dim}"
+    widest = 128 if name == "flash_attn_4" else 256
+    if needs.head_dim > widest:
+        return f"its heads are at most {widest} wide, not {needs.head_dim}"
+    if needs.softcap is not None and name in ("varlen", "flash_attn_4"):
+        return "it has no softcap"
+    if needs.window is not None and name == "flash_attn_4":
+        return "its backward has no sliding window"
+    if name == "flash_attn_3" and capability[0] != 9:
+        return "it is made for Hopper (compute capability 9)"
+    if name == "flash_attn_4" and capability[0] not in (9, 10, 11):
+        return "it is made for Hopper and Blackwell (compute capability 9 to 11)"
+    return None
+
+
+def choose_backend(
+    needs: AttentionNeeds,
+    device: torch.device,
+    dtype: torch.dtype,
+    capability: tuple[int, int] | None,
+    available: Collection[str],
+    wanted: str = "auto",
+) -> str:
+    """The first backend of `ORDER` that is available and can serve the needs, or the one that is wanted.
+
+    Raises:
+        UserError: the one that is wanted is not there or cannot serve them.
+    """
+    if wanted == "auto":
+        able = (n for n in ORDER if n in available and why_not(n, needs, device, dtype, capability) is None)
+        return next(able)
+    if wanted not in available:
+        raise UserError(f"--attention {wanted}: not installed here; installed are {', '.join(sorted(available))}.")
+    reason = why_not(wanted, needs, device, dtype, capability)
+    if reason:
+        raise UserError(f"--attention {wanted} cannot run this model: {reason}; --attention auto finds one that can.")
+    return wanted
+
+
+def available_backends() -> set[str]:
+    """Backends whose packages are installed here."""
+    found = {"flex", "sdpa"}
+    if _has_module("torch.nn.attention.varlen"):
+        found.add("varlen")
+    if _has_module("flash_attn_interface"):
+        found.add("flash_attn_3")
+    if _has_module("flash_attn.cute"):
+        found.add("flash_attn_4")
+    try:
+        major, minor = importlib.metadata.version("flash-attn").split(".")[:2]
+        if (int(major), int(minor)) >= (2, 6):  # the first with softcap; bottom-right alignment since 2.1
+            found.add("flash_attn_2")
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        pass
+    return found
+
+
+def load_backend(name: str) -> Backend:
+    """The function of a backend, its package imported.
+
+    Raises:
+        UserError: the package is there but cannot be imported.
+    """
+    if name == "sdpa":
+        from fused_dpo_engine.attention_segments import segment_attention
+
+        return segment_attention
+    if name == "flex":
+        from fused_dpo_engine.attention_flex import flex_backend
+
+        return flex_backend
+    from fused_dpo_engine.attention_varlen import load_varlen
+
+    try:
+        return load_varlen(name)
+    except (ImportError, AttributeError, OSError) as error:
+        raise UserError(
+            f"attention backend {name} is installed but cannot be imported: {error}; mend the package, or give another "
+            f"--attention (varlen, flex, sdpa)."
+        ) from error
+
+
+def _has_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):  # a parent package that is missing or broken
+        return False

@@ -1,0 +1,80 @@
+"""Packed attention through FlexAttention: softcap and sinks on CUDA with torch alone.
+
+The mask says who sees whom, so keys need no gathering. Not run on a GPU yet; torch has no backward for it on a CPU, so
+the tests check its forward there, and `verify_backend` both on the user's device.
+"""
+
+from functools import cache
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
+
+from fused_dpo_engine.attention_call import AttentionCall, not_traced
+from fused_dpo_engine.packing import AttentionPlan
+
+_masks: WeakKeyDictionary[AttentionPlan, dict[Any, BlockMask]] = WeakKeyDictionary()
+"""Masks of the batches that are still in use, by window: the layers of a model share one or two."""
+
+
+def flex_backend(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, call: AttentionCall) -> Tensor:
+    """See `fused_dpo_engine.attention_call.Backend`.
+
+    Memory: the mask is made from T² booleans once a batch and kept as a map of 128 x 128 blocks.
+    """
+    q, k, v = (tensor.to(value.dtype) for tensor in (query, key, value))
+    softcap = call.softcap
+
+    def capped(score: Tensor, *_: Tensor) -> Tensor:
+        return score if softcap is None else softcap * torch.tanh(score / softcap)
+
+    out = _flex(q.device.type)(
+        q,
+        k,
+        v,
+        score_mod=None if softcap is None else capped,
+        block_mask=block_mask(plan, call.window, q.device),
+        scale=call.scaling,
+        enable_gqa=q.shape[1] != k.shape[1],
+        return_aux=None if call.sinks is None else AuxRequest(lse=True),
+    )
+    if call.sinks is not None:
+        out, aux = out
+        # The sink joins the softmax's denominator: exp(lse) / (exp(lse) + exp(sink)) of every weight is left.
+        out = out * torch.sigmoid(aux.lse - call.sinks.float().view(1, -1, 1))[..., None].to(out.dtype)
+    return out.transpose(1, 2)
+
+
+@not_traced
+def block_mask(plan: AttentionPlan, window: int | None, device: torch.device) -> BlockMask:
+    """The plan as a block mask over the packed row, made once a batch and window."""
+    masks = _masks.setdefault(plan, {})
+    if (window, device) not in masks:
+        masks[window, device] = _make_mask(plan, window, device)
+    return masks[window, device]
+
+
+def _make_mask(plan: AttentionPlan, window: int | None, device: torch.device) -> BlockMask:
+    length = plan.segments[-1].stop
+    table = np.empty((4, length), dtype=np.int64)
+    for start, stop, trunk, shared in plan.segments:
+        first = plan.segments[trunk].start
+        table[:3, start:stop] = [[start], [first], [first + shared]]
+        table[3, start:stop] = np.arange(shared, shared + stop - start)
+    start, first, shared_stop, position = torch.from_numpy(table).to(device)
+
+    def sees(_batch: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        own = (start[q] <= k) & (k <= q)
+        visible = own | ((first[q] <= k) & (k < shared_stop[q]))
+        return visible if window is None else visible & (position[q] - position[k] < window)
+
+    return create_block_mask(sees, None, None, length, length, device=device)
+
+
+@cache
+def _flex(device: str) -> Any:
+    """Compiled for CUDA, where nothing else is fast; elsewhere torch's plain form of the same."""
+    return torch.compile(flex_attention, dynamic=True) if device == "cuda" else flex_attention

@@ -1,0 +1,71 @@
+"""Packed attention a segment at a time through torch's SDPA: any device and dtype, softcap, windows and sinks."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fused_dpo_engine.attention_call import AttentionCall, not_traced
+from fused_dpo_engine.packing import AttentionPlan
+
+
+@not_traced
+def segment_attention(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, call: AttentionCall) -> Tensor:
+    """Attention of every segment over its trunk's shared rows and its own, causal and aligned bottom-right.
+
+    Args:
+        query: [B, H, T, head dim]; B is 1, but for one segment that is all of the row.
+        key: [B, H_kv, T, head dim]; H a multiple of H_kv.
+        value: [B, H_kv, T, value dim].
+        plan: the segments.
+        call: what the layer asks for.
+
+    Returns:
+        [B, T, H, value dim], in the values' dtype.
+
+    Numerics:
+        fp32 on a CPU also for half-precision inputs: oneDNN compiles half-precision products anew for every length,
+        and segments come in all lengths; fp32 is as fast on segments this short (measured), and more accurate.
+    """
+    dtype, device = value.dtype, query.device.type
+    compute_dtype = torch.promote_types(dtype, torch.float32) if device == "cpu" else dtype
+    lengths = [segment.stop - segment.start for segment in plan.segments]
+    # Split once: slices would each send back a gradient as long as the whole row.
+    queries, keys, values = (tensor.to(compute_dtype).split(lengths, dim=2) for tensor in (query, key, value))
+    pieces = []
+    with torch.autocast(device, enabled=False):
+        for at, segment in enumerate(plan.segments):
+            k, v = keys[at], values[at]
+            if segment.shared:
+                k = torch.cat((keys[segment.trunk][:, :, : segment.shared], k), dim=2)
+                v = torch.cat((values[segment.trunk][:, :, : segment.shared], v), dim=2)
+            pieces.append(causal_attention(queries[at], k, v, call).transpose(1, 2))
+    return torch.cat(pieces, dim=1).to(dtype)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
+    """Attention of the last L of S tokens: q [B, H, L, D], k and v [B, H_kv, S, ...] -> [B, H, L, value dim]."""
+    queries, keys = q.shape[2], k.shape[2]
+    mask = None
+    if queries < keys or (call.window is not None and call.window < keys):
+        distance = torch.arange(keys - queries, keys, device=q.device)[:, None] - torch.arange(keys, device=q.device)
+        mask = distance >= 0
+        if call.window is not None:
+            mask &= distance < call.window
+    if call.softcap is None and call.sinks is None:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=call.scaling, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    # No fused kernel of torch caps the scores or has sinks on every device: spelled out, softmax in fp32 as models do.
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    scores = q @ k.transpose(2, 3) * call.scaling
+    if call.softcap is not None:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
+    if mask is None:
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril_()
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if call.sinks is not None:  # one more key a head, with a score of its own and the value 0
+        sinks = call.sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat((scores, sinks), dim=-1)
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    return weights[..., :keys].to(v.dtype) @ v

@@ -1,0 +1,112 @@
+"""Tokenizers and causal language models from folders or names, checked before anything is computed."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from fused_dpo import head_of
+from fused_dpo.precision import has_bf16_units
+from fused_dpo_engine.attention import ATTENTION_NAME
+from fused_dpo_engine.config import ModelOptions
+from fused_dpo_engine.errors import UserError
+from fused_dpo_engine.support import check_packable
+
+
+def choose_device(options: ModelOptions) -> torch.device:
+    """The device that `--device` means here."""
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but torch sees no CUDA device; use --device cpu or install a CUDA build.")
+    if options.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(options.device)
+
+
+def choose_dtype(options: ModelOptions, device: torch.device) -> torch.dtype:
+    """The compute dtype that `--dtype` means on this device."""
+    if options.dtype == "auto":
+        return torch.bfloat16 if has_bf16_units(device) else torch.float32
+    return getattr(torch, options.dtype)
+
+
+def load_tokenizer(name: str, options: ModelOptions) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model.
+
+    Raises:
+        UserError: there is none.
+    """
+    _check_source(name)
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=options.trust_remote_code)
+    except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
+        raise UserError(
+            f"no tokenizer could be loaded from {name}: {first_line(error)} A model folder needs the tokenizer files "
+            f"(tokenizer.json, tokenizer_config.json) beside the weights; save them there with save_pretrained."
+        ) from error
+
+
+def load_model(
+    name: str, options: ModelOptions, dtype: torch.dtype, device: torch.device, *, packing: bool = True
+) -> PreTrainedModel:
+    """A causal language model, dropout off.
+
+    With `packing` it attends through `fused_dpo` and is checked to be packable, otherwise as transformers has it.
+
+    Raises:
+        UserError: it cannot be loaded, or its architecture cannot run packed.
+    """
+    _check_source(name)
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=options.trust_remote_code)
+        _switch_dropout_off(config)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name,
+            config=config,
+            dtype=dtype,
+            attn_implementation=ATTENTION_NAME if packing else _own_attention(config),
+            trust_remote_code=options.trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+        model, info = loaded
+    except (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"no causal language model could be loaded from {name}: {first_line(error)}") from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise UserError(
+            f"the weights in {name} lack {len(missing)} tensors that its configuration asks for, such as {missing[0]}; "
+            f"they would be random."
+        )
+    if packing:
+        check_packable(model)
+    try:
+        head_of(model)
+    except (NotImplementedError, TypeError) as error:
+        raise UserError(f"{name}: {first_line(error)}") from error
+    return model.to(device)
+
+
+def _own_attention(config: Any) -> str | None:
+    """transformers' choice, but never SDPA for a model with softcap: some releases leave the cap out silently."""
+    return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
+
+
+def _switch_dropout_off(config: Any) -> None:
+    """Policy and reference have to be the same function, so neither drops anything: no module, and no call without."""
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        for name, value in vars(part).items():
+            if isinstance(value, float) and ("drop" in name or name.endswith("pdrop")):
+                setattr(part, name, 0.0)
+
+
+def _check_source(name: str) -> None:
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise UserError(f"model folder {name} does not exist.")
+
+
+def first_line(error: BaseException) -> str:
+    """An error's message as one sentence."""
+    line = str(error).strip().split("\n")[0]
+    return line if line.endswith(".") else f"{line}."

@@ -1,0 +1,145 @@
+"""Which pairs go into one forward pass: packed rows as full as they get, or padded batches in the order given."""
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from fused_dpo_engine.batches import PairBatch
+from fused_dpo_engine.config import PackingOptions
+from fused_dpo_engine.packing import pack
+from fused_dpo_engine.padding import pad
+from fused_dpo_engine.pairs import TokenPair
+from fused_dpo_engine.sharing import place_sequences, prompt_groups, shared_length
+
+
+class PlannedBatch(NamedTuple):
+    """The pairs of one forward pass."""
+
+    indices: list[int]
+    slots: int
+    """Token slots that it takes, at most the budget."""
+
+
+def plan_batches(costs: Sequence[int], budget: int) -> list[list[int]]:
+    """Put items into as few batches of at most `budget` tokens as best-fit-decreasing finds.
+
+    Deterministic: ties go to the earlier item. Batches come in the order of their first item's cost, items within a
+    batch in ascending order.
+
+    Args:
+        costs: tokens of each item.
+        budget: tokens a batch may hold.
+
+    Returns:
+        Lists of positions in `costs`.
+
+    Raises:
+        ValueError: an item alone is larger than the budget.
+
+    Source:
+        Johnson, 1973, Near-optimal bin packing algorithms; the sorted list of free space makes it O(n log n).
+    """
+    batches: list[list[int]] = []
+    free: list[tuple[int, int]] = []  # (tokens left, batch), ascending
+    for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        cost = costs[item]
+        if cost > budget:
+            raise ValueError(
+                f"a pair of {cost} tokens does not fit into a batch of {budget}; raise tokens_per_batch or lower "
+                f"max_length (a pair takes up to 2 x max_length)."
+            )
+        at = bisect_left(free, (cost, -1))
+        if at < len(free):
+            left, batch = free.pop(at)
+        else:
+            left, batch = budget, len(batches)
+            batches.append([])
+        batches[batch].append(item)
+        insort(free, (left - cost, batch))
+    return [sorted(batch) for batch in batches]
+
+
+def share_units(pairs: Sequence[TokenPair], indices: Sequence[int], budget: int) -> tuple[list[list[int]], list[int]]:
+    """What stays together in a packed row, with the rows it takes: the pairs on a prompt, as far as they fit.
+
+    A prompt with more pairs than `budget` tokens hold is cut into several units, each of which computes it anew.
+
+    Returns:
+        (units, costs): lists of pair indices, and rows of each.
+    """
+    units: list[list[int]] = []
+    costs: list[int] = []
+    for group in prompt_groups(pairs, indices):
+        trunk = None
+        for index in group:
+            pair = pairs[index]
+            if trunk is not None:
+                cost = sum(len(ids) - shared_length(trunk, ids) for ids in (pair.chosen_ids, pair.rejected_ids))
+                if costs[-1] + cost <= budget:
+                    units[-1].append(index)
+                    costs[-1] += cost
+                    continue
+            trunk = pair.chosen_ids
+            units.append([index])
+            costs.append(pair.num_tokens - shared_length(trunk, pair.rejected_ids))
+    return units, costs
+
+
+def plan_packed(pairs: Sequence[TokenPair], indices: Sequence[int], budget: int, *, share: bool) -> list[PlannedBatch]:
+    """Split the pairs at `indices` into packed rows of at most `budget` tokens; no pair is split.
+
+    Raises:
+        ValueError: a pair alone is larger than the budget.
+    """
+    if share:
+        units, costs = share_units(pairs, indices, budget)
+    else:
+        units, costs = [[index] for index in indices], [pairs[index].num_tokens for index in indices]
+    return [
+        PlannedBatch([index for unit in batch for index in units[unit]], sum(costs[unit] for unit in batch))
+        for batch in plan_batches(costs, budget)
+    ]
+
+
+def plan_padded(pairs: Sequence[TokenPair], indices: Sequence[int], budget: int) -> list[PlannedBatch]:
+    """Split the pairs into padded batches of at most `budget` slots, one after the other as trainers do it.
+
+    Raises:
+        ValueError: a pair alone is larger than the budget.
+    """
+    batches: list[PlannedBatch] = []
+    width = 0
+    for index in indices:
+        length = max(len(pairs[index].chosen_ids), len(pairs[index].rejected_ids))
+        if 2 * length > budget:
+            raise ValueError(
+                f"a padded pair of {2 * length} tokens does not fit into a batch of {budget}; raise tokens_per_batch "
+                f"or lower max_length (a pair takes up to 2 x max_length)."
+            )
+        together = [*batches[-1].indices, index] if batches else [index]
+        if batches and 2 * len(together) * max(width, length) <= budget:
+            width = max(width, length)
+            batches[-1] = PlannedBatch(together, 2 * len(together) * width)
+        else:
+            width = length
+            batches.append(PlannedBatch([index], 2 * width))
+    return batches
+
+
+def plan_pairs(pairs: Sequence[TokenPair], indices: Sequence[int], options: PackingOptions) -> list[PlannedBatch]:
+    """Split the pairs at `indices` into forward passes as the options say."""
+    if not options.packing:
+        return plan_padded(pairs, indices, options.tokens_per_batch)
+    return plan_packed(pairs, indices, options.tokens_per_batch, share=options.prefix_sharing)
+
+
+def build_batch(pairs: Sequence[TokenPair], indices: Sequence[int], options: PackingOptions) -> PairBatch:
+    """Lay out the pairs at `indices` for one forward pass as the options say."""
+    return pack(pairs, indices, share=options.prefix_sharing) if options.packing else pad(pairs, indices)
+
+
+def count_slots(pairs: Sequence[TokenPair], indices: Sequence[int], options: PackingOptions) -> int:
+    """Token slots of a forward pass over the pairs at `indices`."""
+    if options.packing:
+        return sum(placement.num_rows for placement in place_sequences(pairs, indices, share=options.prefix_sharing))
+    return 2 * len(indices) * max(max(len(pairs[i].chosen_ids), len(pairs[i].rejected_ids)) for i in indices)

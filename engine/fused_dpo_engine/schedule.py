@@ -1,0 +1,137 @@
+"""Which pairs every optimizer step sees, and in which forward passes: a function of pairs, settings and seed alone."""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from fused_dpo_engine.config import PackingOptions, RunOptions
+from fused_dpo_engine.pairs import TokenPair
+from fused_dpo_engine.planning import PlannedBatch, count_slots, plan_pairs
+from fused_dpo_engine.sharing import prompt_groups
+
+
+class Step(NamedTuple):
+    """One optimizer step as one rank sees it."""
+
+    batches: list[PlannedBatch]
+    """This rank's forward passes, as many as on every other rank."""
+    indices: list[int]
+    """Pairs of the step on all ranks: the loss is their mean."""
+
+
+class Schedule:
+    """The steps of a run.
+
+    Every epoch shuffles the prompts; pairs on one prompt follow each other, so that a forward pass can share it. The
+    order is the same with and without packing or prefix sharing. A step takes the next `pairs_per_step` pairs,
+    or, with `batches_per_step`, so many full forward passes, planned over windows of about `plan_window` pairs.
+
+    Args:
+        pairs: all pairs.
+        run: number of steps, pairs a step, seed.
+        packing: the forward passes.
+        num_ranks: processes that share every step.
+        rank: which of them.
+
+    Raises:
+        ValueError: a pair larger than a forward pass, or too few pairs in a step to give each rank as many passes.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[TokenPair],
+        run: RunOptions,
+        packing: PackingOptions,
+        *,
+        num_ranks: int = 1,
+        rank: int = 0,
+    ) -> None:
+        self.pairs, self.run, self.packing = pairs, run, packing
+        self.num_ranks, self.rank = num_ranks, rank
+        self._groups = prompt_groups(pairs, range(len(pairs)))
+        self.total_steps = run.max_steps or max(1, self._steps_in(run.epochs))
+
+    def __iter__(self) -> Iterator[Step]:
+        """All steps of the run, epoch after epoch."""
+        done, epoch = 0, 0
+        while done < self.total_steps:
+            for step in self.epoch(epoch)[: self.total_steps - done]:
+                yield step
+                done += 1
+            epoch += 1
+
+    def first_pass(self) -> list[Step]:
+        """The steps in which the run sees its pairs for the first time."""
+        return self.epoch(0)[: self.total_steps]
+
+    def epoch(self, epoch: int) -> list[Step]:
+        """All steps of one pass over the pairs."""
+        shuffled = np.random.default_rng((self.run.seed, epoch)).permutation(len(self._groups)).tolist()
+        order = [index for group in shuffled for index in self._groups[group]]
+        if self.packing.batches_per_step is not None:
+            return self._steps_of_batches(order, self.packing.batches_per_step, epoch)
+        size = self.run.pairs_per_step
+        return [self._step_of_pairs(order[at : at + size]) for at in range(0, len(order), size)]
+
+    def _steps_in(self, epochs: float) -> int:
+        """Steps of so many epochs; only full forward passes differ in number from epoch to epoch."""
+        if self.packing.batches_per_step is None:
+            return math.ceil(epochs * math.ceil(len(self.pairs) / self.run.pairs_per_step))
+        whole, part = int(epochs), epochs % 1
+        steps = sum(len(self.epoch(epoch)) for epoch in range(whole))
+        return steps + (math.ceil(part * len(self.epoch(whole))) if part else 0)
+
+    def _step_of_pairs(self, indices: list[int]) -> Step:
+        batches = self._evenly(plan_pairs(self.pairs, indices, self.packing))
+        return Step(batches[self.rank :: self.num_ranks], indices)
+
+    def _steps_of_batches(self, order: list[int], batches_per_step: int, epoch: int) -> list[Step]:
+        rounds = self._plan_windows(order, epoch)
+        steps = []
+        for at in range(0, len(rounds), batches_per_step):
+            taken = rounds[at : at + batches_per_step]
+            indices = [index for row in taken for batch in row for index in batch.indices]
+            steps.append(Step([row[self.rank] for row in taken], indices))
+        return steps
+
+    def _plan_windows(self, order: list[int], epoch: int) -> list[list[PlannedBatch]]:
+        """Forward passes in rounds of one a rank, alike in size within a round, the rounds of a window shuffled.
+
+        What a window leaves in its emptiest passes goes into the next window, so that only the last can have any.
+        """
+        windows = max(1, round(len(order) / self.packing.plan_window))
+        edges = [round(len(order) * i / windows) for i in range(windows + 1)]
+        ranks, random = self.num_ranks, np.random.default_rng((self.run.seed, epoch, 1))
+        rounds: list[list[PlannedBatch]] = []
+        left: list[int] = []
+        for window in range(windows):
+            batches = plan_pairs(self.pairs, left + order[edges[window] : edges[window + 1]], self.packing)
+            batches.sort(key=lambda batch: -batch.slots)
+            if window + 1 < windows:
+                full = (len(batches) - 1) // ranks * ranks
+                left = [index for batch in batches[full:] for index in batch.indices]
+                batches = batches[:full]
+            else:
+                batches = self._evenly(batches)
+            here = [batches[at : at + ranks] for at in range(0, len(batches), ranks)]
+            rounds += [here[at] for at in random.permutation(len(here)).tolist()]
+        return rounds
+
+    def _evenly(self, batches: list[PlannedBatch]) -> list[PlannedBatch]:
+        """Split the batches of most pairs in two until every rank gets as many batches."""
+        batches = list(batches)
+        while len(batches) % self.num_ranks:
+            largest = max(range(len(batches)), key=lambda at: len(batches[at].indices))
+            indices = batches[largest].indices
+            if len(indices) < 2:
+                raise ValueError(
+                    f"{len(batches)} forward passes of one pair each cannot be dealt to {self.num_ranks} ranks in "
+                    f"equal numbers; raise pairs_per_step."
+                )
+            halves = indices[: len(indices) // 2], indices[len(indices) // 2 :]
+            batches[largest : largest + 1] = [
+                PlannedBatch(half, count_slots(self.pairs, half, self.packing)) for half in halves
+            ]
+        return batches

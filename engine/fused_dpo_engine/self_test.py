@@ -1,0 +1,91 @@
+"""The set-up test on the user's own model: what goes wrong in attention or head is silent everywhere else."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from fused_dpo import get_batch_logps
+from fused_dpo_engine.attention import ATTENTION_NAME, verify_backend
+from fused_dpo_engine.config import PackingOptions
+from fused_dpo_engine.errors import UserError
+from fused_dpo_engine.padding import IGNORED
+from fused_dpo_engine.pairs import TokenPair
+from fused_dpo_engine.planning import build_batch, count_slots
+from fused_dpo_engine.policy import Policy
+from fused_dpo_engine.support import attention_needs
+
+
+def pairs_to_test(pairs: Sequence[TokenPair], options: PackingOptions) -> list[int]:
+    """The two shortest pairs and the median one, if they fit; with eight scored tokens a side where there are such.
+
+    The model's own half-precision logits are rounded by up to a tenth of a nat, which a mean over few tokens shows.
+    """
+
+    def key(index: int) -> tuple[bool, int, int]:
+        pair = pairs[index]
+        return min(pair.chosen_length, pair.rejected_length) < 8, pair.num_tokens, index
+
+    ranked = sorted(range(len(pairs)), key=key)
+    taken: list[int] = []
+    for index in dict.fromkeys((*ranked[:2], ranked[len(ranked) // 2])):
+        if not taken or count_slots(pairs, [*taken, index], options) <= options.tokens_per_batch:
+            taken.append(index)
+    return taken
+
+
+@torch.no_grad()
+def self_test(policy: Policy, pairs: Sequence[TokenPair], options: PackingOptions) -> None:
+    """Compare the layout and head that training will use with the model's own forward, one sequence at a time.
+
+    The model's own forward means its own attention (eager) and its own logits: packing, prefix sharing, the attention
+    backend and the fused head are all on the other side. A backend other than SDPA is first compared by itself,
+    gradients too.
+
+    Args:
+        policy: before it is compiled.
+        pairs: at least one; all of them are scored.
+        options: how training lays them out.
+
+    Raises:
+        UserError: mean token log-probs differ by more than 0.001 in float32, or 0.1 in bfloat16 (where the model's
+            own logits are rounded to 8 bits; sequences that see each other are off by several nats).
+    """
+    if policy.attention_name != "sdpa":
+        needs = attention_needs(policy.causal_lm)
+        verify_backend(policy.attention_name, policy.attention, needs, policy.device, policy.compute_dtype)
+    batch = build_batch(pairs, range(len(pairs)), options).to(policy.device)
+    got = policy.score(batch, None).tolist()
+    bound = 0.1 if policy.compute_dtype.itemsize == 2 else 1e-3
+    sequences = [(pair, ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
+    with _own_attention(policy):
+        for ours, (pair, ids) in zip(got, sequences, strict=True):
+            tokens = torch.tensor([ids.tolist()], device=policy.device)
+            labels = tokens.clone()
+            labels[:, : pair.prompt_length] = IGNORED
+            with policy.autocast():
+                logits = policy.causal_lm(input_ids=tokens, use_cache=False).logits
+            own = float(get_batch_logps(logits, labels)[0])
+            count = len(ids) - pair.prompt_length
+            if not abs(ours - own) / count <= bound:
+                layout = "packed" if options.packing else "padded"
+                raise UserError(
+                    f"{type(policy.causal_lm).__name__} does not score {layout} sequences as it scores them one by "
+                    f"one: mean token log-prob {ours / count:.4f} {layout}, {own / count:.4f} alone (bound {bound}); "
+                    f"this architecture is not supported"
+                    + ("; --no-packing trains it on padded batches, if those pass." if options.packing else ".")
+                )
+
+
+@contextmanager
+def _own_attention(policy: Policy) -> Iterator[None]:
+    """Attention as the model's authors wrote it, for the block."""
+    model = policy.causal_lm
+    if model.config._attn_implementation != ATTENTION_NAME:
+        yield
+        return
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(ATTENTION_NAME)

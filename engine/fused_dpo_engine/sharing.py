@@ -1,0 +1,73 @@
+"""What the sequences on one prompt have in common: computed once, and seen by all of them."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from fused_dpo_engine.pairs import TokenPair
+
+
+class Placement(NamedTuple):
+    """One sequence of a packed row: the first `shared` of its tokens are those of its trunk, the rest is laid down."""
+
+    sequence: int
+    """2 x position of its pair, + 1 for the rejected side."""
+    ids: np.ndarray
+    """int32, all its tokens."""
+    trunk: int
+    """Place of the sequence it shares its beginning with; its own place if it shares none."""
+    shared: int
+    """Tokens it has in common with the trunk, at most all but one: 0 for a trunk."""
+
+    @property
+    def num_rows(self) -> int:
+        """Tokens it adds to the packed row."""
+        return len(self.ids) - self.shared
+
+
+def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    """Length of the longest common prefix of two token sequences."""
+    length = min(len(a), len(b))
+    different = a[:length] != b[:length]
+    first = int(different.argmax()) if length else 0
+    return first if length and different[first] else length
+
+
+def shared_length(trunk: np.ndarray, ids: np.ndarray) -> int:
+    """Tokens of `ids` that need not be computed beside `trunk`: the common prefix, at least one token left over.
+
+    What is left has to hold at least one row, as an attention segment without queries is none.
+    """
+    return min(common_prefix(trunk, ids), len(ids) - 1)
+
+
+def prompt_groups(pairs: Sequence[TokenPair], indices: Sequence[int]) -> list[list[int]]:
+    """The indices grouped by the tokens of their prompts, groups and members in the order given."""
+    groups: dict[bytes, list[int]] = {}
+    for index in indices:
+        groups.setdefault(pairs[index].prompt_key, []).append(index)
+    return list(groups.values())
+
+
+def place_sequences(pairs: Sequence[TokenPair], indices: Sequence[int], *, share: bool) -> list[Placement]:
+    """Lay out both sequences of `pairs[i] for i in indices` in one row, without gaps.
+
+    With `share`, pairs on the same prompt form one group, `[prompt + r1 | r2 | r3 ...]`: the first pair's chosen
+    sequence is the trunk, and every other sequence begins where it parts from it, be that in the middle of a response.
+    Without, every sequence stands there in full.
+
+    Returns:
+        The sequences in the order of the row.
+    """
+    position = {index: place for place, index in enumerate(indices)}
+    placements: list[Placement] = []
+    for group in prompt_groups(pairs, indices) if share else [list(indices)]:
+        trunk = len(placements)
+        for index in group:
+            pair = pairs[index]
+            for side, ids in enumerate((pair.chosen_ids, pair.rejected_ids)):
+                here, sequence = len(placements), 2 * position[index] + side
+                shared = shared_length(placements[trunk].ids, ids) if share and here > trunk else 0
+                placements.append(Placement(sequence, ids, trunk if shared else here, shared))
+    return placements

@@ -1,0 +1,81 @@
+"""Models and tokenizers from folders: what is loaded, and what is refused with a message."""
+
+import logging
+
+import pytest
+import torch
+
+from fused_dpo_engine.attention import ATTENTION_NAME
+from fused_dpo_engine.config import ModelOptions
+from fused_dpo_engine.errors import UserError
+from fused_dpo_engine.loading import choose_device, choose_dtype, load_model, load_tokenizer
+from tests.engine.helpers import VOCAB, save_folder, tiny_model
+
+CPU = torch.device("cpu")
+
+
+class TestLoading:
+    @pytest.mark.parametrize(("family", "own"), [("llama", "sdpa"), ("gemma2", "eager")])
+    def test_attention(self, tmp_path, family, own):
+        """SDPA leaves out Gemma 2's softcap in some releases of transformers."""
+        folder = save_folder(tmp_path / family, family, tokenizer=None)
+        names = [
+            load_model(str(folder), ModelOptions(""), torch.float32, CPU, packing=packing).config._attn_implementation
+            for packing in (True, False)
+        ]
+        assert names == [ATTENTION_NAME, own]
+
+    def test_missing_weights(self, tmp_path):
+        folder = save_folder(tmp_path / "model", tokenizer=None)
+        (folder / "model.safetensors").unlink()
+        with pytest.raises(UserError, match=rf"no causal language model could be loaded from {folder}"):
+            load_model(str(folder), ModelOptions(str(folder)), torch.float32, CPU)
+
+    def test_pickled_weights_are_not_loaded(self, tmp_path):
+        folder = save_folder(tmp_path / "model", tokenizer=None)
+        (folder / "model.safetensors").unlink()
+        torch.save(tiny_model(dtype=torch.float32).state_dict(), folder / "pytorch_model.bin")
+        with pytest.raises(UserError, match="no causal language model could be loaded"):
+            load_model(str(folder), ModelOptions(str(folder)), torch.float32, CPU)
+
+    def test_weights_cut_short(self, tmp_path):
+        """As a broken download leaves them."""
+        folder = save_folder(tmp_path / "model", tokenizer=None)
+        weights = folder / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:1000])
+        with pytest.raises(UserError, match="no causal language model could be loaded"):
+            load_model(str(folder), ModelOptions(str(folder)), torch.float32, CPU)
+
+    def test_weights_of_another_model(self, tmp_path, caplog):
+        """Layers missing from the file would be made up at random, and trained without a word."""
+        folder = save_folder(tmp_path / "model", tokenizer=None)
+        other = save_folder(tmp_path / "other", tokenizer=None, num_hidden_layers=1)
+        (folder / "model.safetensors").write_bytes((other / "model.safetensors").read_bytes())
+        with caplog.at_level(logging.ERROR), pytest.raises(UserError, match=r"layers\.1"):
+            load_model(str(folder), ModelOptions(str(folder)), torch.float32, CPU)
+
+    def test_tokenizer_of_a_folder(self, tiny_llama, tmp_path):
+        assert len(load_tokenizer(str(tiny_llama), ModelOptions(""))) <= VOCAB
+        folder = save_folder(tmp_path / "bare", tokenizer=None)
+        with pytest.raises(UserError, match=rf"no tokenizer could be loaded from {folder}: .*tokenizer\.json"):
+            load_tokenizer(str(folder), ModelOptions(""))
+
+    @pytest.mark.parametrize("name", ["./nowhere", "~/nowhere-at-all", "{tmp_path}/nowhere"])
+    def test_missing_folders_never_reach_the_hub(self, tmp_path, name):
+        name = name.format(tmp_path=tmp_path)
+        with pytest.raises(UserError, match=rf"model folder {name} does not exist"):
+            load_tokenizer(name, ModelOptions(""))
+        with pytest.raises(UserError, match=rf"model folder {name} does not exist"):
+            load_model(name, ModelOptions(""), torch.float32, CPU)
+
+    def test_device_and_dtype(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert choose_device(ModelOptions("m")) == CPU
+        assert choose_device(ModelOptions("m", device="cpu")) == CPU
+        with pytest.raises(UserError, match="--device cpu"):
+            choose_device(ModelOptions("m", device="cuda"))
+        assert choose_dtype(ModelOptions("m", dtype="float32"), CPU) == torch.float32
+        assert choose_dtype(ModelOptions("m", dtype="bfloat16"), CPU) == torch.bfloat16
+        for units, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+            monkeypatch.setattr("fused_dpo_engine.loading.has_bf16_units", lambda _, units=units: units)
+            assert choose_dtype(ModelOptions("m"), CPU) == dtype

@@ -105,7 +105,7 @@ def verify_backend(
         q, k, v = (tensor.to(device, kind).requires_grad_() for tensor in tensors)
         with torch.enable_grad():
             out = function(q, k, v, plan, call)
-            return [out, *torch.autograd.grad(out, (q, k, v), upstream.to(device, kind))]
+            return [out.detach(), *torch.autograd.grad(out, (q, k, v), upstream.to(device, kind))]
 
     bound = 4 * torch.finfo(dtype).eps
     for what, got, true in zip(

@@ -7,6 +7,7 @@ import platform
 import torch
 
 from fused_dpo.precision import has_bf16_units
+from fused_dpo_engine.attention_choice import ORDER, available_backends
 
 PACKAGES = (
     "fused-dpo",
@@ -18,6 +19,8 @@ PACKAGES = (
     "peft",
     "accelerate",
     "flash-attn",
+    "flash-attn-4",
+    "liger-kernel",
 )
 
 
@@ -45,6 +48,7 @@ def describe() -> str:
     else:
         lines.append(("cuda", "no device"))
     lines.append(("head implementation", "triton" if torch.cuda.is_available() else "streaming"))
-    lines.append(("attention", "packed, torch SDPA a segment"))
+    there = available_backends()
+    lines.append(("attention", ", ".join(name for name in ORDER if name in there)))
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)

@@ -1,0 +1,136 @@
+"""torch.compile of the backbone: the same numbers, no new code for every batch, the reference the same function."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from fused_dpo_engine.attention_varlen import torch_backend
+from fused_dpo_engine.packing import PackedBatch, pack
+from fused_dpo_engine.policy import Policy
+from tests.engine.helpers import gradients, make_pairs, tiny_model, worst_gradient_error
+from tests.engine.kernels_in_torch import varlen_reference
+from tests.engine.test_policy import policy_of
+
+PAIRS = make_pairs(*[(5 + i, 7 + i % 3, 3 + i % 4) for i in range(15)])
+BATCHES = [pack(PAIRS, range(3 * i, 3 * i + 2 + i % 2)) for i in range(5)]
+"""Of different lengths and numbers of segments."""
+
+
+@torch.library.custom_op("fused_dpo_tests::varlen", mutates_args=())
+def opaque_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, scale: float, left: int
+) -> Tensor:
+    """A kernel that the compiler cannot look into, as the real ones."""
+    return varlen_reference(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, causal=True, left=left)
+
+
+@opaque_varlen.register_fake
+def _(q: Tensor, *_) -> Tensor:
+    return torch.empty_like(q)
+
+
+def traced_varlen_attn(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size=(-1, -1), enable_gqa=False
+) -> Tensor:
+    """With the signature of torch's."""
+    return opaque_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size[0])
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def compiled() -> Callable[..., tuple[Policy, CompileCounterWithBackend]]:
+    def make(model) -> tuple[Policy, CompileCounterWithBackend]:
+        policy, counter = policy_of(model), CompileCounterWithBackend("aot_eager")
+        policy.compile_backbone(backend=counter)  # pyright: ignore[reportArgumentType]
+        return policy, counter
+
+    return make
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_same_values_and_gradients(compiled, family):
+    model = tiny_model(family)
+    upstream = [torch.randn(2 * batch.num_pairs, dtype=torch.float64) for batch in BATCHES]
+
+    def run(policy: Policy, batch: PackedBatch, direction: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        logps = policy(batch)
+        return logps.detach(), gradients(model, logps @ direction)
+
+    expected = [run(policy_of(model), *case) for case in zip(BATCHES, upstream, strict=True)]
+    policy, counter = compiled(model)
+    frames = []
+    for case, (logps, grads) in zip(zip(BATCHES, upstream, strict=True), expected, strict=True):
+        got, got_grads = run(policy, *case)
+        torch.testing.assert_close(got, logps, rtol=1e-12, atol=1e-12)
+        assert worst_gradient_error(got_grads, grads) < 1e-6  # norms in fp32
+        frames.append(counter.frame_count)
+    assert frames[0] > 0  # it was compiled
+    assert frames[1:] == [frames[1]] * 4  # lengths become dynamic with the second batch, then all fit
+
+
+def test_variable_length_kernels_need_no_graph_break():
+    model = tiny_model()
+    with torch.no_grad():
+        expected = [policy_of(model)(batch) for batch in BATCHES]
+        counter = CompileCounterWithBackend("aot_eager")
+        policy = policy_of(model)
+        policy.attention = torch_backend(traced_varlen_attn)
+        policy.causal_lm.base_model.compile(backend=counter, dynamic=True, fullgraph=True)
+        frames = []
+        for batch, logps in zip(BATCHES, expected, strict=True):
+            torch.testing.assert_close(policy(batch), logps, rtol=1e-12, atol=1e-12)
+            frames.append(counter.frame_count)
+    assert frames[1:] == [frames[1]] * 4
+
+
+def test_the_reference_runs_the_code_of_training(compiled):
+    """Compiled apart for inference it might round differently, and the first rewards would not be exactly 0."""
+    policy, counter = compiled(tiny_model(dtype=torch.float32, num_hidden_layers=1))
+    trained = policy(BATCHES[0])
+    frames = counter.frame_count
+    with torch.no_grad():
+        scored = policy(BATCHES[0])
+    assert torch.equal(scored, trained)
+    assert trained.requires_grad
+    assert not scored.requires_grad
+    assert counter.frame_count == frames
+
+
+def test_adapters_switched_off(compiled):
+    base = policy_of(tiny_model(num_hidden_layers=1))(BATCHES[0])
+    model = get_peft_model(
+        tiny_model(num_hidden_layers=1), LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter += torch.randn_like(parameter)
+    policy, _ = compiled(model)
+    moved = policy(BATCHES[0])
+    with policy.as_reference():
+        torch.testing.assert_close(policy(BATCHES[0]), base, rtol=1e-12, atol=1e-12)
+    assert (moved - base).abs().min() > 1e-3
+    torch.testing.assert_close(policy(BATCHES[0]), moved)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing(compiled, use_reentrant):
+    model = tiny_model()
+    policy_of(model)(BATCHES[0]).sum().backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    policy, _ = compiled(model)
+    policy(BATCHES[0]).sum().backward()
+    grads = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert worst_gradient_error(grads, expected) < 1e-6  # pyright: ignore[reportArgumentType]

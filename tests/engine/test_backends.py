@@ -59,9 +59,13 @@ CASES = [
 ]
 
 
-def inputs(plan: AttentionPlan, kv_heads: int = 2, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+def inputs(plan: AttentionPlan, kv_heads: int = 2, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
     length = plan.segments[-1].stop
-    return [torch.randn(1, heads, length, 8, dtype=dtype, requires_grad=True) for heads in (4, kv_heads, kv_heads)]
+
+    def tensor(heads: int) -> Tensor:
+        return torch.randn(1, heads, length, 8, dtype=dtype, requires_grad=True)
+
+    return tensor(4), tensor(kv_heads), tensor(kv_heads)
 
 
 class TestArguments:

@@ -15,15 +15,21 @@ CPU = torch.device("cpu")
 
 
 class TestLoading:
-    @pytest.mark.parametrize(("family", "own"), [("llama", "sdpa"), ("gemma2", "eager")])
-    def test_attention(self, tmp_path, family, own):
-        """SDPA leaves out Gemma 2's softcap in some releases of transformers."""
+    @pytest.mark.parametrize(("family", "own"), [("llama", None), ("gemma2", "eager")])
+    def test_attention(self, tmp_path, family, own, monkeypatch):
+        """SDPA leaves out Gemma 2's softcap in some releases of transformers; None leaves them the choice."""
+        asked = []
+
+        def record(*_, attn_implementation, **__):
+            asked.append(attn_implementation)
+            raise ValueError("enough")
+
+        monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", record)
         folder = save_folder(tmp_path / family, family, tokenizer=None)
-        names = [
-            load_model(str(folder), ModelOptions(""), torch.float32, CPU, packing=packing).config._attn_implementation
-            for packing in (True, False)
-        ]
-        assert names == [ATTENTION_NAME, own]
+        for packing in (True, False):
+            with pytest.raises(UserError, match="enough"):
+                load_model(str(folder), ModelOptions(""), torch.float32, CPU, packing=packing)
+        assert asked == [ATTENTION_NAME, own]
 
     def test_missing_weights(self, tmp_path):
         folder = save_folder(tmp_path / "model", tokenizer=None)

@@ -47,20 +47,26 @@ def attention_needs(model: nn.Module) -> AttentionNeeds:
     """What the layers of a causal language model ask of an attention backend."""
     whole: Any = model.config
     config = whole.get_text_config()
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    if getattr(config, "qk_nope_head_dim", None):  # multi-head latent attention
-        head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
+    # Layers may differ (Gemma 4): the widest heads count.
+    layers = list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else [config]
+    widest = max(layers, key=_head_dim)
     windowed = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
     return AttentionNeeds(
-        num_heads=heads,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=head_dim,
-        value_dim=getattr(config, "v_head_dim", None) or head_dim,
+        num_heads=widest.num_attention_heads,
+        num_kv_heads=getattr(widest, "num_key_value_heads", None) or widest.num_attention_heads,
+        head_dim=_head_dim(widest),
+        value_dim=getattr(widest, "v_head_dim", None) or _head_dim(widest),
         window=getattr(config, "sliding_window", None) if windowed else None,
         softcap=getattr(config, "attn_logit_softcapping", None),
         sinks=any(name.endswith("sinks") for name, _ in model.named_parameters()),
     )
+
+
+def _head_dim(config: Any) -> int:
+    """Width of queries and keys."""
+    if getattr(config, "qk_nope_head_dim", None):  # multi-head latent attention
+        return config.qk_nope_head_dim + config.qk_rope_head_dim
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _rope_parameters(config: Any) -> list[dict[str, Any]]:

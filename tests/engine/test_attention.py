@@ -222,7 +222,9 @@ class TestCheckPackable:
     @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
     def test_warns_where_frequencies_depend_on_the_batch(self, kind):
         model = with_rope("llama", {"rope_type": kind, "rope_theta": 1e4, **ROPE[kind]})
-        with pytest.warns(UserWarning, match=f"'{kind}' picks its frequencies by the longest sequence"):
+        original = 64 if kind == "longrope" else 128
+        message = f"'{kind}' picks its frequencies by the longest sequence.*--max-length {original} keeps"
+        with pytest.warns(UserWarning, match=message):
             check_packable(model)
 
     def test_warns_where_one_kind_of_layer_does(self):
@@ -258,6 +260,17 @@ class TestNeeds:
     def test_read_from_the_model(self, family, expected):
         needs = attention_needs(build(family, **(GPT_OSS if family == "gpt_oss" else {})))
         assert {name: getattr(needs, name) for name in expected} == expected
+
+    def test_layers_that_differ(self):
+        """The widest heads decide, as in Gemma 4, whose full-attention layers are twice as wide."""
+        layers = [
+            SimpleNamespace(num_attention_heads=4, num_key_value_heads=n, head_dim=d) for n, d in ((4, 8), (2, 16))
+        ]
+        config = SimpleNamespace(is_heterogeneous=True, per_layer_config=layers)
+        config.get_text_config = lambda: config
+        model: Any = SimpleNamespace(config=config, named_parameters=lambda: [])
+        needs = attention_needs(model)
+        assert (needs.num_kv_heads, needs.head_dim, needs.value_dim) == (2, 16, 16)
 
     def test_a_window_that_no_layer_uses(self):
         assert attention_needs(build("qwen2", sliding_window=8, use_sliding_window=False)).window is None

@@ -2,11 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AttentionInterface
@@ -33,6 +36,7 @@ from tests.engine.helpers import (
     unshared_plan,
     worst_gradient_error,
 )
+from tests.engine.test_packing import any_pairs
 
 CPU = torch.device("cpu")
 
@@ -190,6 +194,28 @@ class TestEveryLayoutEqualsOneByOne:
 
     def test_sharing_computes_less(self):
         assert BATCH.num_slots < 0.7 * UNSHARED.num_slots == 0.7 * BATCH.num_tokens
+
+
+class TestAnyShapes:
+    """Small alphabets make equal prompts, equal responses, responses that extend others, and rarely nothing shared."""
+
+    @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
+    @settings(deadline=None, max_examples=30)
+    @given(pairs=any_pairs(), order=st.randoms(use_true_random=False))
+    def test_shared_equals_packed_equals_one_by_one(self, family, pairs, order):
+        model = model_for_shapes(family)
+        indices = order.sample(range(len(pairs)), len(pairs))
+        expected = own_logps(model, [pairs[i] for i in indices])
+        with torch.no_grad():
+            for share in (True, False):
+                logps = policy_of(model)(pack(pairs, indices, share=share))
+                torch.testing.assert_close(logps, expected, rtol=1e-9, atol=1e-9)
+
+
+@cache
+def model_for_shapes(family: str) -> Any:
+    """Attention of its own on one side and no other rounding: `own_logps` runs it without a plan."""
+    return tiny_model(family, num_hidden_layers=2, sliding_window=3).requires_grad_(False)
 
 
 class TestCheckpointing:

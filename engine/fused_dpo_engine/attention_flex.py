@@ -23,7 +23,7 @@ _masks: WeakKeyDictionary[AttentionPlan, dict[Any, BlockMask]] = WeakKeyDictiona
 def flex_backend(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, call: AttentionCall) -> Tensor:
     """See `fused_dpo_engine.attention_call.Backend`.
 
-    Memory: the mask is made from T² booleans once a batch and kept as a map of 128 x 128 blocks.
+    Memory: the mask is made from T² booleans (with a window T² int32 more) once a batch, and kept as a map of blocks.
     """
     q, k, v = (tensor.to(value.dtype) for tensor in (query, key, value))
     softcap = call.softcap
@@ -59,7 +59,7 @@ def block_mask(plan: AttentionPlan, window: int | None, device: torch.device) ->
 
 def _make_mask(plan: AttentionPlan, window: int | None, device: torch.device) -> BlockMask:
     length = plan.segments[-1].stop
-    table = np.empty((4, length), dtype=np.int64)
+    table = np.empty((4, length), dtype=np.int32)
     for start, stop, trunk, shared in plan.segments:
         first = plan.segments[trunk].start
         table[:3, start:stop] = [[start], [first], [first + shared]]

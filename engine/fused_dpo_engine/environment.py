@@ -49,6 +49,6 @@ def describe() -> str:
         lines.append(("cuda", "no device"))
     lines.append(("head implementation", "triton" if torch.cuda.is_available() else "streaming"))
     there = available_backends()
-    lines.append(("attention", ", ".join(name for name in ORDER if name in there)))
+    lines.append(("attention kernels", ", ".join(name for name in ORDER if name in there)))
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fused_dpo_engine.attention_call import AttentionCall, Backend
+from fused_dpo_engine.errors import UnsupportedModelError
 from fused_dpo_engine.gather import gather_rows
 from fused_dpo_engine.packing import AttentionPlan
 
@@ -30,6 +31,7 @@ def flash_backend(function: Callable[..., Any]) -> Backend:
     """The backend over a `flash_attn_varlen_func` of flash-attn 2, 3 or 4, whose arguments go by the same names."""
 
     def attention(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, call: AttentionCall) -> Tensor:
+        _refuse(sinks=call.sinks)
         q, k, v = _token_rows(query, key, value, plan)
         # Windows count the tokens before the token itself. Left out where there are none: releases differ in the value
         # that means so.
@@ -61,14 +63,13 @@ def torch_backend(function: Callable[..., Any]) -> Backend:
     has_window, has_scale, has_groups = (name in known for name in ("window_size", "scale", "enable_gqa"))
 
     def attention(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, call: AttentionCall) -> Tensor:
+        _refuse(sinks=call.sinks, softcap=call.softcap, window=None if has_window else call.window)
         q, k, v = _token_rows(query, key, value, plan)
         options: dict[str, Any] = {}
         if has_window:
             options["window_size"] = (-1 if call.window is None else call.window - 1, 0)
-        elif call.window is None:
-            options["is_causal"] = True
         else:
-            raise NotImplementedError("varlen_attn of this torch has no sliding window; take --attention flex.")
+            options["is_causal"] = True
         if has_scale:
             options["scale"] = call.scaling
         else:
@@ -92,6 +93,15 @@ def load_varlen(name: str) -> Backend:
     if name == "varlen":
         return torch_backend(importlib.import_module("torch.nn.attention.varlen").varlen_attn)
     return flash_backend(importlib.import_module(FLASH_MODULES[name]).flash_attn_varlen_func)
+
+
+def _refuse(**unknown: object) -> None:
+    """What a model's configuration did not tell of, and a kernel would leave out silently."""
+    asked = [name for name, value in unknown.items() if value is not None]
+    if asked:
+        raise UnsupportedModelError(
+            f"a layer asks for {' and '.join(asked)}, which this attention kernel does not have; give --attention flex."
+        )
 
 
 def _token_rows(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> tuple[Tensor, Tensor, Tensor]:

@@ -36,7 +36,7 @@ class PlanStatistics:
 def plan_statistics(pairs: Sequence[TokenPair], run: RunOptions, packing: PackingOptions) -> PlanStatistics:
     """Plan the first epoch of a run and count."""
     started = time.perf_counter()
-    steps = Schedule(pairs, dataclasses.replace(run, max_steps=1), packing).epoch(0)
+    steps = list(Schedule(pairs, dataclasses.replace(run, max_steps=1), packing).epoch(0))
     seconds = time.perf_counter() - started
     batches = [batch for step in steps for batch in step.batches]
     slots = sum(batch.slots for batch in batches)

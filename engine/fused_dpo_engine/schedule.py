@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import chain, count, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -54,47 +55,40 @@ class Schedule:
         self.total_steps = run.max_steps or max(1, self._steps_in(run.epochs))
 
     def __iter__(self) -> Iterator[Step]:
-        """All steps of the run, epoch after epoch."""
-        done, epoch = 0, 0
-        while done < self.total_steps:
-            for step in self.epoch(epoch)[: self.total_steps - done]:
-                yield step
-                done += 1
-            epoch += 1
+        """All steps of the run, epoch after epoch, planned as they come."""
+        return islice(chain.from_iterable(map(self.epoch, count())), self.total_steps)
 
-    def first_pass(self) -> list[Step]:
+    def first_pass(self) -> Iterator[Step]:
         """The steps in which the run sees its pairs for the first time."""
-        return self.epoch(0)[: self.total_steps]
+        return islice(self.epoch(0), self.total_steps)
 
-    def epoch(self, epoch: int) -> list[Step]:
+    def epoch(self, epoch: int) -> Iterator[Step]:
         """All steps of one pass over the pairs."""
         shuffled = np.random.default_rng((self.run.seed, epoch)).permutation(len(self._groups)).tolist()
         order = [index for group in shuffled for index in self._groups[group]]
         if self.packing.batches_per_step is not None:
             return self._steps_of_batches(order, self.packing.batches_per_step, epoch)
         size = self.run.pairs_per_step
-        return [self._step_of_pairs(order[at : at + size]) for at in range(0, len(order), size)]
+        return (self._step_of_pairs(order[at : at + size]) for at in range(0, len(order), size))
 
     def _steps_in(self, epochs: float) -> int:
         """Steps of so many epochs; only full forward passes differ in number from epoch to epoch."""
         if self.packing.batches_per_step is None:
             return math.ceil(epochs * math.ceil(len(self.pairs) / self.run.pairs_per_step))
         whole, part = int(epochs), epochs % 1
-        steps = sum(len(self.epoch(epoch)) for epoch in range(whole))
-        return steps + (math.ceil(part * len(self.epoch(whole))) if part else 0)
+        steps = sum(len(list(self.epoch(epoch))) for epoch in range(whole))
+        return steps + (math.ceil(part * len(list(self.epoch(whole)))) if part else 0)
 
     def _step_of_pairs(self, indices: list[int]) -> Step:
         batches = self._evenly(plan_pairs(self.pairs, indices, self.packing))
         return Step(batches[self.rank :: self.num_ranks], indices)
 
-    def _steps_of_batches(self, order: list[int], batches_per_step: int, epoch: int) -> list[Step]:
+    def _steps_of_batches(self, order: list[int], batches_per_step: int, epoch: int) -> Iterator[Step]:
         rounds = self._plan_windows(order, epoch)
-        steps = []
         for at in range(0, len(rounds), batches_per_step):
             taken = rounds[at : at + batches_per_step]
             indices = [index for row in taken for batch in row for index in batch.indices]
-            steps.append(Step([row[self.rank] for row in taken], indices))
-        return steps
+            yield Step([row[self.rank] for row in taken], indices)
 
     def _plan_windows(self, order: list[int], epoch: int) -> list[list[PlannedBatch]]:
         """Forward passes in rounds of one a rank, alike in size within a round, the rounds of a window shuffled.

@@ -30,7 +30,7 @@ from fused_dpo_engine.attention_flex import flex_backend
 from fused_dpo_engine.attention_segments import segment_attention
 from fused_dpo_engine.attention_varlen import flash_backend, torch_backend
 from fused_dpo_engine.config import ModelOptions
-from fused_dpo_engine.errors import UserError
+from fused_dpo_engine.errors import UnsupportedModelError, UserError
 from fused_dpo_engine.gather import gather_rows
 from fused_dpo_engine.packing import AttentionPlan, Segment, plan_attention
 from tests.engine import kernels_in_torch as kernels
@@ -54,7 +54,7 @@ WINDOWS, SOFTCAPS = (None, 1, 4, 100), (None, 1.5)
 CASES = [
     (name, window, softcap)
     for name in KERNELS
-    for window in (WINDOWS if name != "varlen of 2.10" else (None,))  # see test_no_window
+    for window in (WINDOWS if name != "varlen of 2.10" else (None,))
     for softcap in (SOFTCAPS if not name.startswith("varlen") else (None,))  # which is never chosen for one
 ]
 
@@ -84,9 +84,17 @@ class TestArguments:
         ):
             torch.testing.assert_close(mine, true)
 
-    def test_no_window(self):
-        with pytest.raises(NotImplementedError, match="no sliding window; take --attention flex"):
-            KERNELS["varlen of 2.10"](*inputs(PLANS["shared"]), PLANS["shared"], AttentionCall(1.0, 4))
+    @pytest.mark.parametrize(
+        ("name", "call", "what"),
+        [
+            ("flash_attn_2", AttentionCall(1.0, sinks=torch.zeros(4)), "sinks"),
+            ("varlen", AttentionCall(1.0, softcap=2.0, sinks=torch.zeros(4)), "sinks and softcap"),
+            ("varlen of 2.10", AttentionCall(1.0, window=4), "window"),
+        ],
+    )
+    def test_what_a_kernel_lacks_is_not_left_out(self, name, call, what):
+        with pytest.raises(UnsupportedModelError, match=f"a layer asks for {what}, .* give --attention flex"):
+            KERNELS[name](*inputs(PLANS["shared"]), PLANS["shared"], call)
 
     def test_mixed_dtypes_go_by_the_values(self):
         """Rotary embeddings under autocast hand over fp32 queries and keys; kernels take one half dtype."""

@@ -20,8 +20,10 @@ class PairMetrics:
         self._sums: dict[str, Tensor] = {}
         self._pairs = 0
 
-    def add(self, output: LossOutput, logps: Tensor, batch: PairBatch) -> None:
-        """Take in a micro-batch; its loss is already a share of the whole."""
+    def add(
+        self, output: LossOutput, logps: Tensor, batch: PairBatch, head_stats: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Take in a micro-batch; its loss is already a share of the whole, its `head_stats` are sums over tokens."""
         chosen, rejected = logps.detach()[0::2], logps.detach()[1::2]
         likelier = chosen / batch.chosen_lengths > rejected / batch.rejected_lengths
         per_pair = {
@@ -40,6 +42,8 @@ class PairMetrics:
             self._accumulate("nll_loss", output.metrics["nll_loss"])
         for name, values in per_pair.items():
             self._accumulate(name, values.sum(dtype=torch.float32))
+        for name, value in (head_stats or {}).items():
+            self._accumulate(name, value)
         self._pairs += batch.num_pairs
 
     def _accumulate(self, name: str, value: Tensor) -> None:
@@ -49,11 +53,10 @@ class PairMetrics:
         """The means, and whatever else is on the device, in one transfer."""
         tensors = {**self._sums, **extra}
         values = torch.stack([value.float().reshape(()) for value in tensors.values()]).tolist()
-        whole = {"loss", "nll_loss", *extra}
-        return {
-            name: value if name in whole else value / max(self._pairs, 1)
-            for name, value in zip(tensors, values, strict=True)
-        }
+        sums = dict(zip(tensors, values, strict=True))
+        tokens = sums.pop("head/tokens", 1.0)
+        counts = {"loss": 1.0, "nll_loss": 1.0, "head/tail": tokens, "head/kept": tokens, **dict.fromkeys(extra, 1.0)}
+        return {name: value / max(counts.get(name, self._pairs), 1) for name, value in sums.items()}
 
 
 class SlotMetrics:

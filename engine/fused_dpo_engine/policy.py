@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fused_dpo import KernelOptions, fused_dpo_logps, fused_token_logps, head_of
+from fused_dpo import KernelOptions, fused_token_logps, head_of
 from fused_dpo.autograd import sequence_sum
 from fused_dpo.losses import desensitized_weights
 from fused_dpo_engine.attention_call import Backend
@@ -35,6 +35,11 @@ class Policy(nn.Module):
         workspace_mib: see `fused_dpo.KernelOptions`.
         ld_alpha: weight of response tokens beyond the shorter response's length (LD-DPO); None for plain sums.
         attention_name: of the backend for packed rows, one of `fused_dpo_engine.attention_choice.ORDER`.
+        grad_mode: see `fused_dpo.fused_dpo_logps`.
+
+    Attributes:
+        head_stats: of the last batch scored, on the device and detached: mass of the tail and fraction of the
+            vocabulary kept (see `fused_dpo.stats.FilterStats`), summed over the scored tokens, and how many those are.
     """
 
     def __init__(
@@ -45,6 +50,7 @@ class Policy(nn.Module):
         workspace_mib: int = 128,
         ld_alpha: float | None = None,
         attention_name: str = "sdpa",
+        grad_mode: str | None = None,
     ) -> None:
         super().__init__()
         self.model: Any = model
@@ -53,6 +59,8 @@ class Policy(nn.Module):
         self.ld_alpha = ld_alpha
         self.attention_name = attention_name
         self.attention: Backend = load_backend(attention_name)
+        self.grad_mode = grad_mode
+        self.head_stats: dict[str, Tensor] = {}
         self.compiled = False
 
     @property
@@ -75,7 +83,7 @@ class Policy(nn.Module):
             if isinstance(batch, PaddedBatch):
                 hidden = self._hidden(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
                 arguments: Any = (hidden, head_of(self.causal_lm), batch.labels)
-                settings: Any = {"options": self.options}
+                settings: Any = {}
             else:
                 assert isinstance(batch, PackedBatch)
                 hidden = self._hidden(
@@ -87,16 +95,25 @@ class Policy(nn.Module):
                 )
                 # Rows that predict a response, found on the host: nothing else reaches the head.
                 arguments = (gather_rows(hidden[0], batch.scored_rows), head_of(self.causal_lm), batch.targets)
-                settings = {"cu_seqlens": batch.cu_scored, "shift": False, "options": self.options}
-            if ld_alpha is None:
-                return fused_dpo_logps(*arguments, **settings)
-            token_logps = fused_token_logps(*arguments, **settings).logps
+                settings = {"cu_seqlens": batch.cu_scored, "shift": False}
+            settings |= {"with_stats": ("tail", "kept_fraction"), "grad_mode": self.grad_mode, "options": self.options}
+            tokens = fused_token_logps(*arguments, **settings)
+        token_logps = tokens.logps
         if isinstance(batch, PaddedBatch):
             token_logps = token_logps[:, :-1][batch.labels[:, 1:] != IGNORED]
-        weights = desensitized_weights(batch.chosen_lengths.tolist(), batch.rejected_lengths.tolist(), ld_alpha)
+        assert tokens.tail is not None
+        assert tokens.kept_fraction is not None
+        self.head_stats = {
+            "head/tail": tokens.tail.sum(),
+            "head/kept": tokens.kept_fraction.sum(),
+            "head/tokens": token_logps.new_tensor(token_logps.numel()),
+        }
+        if ld_alpha is not None:
+            weights = desensitized_weights(batch.chosen_lengths.tolist(), batch.rejected_lengths.tolist(), ld_alpha)
+            token_logps = token_logps * weights.to(token_logps.device)
         lengths = torch.stack((batch.chosen_lengths, batch.rejected_lengths), dim=1).flatten()
         offsets = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
-        return sequence_sum(token_logps * weights.to(token_logps.device), offsets)
+        return sequence_sum(token_logps, offsets)
 
     def _hidden(self, **inputs: Any) -> Tensor:
         """Last hidden states of the backbone.
@@ -157,6 +174,7 @@ def build_policy(
         workspace_mib=options.workspace_mib,
         ld_alpha=ld_alpha,
         attention_name=attention_name,
+        grad_mode=None if options.grad_mode == "auto" else options.grad_mode,
     )
 
 

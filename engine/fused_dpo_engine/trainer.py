@@ -150,7 +150,7 @@ class Trainer:
             logps = self.policy(batch)
             output = self._loss_of(batch, logps, self.reference, len(indices), chosen_tokens)
             output.loss.backward()
-            sums.add(output, logps, batch)
+            sums.add(output, logps, batch, self.policy.head_stats)
             outputs.append((batch, output))
             for layout in (slots, self._slots):
                 layout.add(batch)

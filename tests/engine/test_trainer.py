@@ -53,6 +53,8 @@ DOCUMENTED = {
     "logps/rejected",
     "learning_rate",
     "grad_norm",
+    "head/kept",
+    "head/tail",
     "tokens_per_second",
 }
 """Metrics of every step that users may rely on."""
@@ -315,6 +317,24 @@ class TestLearning:
         plain, checkpointed = train_tiny("plain"), train_tiny("checkpointed", gradient_checkpointing=True)
         assert without_clock(plain.metrics) == without_clock(checkpointed.metrics)
         assert_same_weights(checkpointed.weights(), plain.weights())
+
+
+class TestHeadGradients:
+    """`--grad-mode`: what the head keeps of the vocabulary is logged, and hardly changes the training."""
+
+    def test_filtered_beside_exact(self, train_tiny):
+        common = {"max_steps": 4, "learning_rate": 1e-2, "adam_epsilon": 1e-2}
+        exact = train_tiny("exact", grad_mode="exact", **common)
+        filtered = train_tiny("filtered", grad_mode="filtered", **common)
+        assert exact.column("head/kept") == [1.0] * 4
+        assert exact.column("head/tail") == [0.0] * 4
+        assert all(0 < kept <= 1 for kept in filtered.column("head/kept"))
+        assert filtered.column("loss")[0] == pytest.approx(exact.column("loss")[0], abs=1e-6)
+        assert filtered.column("loss") == pytest.approx(exact.column("loss"), abs=1e-3)
+        assert max(exact.column("loss")) - min(exact.column("loss")) > 0.01, "the steps do something"
+
+    def test_auto_is_exact_in_float32(self, train_tiny):
+        assert train_tiny("auto", max_steps=1).column("head/kept") == [1.0]
 
 
 class TestAccumulation:

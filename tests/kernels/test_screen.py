@@ -248,33 +248,20 @@ def test_largest_of(dtype: torch.dtype) -> None:
     assert torch.equal(largest_of(p), p.amax(0))
 
 
-NEGATIVE = pytest.mark.xfail(
-    strict=True, reason="as a 16-bit integer a NaN with its sign set is below every probability"
-)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "payload"),
-    [
-        (torch.float32, 0x7FC0),
-        (torch.float32, 0xFFC0),
-        (torch.float32, 0xFFFF),
-        (torch.bfloat16, 0x7FC0),
-        pytest.param(torch.bfloat16, 0xFFC0, marks=NEGATIVE),
-        pytest.param(torch.bfloat16, 0xFFFF, marks=NEGATIVE),
-    ],
-)
-def test_largest_of_nan_is_nan(dtype: torch.dtype, payload: int) -> None:
-    """NaN has either sign: x86 makes a negative one out of inf - inf, and a conversion to bf16 all ones."""
+@pytest.mark.parametrize("payload", [0x7FC0, 0xFFC0, 0xFFFF], ids=hex)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_largest_of_columns_beside_nan(dtype: torch.dtype, payload: int) -> None:
+    """NaN of either sign (x86 makes a negative one out of inf - inf) is the guard's, and only in its own column."""
     p = torch.rand(4, 10).to(dtype)
     bits = torch.tensor(payload - (payload >> 15 << 16), dtype=torch.int16).view(torch.bfloat16)
+    others = torch.arange(10) != 5
+    expected = p[:, others].amax(0)
     p[2, 5] = bits.to(dtype)
-    assert largest_of(p)[5].isnan()
-    assert not largest_of(p)[:5].isnan().any()
+    assert torch.equal(largest_of(p)[others], expected)
 
 
 def test_rows_screened() -> None:
-    """Multiples of 32 that fit logits and probabilities into half of the workspace, from 32 to 512."""
+    """Multiples of 32 that fit logits and probabilities into half of the workspace, from 32 to 256."""
     hidden = torch.zeros(1, 8)
     assert rows_screened(hidden, LMHead(torch.zeros(100, 8)), 128) == ROWS_AT_ONCE
     for V, mib in ((49152, 128), (49152, 64), (20000, 32), (5003, 4)):
@@ -290,11 +277,11 @@ def test_rows_screened() -> None:
 def test_coarse_screens_hold_twice_the_rows() -> None:
     hidden, head = torch.zeros(1, 8, dtype=torch.bfloat16), LMHead(torch.zeros(49152, 8, dtype=torch.bfloat16))
     assert screens_coarsely(hidden, head)
-    assert rows_screened(hidden, head, 128) == 320
+    assert rows_screened(hidden, head, 64) == 160
     assert not screens_coarsely(hidden, replace(head, bias=torch.zeros(49152)))
     assert not screens_coarsely(hidden.half(), head)
     assert not screens_coarsely(hidden.float(), head)
-    assert rows_screened(hidden.float(), head, 128) == 160
+    assert rows_screened(hidden.float(), head, 64) == 64  # 85 would fit
 
 
 @pytest.mark.parametrize(("V", "mib", "block_rows"), [(1000, 128, 128), (49152, 16, 32), (20000, 16, 32)])
@@ -305,8 +292,8 @@ def test_screen_shape(V: int, mib: int, block_rows: int) -> None:
     for lengths in ([1] * 7, [128, 1], [129, 0, 300], [block_rows + 1] * 3, [0, 0]):
         offsets = torch.tensor([0, *lengths]).cumsum(0)
         spans = block_spans(torch.arange(sum(lengths)), offsets, block_rows)
-        bound, width = screen_shape(hidden, head, sum(lengths), len(lengths), mib)
-        assert width == V
+        bound, kinds, width = screen_shape(hidden, head, sum(lengths), len(lengths), mib)
+        assert (kinds, width) == (2, V)  # largest and mean
         assert len(spans) <= bound <= sum(lengths) // block_rows + 1 + len(lengths)
 
 
@@ -324,7 +311,7 @@ def test_look(V: int, D: int, dtype: torch.dtype, features: dict, mib: int) -> N
     exact = problem.to(torch.float64)
     with uninitialized_memory_is_nan():
         screen = screener(problem, mib)
-        for start, stop in ((0, 1), (0, 32), (3, 67), (36, 100)):
+        for start, stop in ((0, 1), (0, 32), (3, 35), (36, 68), (93, 100)):
             z, p = screen.look(start, stop)
             truth = naive_logits(exact.hidden[start:stop], exact)
             assert z.shape == p.shape == (stop - start, V)
@@ -345,11 +332,11 @@ def test_look(V: int, D: int, dtype: torch.dtype, features: dict, mib: int) -> N
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_bits_of_a_row_do_not_depend_on_the_group(dtype: torch.dtype) -> None:
-    """Alone, in the middle of 400 rows, or at another place."""
-    problem = make_problem((512,), 3001, 64).to(dtype)
+    """Alone, in the middle of 200 rows, or at another place."""
+    problem = make_problem((ROWS_AT_ONCE,), 3001, 64).to(dtype)
     screen = screener(problem)
-    together = [part.clone() for part in screen.look(0, 512)]
-    for start, stop in ((7, 8), (0, 64), (100, 300), (1, 512)):
+    together = [part.clone() for part in screen.look(0, ROWS_AT_ONCE)]
+    for start, stop in ((7, 8), (0, 64), (100, 131), (50, 250), (1, ROWS_AT_ONCE)):
         for part, whole in zip(screen.look(start, stop), together, strict=True):
             assert torch.equal(part, whole[start:stop])
 

@@ -87,8 +87,8 @@ def filtered_forward(
 
     Returns:
         `logps` [T]; the state [5, T]: largest logit, sum of exponentials above it, mass of the tail (what is not above
-        `filter_eps`), fraction of columns that are, and 1 - p of the target; the stats; and the screen [blocks, V], see
-        `fused_dpo.screen`.
+        `filter_eps`), fraction of columns that are, and 1 - p of the target; the stats; and the screen [blocks, 2, V],
+        see `fused_dpo.screen`.
     """
     operands = Operands(hidden, rows, head)
     screen, kept = Screener(operands, workspace_mib), Kept(operands, workspace_mib)

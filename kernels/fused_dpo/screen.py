@@ -113,7 +113,7 @@ def screens_coarsely(hidden: Tensor, head: LMHead) -> bool:
 
 
 def rows_screened(hidden: Tensor, head: LMHead, workspace_mib: int) -> int:
-    """Rows whose logits and probabilities over the whole vocabulary fit into half of the workspace: 64 to 512."""
+    """Rows whose logits and probabilities over the whole vocabulary fit into half of the workspace: 32 to 256."""
     dtype = hidden.dtype if screens_coarsely(hidden, head) else accumulation_dtype(hidden.dtype)
     fits = workspace_mib * 2**19 // (2 * head.weight.shape[0] * dtype.itemsize) // ROW_MULTIPLE * ROW_MULTIPLE
     return min(max(fits, ROW_MULTIPLE), ROWS_AT_ONCE)

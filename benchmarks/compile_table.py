@@ -105,7 +105,15 @@ def compile_kernel(kernel: Any, architecture: int, dtype: str, options: str, til
         "sums_ptr",
     }
     integers = {"row_index_ptr": "*i64", "target_ptr": "*i64", "index_ptr": "*i64"}
-    integers |= {"list_ptr": "*i32", "counts_ptr": "*i32", "kept_ptr": "*i32", "screen_ptr": "*u8", "flags_ptr": "*u8"}
+    integers |= {
+        "list_ptr": "*i32",
+        "counts_ptr": "*i32",
+        "kept_ptr": "*i32",
+        "screen_ptr": "*u8",
+        "flags_ptr": "*u8",
+        "marks_ptr": "*u8",
+        "keep_ptr": "*u8",
+    }
 
     def type_of(name: str) -> str:
         if name in constants:

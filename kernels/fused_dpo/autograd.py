@@ -230,6 +230,7 @@ def _setup_token_logps(ctx, inputs, output) -> None:
     _, state, screen, stats = output
     ctx.save_for_backward(*tensors, state, screen)
     ctx.mark_non_differentiable(state, screen, stats)
+    ctx.set_materialize_grads(False)  # no zeros of the size of the screen for its gradient
 
 
 def _token_logps_gradient(ctx, dlogps: Tensor, _dstate, _dscreen, _dstats):

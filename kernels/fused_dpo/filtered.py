@@ -4,7 +4,7 @@ A trained model's softmax is nearly empty: of 50,000 columns a row gives about 1
 hidden states). The forward *screens*: for each block of up to 128 scored rows it notes how large a probability each
 column reaches, and how large it is on average. The backward *keeps* the columns that matter, with exact probabilities,
 and *corrects* for the rest: a dropped column's mean probability in the block stands for that of each row, scaled for
-the hidden states' gradient so that every row of the gradient of the logits still sums to zero.
+the hidden states' gradient so that every row of the gradient of the logits that keeps its target sums to zero.
 
 On a CPU with bf16 units and bf16 inputs the screen is coarse: its logits are rounded to bf16, which is twice as fast.
 They choose the columns and weigh the tail of what is not above `eps`, and nothing else: logits above it are computed
@@ -26,7 +26,8 @@ negligible: what follows is about the other rows.
 3. With the correction the kept dz_r changes by `e_r(v) = g_r (p(r,v) - tail_r q(v))` on D_r, so `sum_v e_r(v) = 0` and
    `|e_r| <= 2 |g_r| tail_r` in the sum of magnitudes; dH_r changes by e_r times the weight (and, in a head with a
    softcap, the difference of its derivatives at p(r,v) and at the mean).
-4. The weight's gradient takes `-g_r` times the block's mean probability, as the screen has it, for each dropped entry.
+4. The weight's gradient takes `-g_r` times the block's mean probability, as the screen has it, for each dropped entry
+   of rows with |g_r| > eps S.
 
 Under a coarse screen 1. holds up to a factor of 1.5, which is what the rounding of the logits can move a probability by
 (largest logit <= COARSE_RANGE, else the block is exact). A block whose mean tail exceeds `tail_guard`, or that has more

@@ -87,8 +87,8 @@ class Judgement:
         Of more than half of the columns all are kept: gathering them would cost more.
         """
         limit = ((self.smallest / self.largest).log2() + (BIAS - 1)).floor().clamp(min=-1, max=BIAS)
-        limit = torch.where(self.largest <= self.negligible, torch.full_like(limit, EVERYTHING), limit)
-        keep = levels > limit.nan_to_num(nan=-1.0).to(torch.int16)[:, None]
+        keep = levels >= (limit.nan_to_num(nan=-1.0) + 1).to(torch.uint8)[:, None]
+        keep &= ~(self.largest <= self.negligible)[:, None]
         _keep_targets(keep, self.block_of_row, self.target, self.judged)
         for part in keep.split(16):  # sums of bool are taken in int64, eight times their size
             part |= part.sum(1, keepdim=True) > part.shape[1] // 2

@@ -20,7 +20,8 @@ class FilterStats(NamedTuple):
     """What the filter saw of each row's distribution in the forward; 0 where a row is not scored."""
 
     tail: Tensor
-    """Mass of the tokens that no row of the block gives more than `filter_eps`, targets aside (on CUDA: a bound of it
-    from above). 0 in a block that is computed exactly."""
+    """Mass of the tokens that no row of the block gives more than `filter_eps`, targets aside (on CUDA: of those that
+    the row itself does not, as far as it is known in time). 0 in a block that is computed exactly."""
     kept_fraction: Tensor
-    """Fraction of the vocabulary that some row gives more, targets included. 1 in a block that is computed exactly."""
+    """Fraction of the vocabulary that some row gives more, targets and token 0 included. 1 in a block that is computed
+    exactly."""

@@ -72,8 +72,8 @@ class ProductConfig:
 
 NARROW_COLUMNS = 64
 """Columns that share the list of rows kept for the weight's gradient."""
-HOT_SPLITS = 2
-"""Splits that the filtered forward runs before the others, to bound the log-sum-exp from below."""
+HOT_SPLITS = 1
+"""Splits that the filtered forward runs once before, to bound the log-sum-exp from below."""
 SPLIT_COLUMNS = 4096
 """Vocabulary columns that one program of the forward walks. Fixes the number of partial results per row by V alone."""
 

@@ -1,13 +1,13 @@
 """Screen, keep, correct on CUDA: the algorithm and error budget of `fused_dpo.filtered`, without a synchronisation.
 
 The forward is the exact one, and notes from its tiles how large a probability each column reaches in a block of rows.
-It runs the first splits of the vocabulary, where byte-pair tokenizers have
-their most frequent tokens, before the others: their log-sum-exp bounds the whole one from below well enough to know a
-probability from above (measured on real hidden states: 9 % of columns reach 2^-12 by the bound, 7 % do).
+It runs the first split of the vocabulary, where byte-pair tokenizers have their most frequent tokens, once before: its
+log-sum-exp bounds the whole one from below well enough to know a probability from above.
 
 Once the upstream gradients are known, the backward lists the columns that each block of rows keeps, computes dz there,
 and marks the rows that have something above the threshold in each narrow block of columns. dz is computed again for
-those, so that either gradient is a product with gathered rows, in a fixed order, with one writer for each entry.
+those, so that either gradient is a product with gathered rows, in a fixed order, with one writer for each entry. What
+lies in a kept column but in a row that is not marked, below the threshold, is left out of the weight's gradient.
 """
 
 import math
@@ -86,11 +86,10 @@ def triton_filtered_forward(
         tail = torch.empty_like(partials.total)
         arguments: dict[str, Any] = {"screen_ptr": screen, "tail_ptr": tail, "SCREEN": True, "filter_eps": filter_eps}
         hot = min(HOT_SPLITS, partials.splits)
-        arguments["bound_ptr"] = torch.full((R,), -torch.inf, device=device)
-        partials.forward(config, 0, hot, arguments)
-        if hot < partials.splits:
-            arguments["bound_ptr"] = (partials.peak[:hot] + partials.total[:hot].log()).logsumexp(0)
-            partials.forward(config, hot, partials.splits, arguments)
+        partials.forward(config, hot)
+        arguments["hot_splits"] = hot
+        arguments["bound_ptr"] = (partials.peak[:hot] + partials.total[:hot].log()).logsumexp(0)
+        partials.forward(config, partials.splits, arguments)
         partials.merge(logps, state, stats, tail)
 
         columns = (screen[:blocks, 0] >= math.floor(BIAS + math.log2(filter_eps))).sum(1)
@@ -212,7 +211,7 @@ class _KeptLists:
         tiles = self.width // config.block_v
         residual, parts = torch.zeros(self.R, device=self.device), torch.empty(tiles, self.R, device=self.device)
         lists: dict[str, Any] = {"list_ptr": columns, "counts_ptr": self._counts, "stride_lg": columns.stride(0)}
-        lists |= {"capacity": self.width, "smallest_ptr": smallest, "marks_ptr": marks}
+        lists |= {"capacity": self.width, "smallest_ptr": smallest, "marks_ptr": marks, "keep_ptr": keep}
         products = {"list_ptr": columns, "counts_ptr": self._counts, "stride_lg": self.V, "capacity": self.width}
         products |= {"stride_ag": config.block_t * self.width, "stride_am": self.width, "stride_ak": 1}
         for first in range(0, self.V, self.width):
@@ -244,12 +243,13 @@ class _KeptLists:
         block_sums = [self._block_sums(upstream, b, index) for b, _, index in others]
         rows = torch.empty(self.width // narrow, self.R, dtype=torch.int32, device=self.device)
         lists: dict[str, Any] = {"list_ptr": rows, "counts_ptr": self._counts, "stride_lg": self.R, "capacity": self.R}
+        dz_of = lists | {"keep_ptr": tail.keep, "smallest_ptr": self._dz, "marks_ptr": self._dz}
         strides = {"stride_ag": self.R * narrow, "stride_am": 1, "stride_ak": narrow}
         for first in range(0, keep.shape[1], self.width // narrow):
             groups = min(self.width // narrow, keep.shape[1] - first)
             self._compact(keep[:, first : first + groups].T, rows)
             start, stop = first * narrow, min((first + groups) * narrow, self.V)
-            self._dlogits(config.of_rows, lists, (groups, ceil_div(self.R, config.block_t)), start)
+            self._dlogits(config.of_rows, dz_of, (groups, ceil_div(self.R, config.block_t)), start)
             means = (tail.columns(start, stop)[1] * -TAIL_SCALE).to(operands.dtype)
             for (b, out, index), of_blocks in zip(others, block_sums, strict=True):
                 correction = means, of_blocks
@@ -263,7 +263,6 @@ class _KeptLists:
             span = slice(block * block_t, min((block + 1) * block_t, self.R))
             part = b[span] if index is None else b.index_select(0, index[span])
             weights = upstream[block, : part.shape[0]]
-            part = part.masked_fill((weights == 0)[:, None], 0.0)  # what has no gradient may be NaN
             sums[block] = (weights[None] / TAIL_SCALE).to(part.dtype) @ part
         return sums
 
@@ -279,7 +278,7 @@ class _KeptLists:
         self, tile: TileConfig, lists: dict[str, Any], grid: tuple[int, int], first: int, residual: Tensor | None = None
     ) -> None:
         """dz of the lists into the workspace: of columns if the rows' sums go to `residual`, else of rows."""
-        arguments: dict[str, Any] = {"smallest_ptr": self._dz, "marks_ptr": self._dz, **self._tile, **lists}
+        arguments: dict[str, Any] = {**self._tile, **lists}
         arguments |= {"dz_ptr": self._dz, "first": first, "NARROW": self.config.narrow, **tile.constants}
         arguments |= {"residual_ptr": self._dz if residual is None else residual, "BY_COLUMNS": residual is not None}
         with on_device(self._dz):

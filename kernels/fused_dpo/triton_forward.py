@@ -35,7 +35,7 @@ def _logps_forward_kernel(
     tail_ptr,
     bound_ptr,
     filter_eps,
-    first_split,
+    hot_splits,
     R,
     V,
     D,
@@ -67,8 +67,8 @@ def _logps_forward_kernel(
     at `[row]` the target's logit if the target lies in its columns: every entry has one writer.
 
     SCREEN adds what filtered gradients need, from tiles that are in registers anyway. Probabilities are known from
-    above, by a bound on the log-sum-exp from below: what the split has summed up so far, and `bound` [R], the
-    log-sum-exp over the splits that were run first (-inf there). `screen` `[block, 2, V]` gets the exponents of each
+    above, by a bound on the log-sum-exp from below: `bound` [R], the log-sum-exp over the first `hot_splits`, which
+    were run before, and what any other split has summed up so far. `screen` `[block, 2, V]` gets the exponents of each
     column's largest and mean in the block (see `fused_dpo.screen`), `tail`, like `total`, the sum of what is at most
     `filter_eps` in its own row.
 
@@ -76,7 +76,7 @@ def _logps_forward_kernel(
     else from L2. Bound by the matrix units from a few hundred rows on.
     """
     pid_t = tl.program_id(0)
-    split = tl.program_id(1) + first_split
+    split = tl.program_id(1)
     offs_t = pid_t * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_t = offs_t < R
     rows = tl.load(row_index_ptr + offs_t, mask=mask_t, other=0).to(tl.int64)
@@ -134,7 +134,8 @@ def _logps_forward_kernel(
             weighted = weighted * rescale + tl.sum(weights * finite, axis=1)
             plain += tl.sum(tl.where(offs_v[None, :] < V, z, 0.0), axis=1)
         if SCREEN:
-            above = total + tl.exp(tl.minimum(bound - shift, 80.0))
+            own = tl.where(split < hot_splits, 0.0, total)  # is in the bound already
+            above = own + tl.exp(tl.minimum(bound - shift, 80.0))
             p = weights * tl.where(mask_t, 1.0 / tl.maximum(above, 1e-30), 0.0)[:, None]
             tail = tail * rescale + tl.sum(tl.where(p <= filter_eps, p, 0.0), axis=1) * above
             screen = screen_ptr + pid_t.to(tl.int64) * 2 * V + offs_v
@@ -242,13 +243,13 @@ class Partials:
         }
         self._tile = tile_arguments(hidden, rows, head)
 
-    def forward(self, config: TileConfig, first: int, stop: int, screen: dict[str, Any] | None = None) -> None:
-        """Run splits `first:stop`; `screen` are the arguments that SCREEN adds."""
-        grid = triton.cdiv(self.rows.numel(), config.block_t), stop - first
+    def forward(self, config: TileConfig, splits: int, screen: dict[str, Any] | None = None) -> None:
+        """Run the first `splits` of the vocabulary; `screen` are the arguments that SCREEN adds."""
+        grid = triton.cdiv(self.rows.numel(), config.block_t), splits
         arguments: dict[str, Any] = {**self._tile, **self._shared, **config.constants, "SPLIT_COLUMNS": SPLIT_COLUMNS}
         unused = {"screen_ptr": self.peak, "tail_ptr": self.peak, "bound_ptr": self.peak}
-        unused |= {"filter_eps": 0.0, "SCREEN": False}
-        arguments |= {"first_split": first, **(screen or unused)}
+        unused |= {"filter_eps": 0.0, "hot_splits": 0, "SCREEN": False}
+        arguments |= screen or unused
         with on_device(self.hidden):
             _logps_forward_kernel[grid](**arguments)
 
@@ -283,6 +284,6 @@ def triton_forward(
     stats = torch.zeros(3, T, dtype=torch.float32, device=hidden.device) if want_stats else None
     if rows.numel():
         partials = Partials(hidden, target, rows, head, want_stats=want_stats)
-        partials.forward(config, 0, partials.splits)
+        partials.forward(config, partials.splits)
         partials.merge(logps, state, stats)
     return logps, state, None if stats is None else TokenStats(*stats.unbind(0))

@@ -48,6 +48,7 @@ def _kept_dlogits_kernel(
     residual_ptr,
     smallest_ptr,
     marks_ptr,
+    keep_ptr,
     first,
     capacity,
     stride_lg,
@@ -80,7 +81,8 @@ def _kept_dlogits_kernel(
     columns, and slots `first` to `first + capacity` of it go to dz `[R, capacity]`; `residual` `[tiles, R]` gets the
     sum of each row's tile, and `marks` `[R, narrow blocks]` a 1 where any of NARROW columns has an entry of the row
     above `smallest` `[R]` (all writers write the same). Else: group g is the columns from `first + g * BLOCK_V` on, its
-    list holds scored rows, and dz is `[groups, capacity, BLOCK_V]`.
+    list holds scored rows, and dz is `[groups, capacity, BLOCK_V]`, 0 in columns that the row's block does not keep
+    (`keep`, bool `[blocks, V]`), as those are corrected for the block as a whole.
 
     Roofline: 2·D FLOP for each of the tile's entries, bound by the matrix units; gathered rows of hidden states and
     head are contiguous, so they load like any others.
@@ -153,6 +155,9 @@ def _kept_dlogits_kernel(
             out = dz_ptr + offs_t.to(tl.int64)[:, None] * capacity + slots[None, :]
             tl.store(out, dz.to(dz_ptr.dtype.element_ty), mask=mask_t[:, None] & (slots < capacity)[None, :])
         else:
+            at = (offs_t // BLOCK_T).to(tl.int64)[:, None] * V + offs_v[None, :]
+            kept = tl.load(keep_ptr + at, mask=mask_t[:, None] & (offs_v < V)[None, :], other=0)
+            dz = tl.where(kept != 0, dz, 0.0)
             out = dz_ptr + (group.to(tl.int64) * capacity + slots)[:, None] * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
             tl.store(out, dz.to(dz_ptr.dtype.element_ty), mask=mask_t[:, None])
 

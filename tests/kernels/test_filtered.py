@@ -1240,7 +1240,6 @@ def test_peak_of_a_workspace_that_is_too_small_for_a_block(gradient: bool) -> No
     assert not gradient or used < 32 * 49152 * 2 * 4 / MIB + 4  # of 100 rows they were 19 MiB
 
 
-@pytest.mark.xfail(strict=True, reason="comparing the screen with int16 limits copies it to int16, 2 V bytes a block")
 def test_peak_of_many_short_sequences() -> None:
     """600 blocks of two rows."""
     used, bound = footprint((2,) * 600, 20000, 16, 16, gradient=True)

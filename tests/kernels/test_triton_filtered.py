@@ -144,7 +144,7 @@ def test_rows_of_dz_sum_to_zero() -> None:
 def alike(*, beside: bool) -> Problem:
     """Rows sure of one of three tokens, with one tail in common; some of it beside those three, or only far away."""
     R, V, D = 20, 320, 16
-    problem = make_problem((R - 6, 6), V=V, D=D, bias=True, lora_rank=2, shift=False)
+    problem = make_problem((R,), V=V, D=D, bias=True, lora_rank=2, shift=False)
     hidden, weight, bias = 0.05 * torch.randn(R, D), torch.randn(V, D) / 2, torch.randn(V) / 4
     hidden[:, :4], weight[:, :4], weight[:3, 1:4], bias[:3] = 0, 0, 14 * torch.eye(3), 0
     hidden[:, 0], hidden[torch.arange(R), 1 + torch.arange(R) % 3] = 1, 1
@@ -193,14 +193,14 @@ def test_correction_goes_through_the_softcap() -> None:
     assert not torch.allclose(present(got["weight"])[far], present(exact["weight"])[far], rtol=0.01), "it is a mean"
 
 
-@pytest.mark.xfail(strict=True, reason="rows listed for a narrow block are exact in all of its columns, and corrected")
-def test_what_is_computed_is_not_corrected() -> None:
-    """Every row has its target among the first columns, so all of dz is computed there: nothing is left to correct."""
+def test_what_is_dropped_is_corrected_once() -> None:
+    """Every row has its target among the first columns, so dz is computed there, also of what the blocks drop."""
     problem = alike(beside=True).to(torch.float32)
     exact = present(evaluate(by_triton("exact"), problem, ["weight"]).grads["weight"])
     got = present(evaluate(by_triton("filtered", filter_eps=2**-6), problem, ["weight"]).grads["weight"])
-    first = slice(0, _backward_config(problem.hidden).narrow)
-    assert relative_error(got[first], exact[first].double()) <= 1e-5
+    beyond = slice(3, _backward_config(problem.hidden).narrow)  # the targets are the first three
+    # Rounded to powers of two a mean is off by 0.44 at most; computed and corrected, it would count twice.
+    assert relative_error(got[beyond], exact[beyond].double()) <= 0.44
 
 
 @pytest.mark.parametrize("want_stats", [False, True])
@@ -256,7 +256,7 @@ def test_flat_distributions_are_exact() -> None:
     assert kept_fraction(flat, filter_eps=eps) == 1.0
     assert_near_exact(evaluate(by_triton("filtered", filter_eps=eps), flat), exact, 1e-5)
     unguarded = evaluate(by_triton("filtered", filter_eps=eps, tail_guard=1.0), flat)
-    assert relative_error(unguarded.grads["weight"], exact.grads["weight"]) > 1e-2, "it is the guard that does it"
+    assert relative_error(unguarded.grads["weight"], exact.grads["weight"]) > 1e-3, "it is the guard that does it"
 
 
 def test_rounds_and_slices_of_a_small_workspace() -> None:

@@ -47,7 +47,7 @@ from fused_dpo.head import HeadGrads, LMHead
 from fused_dpo.kept import COLUMN_MULTIPLE, Kept, targets_among
 from fused_dpo.online_softmax import OnlineSoftmax
 from fused_dpo.operands import Operands, ceil_div, even_bounds, logits_gradient
-from fused_dpo.precision import accumulate_product, matmul_precision, product
+from fused_dpo.precision import accumulate_product, matmul_precision
 from fused_dpo.screen import (
     BLOCK_ROWS,
     EVERYTHING,
@@ -219,11 +219,11 @@ def filtered_backward(
                 dz = logits_gradient(z, *at_targets, *softmax, upstream[span], scratch, surprise[span])
                 residual[span] += dz.sum(1)
                 operands.through_logits(dz, z)
-                _add_products(sums, dz, weight, rows_operand, columns, span, first)
+                _add_products(sums, kept, dz, weight, rows_operand, columns, span, first)
         _correct_weight(sums, tail, upstream_sums, first, last, tail_width)
         sums.end_slice(first, last)
     if sums.hidden.shape[1] and R:
-        spread = tail.spread(tail_width)[:, sums.hidden_columns]
+        spread = tail.spread(tail_width, kept.weight_buffer)[:, sums.hidden_columns]
         for block, (start, stop) in enumerate(spans):
             sums.hidden[start:stop].addr_(residual[start:stop], spread[block], alpha=-1.0)
     return sums.finish()
@@ -259,23 +259,26 @@ def _correct_weight(
 
 
 def _add_products(
-    sums: GradientSums, dz: Tensor, weight: Tensor, hidden: Tensor, columns: slice | Tensor, span: slice, first: int
+    sums: GradientSums,
+    kept: Kept,
+    dz: Tensor,
+    weight: Tensor,
+    hidden: Tensor,
+    columns: slice | Tensor,
+    span: slice,
+    first: int,
 ) -> None:
     """Add the share of one chunk of kept columns to both sums. `weight` and `hidden` are padded, `dz` is not."""
     rows, count = dz.shape
-    padded = dz.new_zeros(hidden.shape[0], weight.shape[0])
-    padded[:rows, :count] = dz
-    with matmul_precision(sums.operands.dtype):
-        if sums.hidden.shape[1]:
-            share = dz.new_empty(padded.shape[0], sums.hidden.shape[1])
-            sums.hidden[span] += product(padded, weight[:, sums.hidden_columns], out=share)[:rows]
-        if sums.weight.shape[1]:
-            share = dz.new_empty(padded.shape[1], sums.weight.shape[1])
-            share = product(padded.T, hidden[:, sums.weight_columns], out=share)[:count]
-            if isinstance(columns, slice):
-                sums.weight[columns.start - first : columns.stop - first] += share
-            else:
-                sums.weight.index_add_(0, columns - first, share)
+    padded = kept.pad(dz, hidden, weight)
+    if sums.hidden.shape[1]:
+        sums.hidden[span] += kept.product(padded, weight[:, sums.hidden_columns])[:rows]
+    if sums.weight.shape[1]:
+        share = kept.product(padded.T, hidden[:, sums.weight_columns])[:count]
+        if isinstance(columns, slice):
+            sums.weight[columns.start - first : columns.stop - first] += share
+        else:
+            sums.weight.index_add_(0, columns - first, share)
     if sums.bias is not None:
         where = torch.arange(columns.start, columns.stop) if isinstance(columns, slice) else columns
         sums.bias.index_add_(0, where - first, dz.sum(0))

@@ -9,9 +9,10 @@ from fused_dpo.operands import Operands, round_up
 from fused_dpo.precision import matmul_precision, product
 from fused_dpo.screen import BLOCK_ROWS
 
-ROW_MULTIPLE, COLUMN_MULTIPLE = 32, 128
-"""Kept products are padded to these: every new shape costs oneDNN 0.6 ms to compile (measured)."""
-COLUMNS_AT_ONCE = 8192
+ROW_MULTIPLE, COLUMN_MULTIPLE = 64, 512
+"""Kept products are padded to these: every new shape costs oneDNN 0.6 ms to compile, and memory that it keeps: with
+multiples of 32 and 128 the 450 MiB of a whole forward and backward, measured, were 110 MiB more."""
+COLUMNS_AT_ONCE = 4096
 """Kept columns multiplied at a time, at most."""
 
 
@@ -20,14 +21,16 @@ class Kept:
 
     def __init__(self, operands: Operands, workspace_mib: int) -> None:
         self.operands = operands
-        column_bytes = operands.width * (operands.dtype.itemsize + operands.acc_dtype.itemsize)
-        column_bytes += 2 * BLOCK_ROWS * operands.acc_dtype.itemsize
+        column_bytes = (2 * operands.width + 3 * BLOCK_ROWS) * operands.acc_dtype.itemsize
         fits = max(workspace_mib * 2**18 // column_bytes // COLUMN_MULTIPLE, 1) * COLUMN_MULTIPLE
         self.width = min(fits, COLUMNS_AT_ONCE, round_up(operands.V, COLUMN_MULTIPLE))
         self.weight_buffer = operands.buffer(self.width)
         self._hidden = operands.buffer(BLOCK_ROWS)
         self._logits = operands.hidden.new_empty(BLOCK_ROWS * self.width, dtype=operands.acc_dtype)
         self._scratch = torch.empty_like(self._logits)
+        # For gradients alone, so that a forward does not hold them.
+        self._padded: Tensor | None = None
+        self._product: Tensor | None = None
 
     def hidden(self, start: int, stop: int) -> Tensor:
         """Operand of the scored rows `start:stop`, padded with zero rows; overwritten by the next block."""
@@ -62,6 +65,23 @@ class Kept:
         count = columns.stop - columns.start if isinstance(columns, slice) else columns.numel()
         z = self.operands.to_logits(tile[:rows, :count], self.operands.bias(columns))
         return z, self._scratch[: shape[0] * shape[1]].view(shape)[:rows, :count]
+
+    def pad(self, dz: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
+        """`dz` with zeros to the size of the padded operands; overwritten by the next call."""
+        if self._padded is None:
+            self._padded = torch.empty_like(self._logits)
+        shape = hidden.shape[0], weight.shape[0]
+        padded = self._padded[: shape[0] * shape[1]].view(shape).zero_()
+        padded[: dz.shape[0], : dz.shape[1]] = dz
+        return padded
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """`a @ b` in the accumulation dtype, for at most `width` rows; overwritten by the next call."""
+        if self._product is None:
+            self._product = torch.empty(self.width * self.operands.width, dtype=a.dtype, device=a.device)
+        out = self._product[: a.shape[0] * b.shape[1]].view(a.shape[0], b.shape[1])
+        with matmul_precision(self.operands.dtype):
+            return product(a, b, out=out)
 
 
 def targets_among(columns: slice | Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

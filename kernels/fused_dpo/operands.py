@@ -16,6 +16,10 @@ INNER_MULTIPLE = 64
 with other bits, which would make a sequence's log-prob depend on the batch around it. Real heads need no padding."""
 
 
+GATHERED_AT_ONCE = 512
+"""Rows of the head that are gathered by index at a time."""
+
+
 def ceil_div(value: int, divisor: int) -> int:
     """How many parts of at most `divisor` make `value`."""
     return -(-value // divisor)
@@ -78,6 +82,14 @@ class Operands:
 
     def read_weight(self, which: slice | Tensor, out: Tensor) -> Tensor:
         """Rows of the head, by slice or int64 index, into the first rows of `out` [n, K]; returns those rows."""
+        if isinstance(which, Tensor):
+            # By index in small pieces: gathered rows of ever other sizes would fragment the heap.
+            for at in range(0, which.numel(), GATHERED_AT_ONCE):
+                self._read_part(which[at : at + GATHERED_AT_ONCE], out[at:])
+            return out[: which.numel()]
+        return self._read_part(which, out)
+
+    def _read_part(self, which: slice | Tensor, out: Tensor) -> Tensor:
         weight = _rows_of(self.head.weight, which).to(self.dtype)
         part = out[: weight.shape[0]]
         part[:, : self.D] = weight

@@ -44,7 +44,7 @@ from torch import Tensor
 
 from fused_dpo.gradients import GradientSums
 from fused_dpo.head import HeadGrads, LMHead
-from fused_dpo.kept import COLUMN_MULTIPLE, Kept, targets_among
+from fused_dpo.kept import Kept, targets_among
 from fused_dpo.online_softmax import OnlineSoftmax
 from fused_dpo.operands import Operands, ceil_div, even_bounds, logits_gradient
 from fused_dpo.precision import accumulate_product, matmul_precision
@@ -197,12 +197,10 @@ def filtered_backward(
     tail = Tail(operands, screen[: len(spans), 1], keep, log_sum_exp)
     upstream_sums = _upstream_sums(kept, upstream.masked_fill(judgement.negligible >= judgement.magnitude, 0.0), spans)
 
-    bounds = even_bounds(
-        V, max(workspace_mib * 2**19 // (operands.width * operands.acc_dtype.itemsize), COLUMN_MULTIPLE)
-    )
+    bounds = even_bounds(V, max(workspace_mib * 2**19 // (operands.width * operands.acc_dtype.itemsize), kept.multiple))
     sums = GradientSums(operands, ceil_div(V, len(bounds)), needs, empty=False)
     fits = workspace_mib * 2**18 // (6 * max(len(spans), 1) * operands.acc_dtype.itemsize)
-    tail_width = min(max(fits, COLUMN_MULTIPLE), kept.width)
+    tail_width = min(max(fits, kept.multiple), kept.width)
     residual = torch.zeros_like(upstream)  # sum of each row of dz over the columns it keeps
     for first, last in bounds:
         sums.begin_slice(last - first)

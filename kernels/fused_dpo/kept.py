@@ -22,8 +22,10 @@ class Kept:
     def __init__(self, operands: Operands, workspace_mib: int) -> None:
         self.operands = operands
         column_bytes = (2 * operands.width + 3 * BLOCK_ROWS) * operands.acc_dtype.itemsize
-        fits = max(workspace_mib * 2**18 // column_bytes // COLUMN_MULTIPLE, 1) * COLUMN_MULTIPLE
-        self.width = min(fits, COLUMNS_AT_ONCE, round_up(operands.V, COLUMN_MULTIPLE))
+        width = min(workspace_mib * 2**18 // column_bytes, COLUMNS_AT_ONCE, round_up(operands.V, COLUMN_MULTIPLE))
+        # Where that is less than a multiple, all products have the same width.
+        self.multiple = min(COLUMN_MULTIPLE, max(width // 64, 1) * 64)
+        self.width = max(width // self.multiple, 1) * self.multiple
         self.weight_buffer = operands.buffer(self.width)
         self._hidden = operands.buffer(BLOCK_ROWS)
         self._logits = operands.hidden.new_empty(BLOCK_ROWS * self.width, dtype=operands.acc_dtype)
@@ -49,7 +51,7 @@ class Kept:
     def weight(self, columns: slice | Tensor) -> Tensor:
         """Operand of a chunk, padded with zero rows; overwritten by the next call."""
         count = self.operands.read_weight(columns, self.weight_buffer).shape[0]
-        padded = self.weight_buffer[: round_up(count, COLUMN_MULTIPLE)]
+        padded = self.weight_buffer[: round_up(count, self.multiple)]
         padded[count:] = 0.0
         return padded
 
@@ -76,9 +78,10 @@ class Kept:
         return padded
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
-        """`a @ b` in the accumulation dtype, for at most `width` rows; overwritten by the next call."""
+        """`a @ b` in the accumulation dtype, for at most `width` rows or a block; overwritten by the next call."""
         if self._product is None:
-            self._product = torch.empty(self.width * self.operands.width, dtype=a.dtype, device=a.device)
+            rows = max(self.width, BLOCK_ROWS)
+            self._product = torch.empty(rows * self.operands.width, dtype=a.dtype, device=a.device)
         out = self._product[: a.shape[0] * b.shape[1]].view(a.shape[0], b.shape[1])
         with matmul_precision(self.operands.dtype):
             return product(a, b, out=out)

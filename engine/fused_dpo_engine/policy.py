@@ -98,22 +98,26 @@ class Policy(nn.Module):
                 settings = {"cu_seqlens": batch.cu_scored, "shift": False}
             settings |= {"with_stats": ("tail", "kept_fraction"), "grad_mode": self.grad_mode, "options": self.options}
             tokens = fused_token_logps(*arguments, **settings)
-        token_logps = tokens.logps
-        if isinstance(batch, PaddedBatch):
-            token_logps = token_logps[:, :-1][batch.labels[:, 1:] != IGNORED]
         assert tokens.tail is not None
         assert tokens.kept_fraction is not None
         self.head_stats = {
             "head/tail": tokens.tail.sum(),
             "head/kept": tokens.kept_fraction.sum(),
-            "head/tokens": token_logps.new_tensor(token_logps.numel()),
+            "head/tokens": (batch.chosen_lengths + batch.rejected_lengths).sum(),
         }
+        token_logps = tokens.logps
+        if isinstance(batch, PaddedBatch):
+            offsets = torch.arange(0, token_logps.numel() + 1, token_logps.shape[1], device=token_logps.device)
+        else:
+            offsets = batch.cu_scored.long()
         if ld_alpha is not None:
             weights = desensitized_weights(batch.chosen_lengths.tolist(), batch.rejected_lengths.tolist(), ld_alpha)
-            token_logps = token_logps * weights.to(token_logps.device)
-        lengths = torch.stack((batch.chosen_lengths, batch.rejected_lengths), dim=1).flatten()
-        offsets = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
-        return sequence_sum(token_logps, offsets)
+            weights = weights.to(token_logps)
+            if isinstance(batch, PaddedBatch):
+                scored = nn.functional.pad(batch.labels[:, 1:] != IGNORED, (0, 1))  # by the row that predicts it
+                weights = torch.zeros_like(token_logps).masked_scatter(scored, weights)
+            token_logps = token_logps * weights
+        return sequence_sum(token_logps.flatten(), offsets)
 
     def _hidden(self, **inputs: Any) -> Tensor:
         """Last hidden states of the backbone.

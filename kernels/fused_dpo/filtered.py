@@ -130,8 +130,7 @@ def filtered_forward(
                 level.fill_(EVERYTHING)
                 keep.fill_(True)
             if not screen.coarse:
-                everywhere = torch.ones_like(targets, dtype=torch.bool)[:, None]
-                softmax.fold(z, targets.clamp(max=V - 1)[:, None], everywhere & (targets < V)[:, None], p, span)
+                softmax.fold(z, targets.clamp(max=V - 1)[:, None], (targets < V)[:, None], p, span)
                 continue
             if want_stats:
                 z, p = z[:, ~keep].to(operands.acc_dtype), p[:, ~keep].to(operands.acc_dtype)
@@ -195,12 +194,15 @@ def filtered_backward(
         0, block_of_row, peak + total.log(), "mean", include_self=False
     )
     tail = Tail(operands, screen[: len(spans), 1], keep, log_sum_exp)
-    upstream_sums = _upstream_sums(kept, upstream.masked_fill(judgement.negligible >= judgement.magnitude, 0.0), spans)
 
     bounds = even_bounds(V, max(workspace_mib * 2**19 // (operands.width * operands.acc_dtype.itemsize), kept.multiple))
     sums = GradientSums(operands, ceil_div(V, len(bounds)), needs, empty=False)
     fits = workspace_mib * 2**18 // (6 * max(len(spans), 1) * operands.acc_dtype.itemsize)
     tail_width = min(max(fits, kept.multiple), kept.width)
+    upstream_sums = None
+    if sums.weight.shape[1] or sums.bias is not None:
+        judged = upstream.masked_fill(judgement.negligible >= judgement.magnitude, 0.0)
+        upstream_sums = _upstream_sums(kept, judged, spans)
     residual = torch.zeros_like(upstream)  # sum of each row of dz over the columns it keeps
     for first, last in bounds:
         sums.begin_slice(last - first)
@@ -218,7 +220,8 @@ def filtered_backward(
                 residual[span] += dz.sum(1)
                 operands.through_logits(dz, z)
                 _add_products(sums, kept, dz, weight, rows_operand, columns, span, first)
-        _correct_weight(sums, tail, upstream_sums, first, last, tail_width)
+        if upstream_sums is not None:
+            _correct_weight(sums, tail, upstream_sums, first, last, tail_width)
         sums.end_slice(first, last)
     if sums.hidden.shape[1] and R:
         spread = tail.spread(tail_width, kept.weight_buffer)[:, sums.hidden_columns]
@@ -244,8 +247,6 @@ def _correct_weight(
     sums: GradientSums, tail: Tail, upstream_sums: tuple[Tensor, Tensor], first: int, last: int, width: int
 ) -> None:
     """Take the dropped columns' mean probabilities for each row's own in the sums of the slice `first:last`."""
-    if not sums.weight.shape[1] and sums.bias is None:
-        return
     hidden, counts = upstream_sums
     operands = sums.operands
     for start, stop in even_bounds(last - first, width):

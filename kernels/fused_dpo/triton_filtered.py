@@ -40,6 +40,8 @@ COMPACT_BLOCK = 1024
 """Flags that a program of the compaction takes at a time."""
 TAIL_COLUMNS = 16384
 """Columns of the correction taken at a time."""
+BLOCKS_AT_ONCE = 8
+"""Blocks of rows whose sums are taken at a time."""
 TAIL_SCALE = 4096.0
 """Factor on mean probabilities, and divisor of what they are multiplied with: fp16 ends at 6e-8."""
 
@@ -258,13 +260,16 @@ class _KeptLists:
     def _block_sums(self, upstream: Tensor, b: Tensor, index: Tensor | None) -> Tensor:
         """Sums over each block's rows of upstream [blocks, rows] times row of `b`, over TAIL_SCALE, [blocks, N]."""
         blocks, block_t = upstream.shape
-        sums = torch.zeros(blocks, b.shape[1], dtype=b.dtype, device=self.device)
-        for block in range(blocks):
-            span = slice(block * block_t, min((block + 1) * block_t, self.R))
+        weights = (upstream / TAIL_SCALE).to(b.dtype)[:, None]
+        sums = torch.empty(blocks, 1, b.shape[1], dtype=b.dtype, device=self.device)
+        for first in range(0, blocks, BLOCKS_AT_ONCE):  # a few at a time: gathered rows are as large as the batch
+            here = slice(first, min(first + BLOCKS_AT_ONCE, blocks))
+            span = slice(here.start * block_t, min(here.stop * block_t, self.R))
             part = b[span] if index is None else b.index_select(0, index[span])
-            weights = upstream[block, : part.shape[0]]
-            sums[block] = (weights[None] / TAIL_SCALE).to(part.dtype) @ part
-        return sums
+            missing = (here.stop - here.start) * block_t - part.shape[0]
+            part = F.pad(part, (0, 0, 0, missing)).view(-1, block_t, b.shape[1])
+            torch.bmm(weights[here], part, out=sums[here])
+        return sums.squeeze(1)
 
     def _compact(self, flags: Tensor, lists: Tensor) -> None:
         """Lists of the set flags, bool [groups, N] of any strides, and their lengths."""

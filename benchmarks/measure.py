@@ -3,8 +3,9 @@
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +14,9 @@ import torch
 from rich.console import Console
 
 Result = TypeVar("Result")
+
+PACKAGES = ("triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy")
+"""Whose versions a result names, where installed."""
 
 
 def isolated(function: Callable[..., Result], *arguments: Any) -> Result:
@@ -49,16 +53,32 @@ def console() -> Console:
     return screen if screen.is_terminal else Console(width=120)
 
 
+def quantiles(seconds: Sequence[float]) -> dict[str, float]:
+    """Median, 20th and 80th percentile of repeated runs, as a row holds them."""
+    ordered = torch.tensor(seconds, dtype=torch.float64).quantile(torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64))
+    median, p20, p80 = ordered.tolist()
+    return {"median_s": median, "p20_s": p20, "p80_s": p80, "rounds": len(seconds)}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def environment() -> dict[str, Any]:
     """Device, versions and commit that a result belongs to."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
-    ).stdout.strip()
+    git = ["git", "-C", str(Path(__file__).parent)]
+    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
     cuda = torch.cuda.is_available()
+    versions = {name: _version(name) for name in PACKAGES}
     return {
         "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "commit": commit or "unknown",
+        "commit": commit.strip() or "unknown",
+        **({"cuda": torch.version.cuda} if cuda else {}),
+        **{name: version for name, version in versions.items() if version},
     }

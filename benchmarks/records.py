@@ -1,0 +1,46 @@
+"""Results on disk: the environment they belong to, and one row a measurement, each on a line of its own to link to.
+
+A row is a flat dict. `id` names what was measured, the same in every run; `suite`, `case` and `implementation` are the
+parts of it that tables and plots group by. A row with `failed` says why there is no time.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.measure import environment
+
+FOLDER = Path(__file__).parent / "results"
+
+
+class Record(NamedTuple):
+    """One results file."""
+
+    path: Path
+    environment: dict[str, Any]
+    rows: dict[str, dict[str, Any]]
+    """By id, in the order of the file."""
+    lines: dict[str, int]
+    """Line of the file, from 1, that each row is on."""
+
+
+def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write `rows` with this machine's environment."""
+    body = ",\n".join(json.dumps(row) for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'{{"environment": {json.dumps(environment())},\n"rows": [\n{body}\n]}}\n')
+
+
+def read(path: Path) -> Record:
+    """Read a results file; ValueError if it is not one."""
+    try:
+        content = json.loads(path.read_text())
+        rows = {row["id"]: row for row in content["rows"]}
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{path} is not a results file of these benchmarks ({type(error).__name__}: {error})"
+        ) from None
+    if len(rows) < len(content["rows"]):
+        raise ValueError(f"{path} names a row twice")
+    return Record(path, content["environment"], rows, {name: line for line, name in enumerate(rows, start=3)})

@@ -2,23 +2,33 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
 
-from benchmarks import records
-from benchmarks.measure import quantiles
+from benchmarks import head, records
+from benchmarks.cases import TRAIN, Case
+from benchmarks.measure import quantiles, timed
+from benchmarks.peers import IMPLEMENTATIONS
 
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ROUNDS = 10 if DEVICE == "cuda" else 3
+SECONDS = 6.0
+"""An implementation so slow that its rounds take longer has fewer of them."""
+
+Row = dict[str, Any]
 TimeRow = Callable[..., None]
+Refuse = Callable[[Row, str], NoReturn]
+MeasureHead = Callable[[Row, Case, str, str], None]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Options beside those of pytest-benchmark."""
     group = parser.getgroup("fused-dpo benchmarks")
     group.addoption("--results", type=Path, help="write the rows to this JSON file")
-    group.addoption("--full", action="store_true", help="the large heads and the scaling curves too, on a CPU as well")
+    group.addoption("--full", action="store_true", help="the large heads too on a CPU: hours, and tens of gigabytes")
     group.addoption("--hidden", type=Path, help="file of real hidden states (default: the shared one, else synthetic)")
     group.addoption("--model", help="model of the whole step (default: the one `make demo` fetched)")
     group.addoption("--data", help="preference pairs of the whole step (default: examples/preferences.jsonl)")
@@ -36,37 +46,81 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         records.write(path, rows)
 
 
+def large(config: pytest.Config) -> bool:
+    """Whether the cases are those for a GPU."""
+    return DEVICE == "cuda" or bool(config.getoption("--full"))
+
+
 @pytest.fixture
-def time_row(request: pytest.FixtureRequest, benchmark: Any) -> TimeRow:
+def record_rows(request: pytest.FixtureRequest) -> list[Row]:
+    """The rows of the results file."""
+    return request.config.stash[ROWS]
+
+
+@pytest.fixture
+def time_row(record_rows: list[Row], benchmark: Any) -> TimeRow:
     """Time a function that has passed its checks, and record its row.
 
-    `time_row(row, function, rounds=3)` runs it once to warm up and `rounds` times for the clock; on a GPU a round
-    ends when the device has finished. The row gets the times and goes into extra_info and the results file.
+    `time_row(row, function, rounds=3, warmup=1)` runs it `warmup` times and then `rounds` times for the clock; on a
+    GPU a round ends when the device has finished. The row gets the times, and is the test's extra_info and goes into
+    the results file, with whatever is added to it later.
     """
 
-    def time(row: dict[str, Any], function: Callable[[], Any], rounds: int = 3) -> None:
+    def time(row: Row, function: Callable[[], Any], rounds: int = 3, warmup: int = 1) -> None:
         def run() -> None:
             function()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
 
         benchmark.group = row["id"].rpartition("/")[0]
-        benchmark.pedantic(run, rounds=rounds, warmup_rounds=1)
+        benchmark.pedantic(run, rounds=rounds, warmup_rounds=warmup)
         row |= quantiles(benchmark.stats.stats.data)
         if "tokens" in row:
             row["tokens_per_s"] = row["tokens"] / row["median_s"]
-        benchmark.extra_info |= row
-        request.config.stash[ROWS].append(row)
+        benchmark.extra_info = row
+        record_rows.append(row)
 
     return time
 
 
 @pytest.fixture
-def refuse(request: pytest.FixtureRequest) -> Callable[[dict[str, Any], str], None]:
+def refuse(record_rows: list[Row]) -> Refuse:
     """Record why a row gets no time, and fail the test with it."""
 
-    def fail(row: dict[str, Any], reason: str) -> None:
-        request.config.stash[ROWS].append(row | {"failed": reason})
+    def fail(row: Row, reason: str) -> NoReturn:
+        record_rows.append(row | {"failed": reason})
         pytest.fail(reason, pytrace=False)
 
     return fail
+
+
+@pytest.fixture
+def measure_head(request: pytest.FixtureRequest, time_row: TimeRow, refuse: Refuse) -> MeasureHead:
+    """`measure_head(row, case, phase, name)`: check one implementation of the head, then measure memory and time."""
+    hidden_file = request.config.getoption("--hidden")
+
+    def measure(row: Row, case: Case, phase: str, name: str) -> None:
+        way = IMPLEMENTATIONS.get(name)
+        if way and (why := way.absent()):
+            pytest.skip(why)
+        loaded = head.load(case, hidden_file, DEVICE)
+        row |= head.describe_row(name, case, phase, loaded)
+        if way is None:
+            time_row(row, head.bare_matmuls(case, phase, loaded.problem), rounds=ROUNDS)
+        else:
+            run = head.prepare(name, case, phase, loaded)
+            try:
+                errors, over = head.check(run, loaded.truth)
+                rounds = max(1, min(ROUNDS, int(SECONDS / timed(run)[1])))
+            except Exception as error:  # out of memory, a compiler that fails: the others still count
+                refuse(row, f"{type(error).__name__}: {str(error)[:300]}")
+            row |= errors
+            if over:
+                refuse(row, "inaccurate: " + ", ".join(over))
+            row["extra_mib"] = head.extra_mib(run, name, case, hidden_file)
+            if name == "fused filtered" and phase == TRAIN:
+                row |= head.filter_stats(loaded.problem)
+            time_row(row, run, rounds=rounds, warmup=0)
+        row |= head.rates(case, phase, row["median_s"], head.bare_seconds(case, phase, hidden_file, DEVICE))
+
+    return measure

@@ -1,193 +1,166 @@
-"""The head alone, forward and backward: exact and filtered streaming against full logits, errors against float64.
+"""One implementation of the head on one case: what is timed, what comes out of it, and the memory it takes."""
 
-    python -m benchmarks.head [--hidden FILE] [--tokens N] [--repeats N] [--out FILE.json]
-
-FILE holds real hidden states (`hidden` bf16 [T, D], `target` [T], `cu_seqlens` [N+1], `weight_int8` [V, D] with
-`weight_scale` [V]); without one, random hidden states of the same shapes stand in.
-"""
-
-import argparse
-import json
-import statistics
 from collections.abc import Callable
-from importlib.util import find_spec
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.table import Table
 from torch import Tensor
-from torch.nn import functional as F
 
-from benchmarks.measure import console, environment, isolated, peak_growth_mib, timed
-from benchmarks.replay import SHARED_HIDDEN
-from fused_dpo import KernelOptions, fused_dpo_logps, fused_token_logps
+from benchmarks.cases import FORWARD, LOSS, Case
+from benchmarks.measure import cuda_growth_mib, isolated, peak_growth_mib, timed
+from benchmarks.peers import BETA, IMPLEMENTATIONS, Implementation
+from benchmarks.replay import Replay, describe
+from benchmarks.verify import Truth, gradient_errors, logp_errors, over_budget, truth, upstream
+from fused_dpo import fused_token_logps
 
-
-class Problem(NamedTuple):
-    """Packed hidden states with aligned targets."""
-
-    hidden: Tensor
-    weight: Tensor
-    target: Tensor
-    cu_seqlens: Tensor
-    upstream: Tensor
-    """One gradient a sequence."""
+BARE = "bare matmuls"
+"""The matrix products alone, of bf16 numbers into bf16 results: the floor of whoever computes everything."""
 
 
-def load_problem(path: str | None, tokens: int) -> Problem:
-    """Whole sequences of at most `tokens` tokens in all."""
-    generator = torch.Generator().manual_seed(0)
-    if path is None:
-        V, D, length = 49152, 576, 56
-        cu_seqlens = torch.arange(0, tokens + 1, length, dtype=torch.int32)
-        T = int(cu_seqlens[-1])
-        hidden = torch.randn(T, D, generator=generator).bfloat16()
-        weight = (torch.randn(V, D, generator=generator) * 0.1).bfloat16()
-        target = torch.randint(V, (T,), generator=generator)
-    else:
-        from safetensors.torch import load_file
+class Loaded(NamedTuple):
+    """A case's tensors and their truth."""
 
-        data = load_file(path)
-        cu_seqlens = data["cu_seqlens"][data["cu_seqlens"] <= tokens]
-        T = int(cu_seqlens[-1])
-        hidden, target = data["hidden"][:T].clone(), data["target"][:T].long()
-        weight = (data["weight_int8"].float() * data["weight_scale"][:, None]).bfloat16()
-    upstream = torch.randn(len(cu_seqlens) - 1, generator=generator)
-    return Problem(hidden, weight, target, cu_seqlens, upstream)
+    problem: Replay
+    truth: Truth
+    logits: dict[str, Any]
+    """What the logits are like."""
 
 
-def naive_logps(hidden: Tensor, weight: Tensor, target: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """What trainers do: logits in the model's dtype, log-softmax of all of them in fp32."""
-    logits = hidden @ weight.T
-    token_logps = F.log_softmax(logits.float(), dim=-1).gather(1, target[:, None]).squeeze(1)
-    lengths = cu_seqlens.diff().long()
-    sequence = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-    return torch.zeros(len(lengths)).index_add(0, sequence, token_logps)
+@lru_cache(maxsize=1)
+def load(case: Case, hidden_file: Path | None, device: str) -> Loaded:
+    """A case, kept until the next one is asked for."""
+    problem = case.problem(hidden_file, device)
+    return Loaded(problem, truth(problem), {"logits": problem.source, **describe(problem)})
 
 
-def cut_cross_entropy_logps(hidden: Tensor, weight: Tensor, target: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Cut Cross-Entropy's path for CPUs, compiled by inductor (Wijmans et al., 2024, arXiv 2411.09009)."""
-    from cut_cross_entropy import linear_cross_entropy  # pyright: ignore[reportMissingImports]
+class HeadRun:
+    """Calls an implementation on fresh gradients; `logps`, `hidden.grad` and `weight.grad` hold the last results."""
 
-    token_losses = linear_cross_entropy(hidden, weight, target, reduction="none", impl="torch_compile")
-    return torch.segment_reduce(-token_losses.float(), "sum", offsets=cu_seqlens.long(), unsafe=True)
+    def __init__(self, way: Implementation, case: Case, phase: str, problem: Replay, ref_logps: Tensor | None) -> None:
+        self.way, self.phase, self.problem, self.ref_logps = way, phase, problem, ref_logps
+        train = phase != FORWARD
+        self.hidden = problem.hidden.detach().clone().requires_grad_(train)
+        self.weight = problem.weight.detach().requires_grad_(train and case.trainable)
+        self.upstream = upstream(problem)
+        self.logps: Tensor | None = None
+
+    def __call__(self) -> None:
+        """What is timed."""
+        self.hidden.grad = self.weight.grad = self.logps = None
+        if self.phase == LOSS:
+            assert self.ref_logps is not None
+            self.way.loss(self.problem, self.hidden, self.weight, self.ref_logps).backward()
+            return
+        assert self.way.logps is not None
+        with torch.set_grad_enabled(self.phase != FORWARD):
+            logps = self.way.logps(self.problem, self.hidden, self.weight)
+        if self.phase != FORWARD:
+            logps.backward(self.upstream.to(logps.dtype))
+        self.logps = logps.detach()
+
+    def errors(self, true: Truth) -> dict[str, float]:
+        """Of the last call."""
+        errors: dict[str, float] = {}
+        if self.logps is not None:
+            errors |= logp_errors(self.logps, self.problem, true)
+        if self.phase != FORWARD:
+            assert self.hidden.grad is not None
+            scale = BETA / 2 / (len(self.upstream) // 2) if self.phase == LOSS else 1.0
+            errors |= gradient_errors(self.hidden.grad, self.weight.grad, scale, true)
+        return errors
+
+    @property
+    def gradient_mib(self) -> float:
+        """What the gradients take, which any implementation hands out."""
+        return sum(leaf.nbytes for leaf in (self.hidden, self.weight) if leaf.requires_grad) / 2**20
 
 
-def streaming(grad_mode: str, filter_eps: float = 2**-12) -> Callable[..., Tensor]:
-    """Ours."""
-
-    def logps(hidden: Tensor, weight: Tensor, target: Tensor, cu_seqlens: Tensor) -> Tensor:
-        arguments: Any = {"cu_seqlens": cu_seqlens, "shift": False, "grad_mode": grad_mode}
-        options = KernelOptions(impl="streaming", filter_eps=filter_eps)
-        return fused_dpo_logps(hidden, weight, target, options=options, **arguments)
-
-    return logps
+def prepare(name: str, case: Case, phase: str, loaded: Loaded) -> HeadRun:
+    """An implementation on a case; the reference of a loss has the true log-probs, as before the first step."""
+    torch.compiler.reset()  # beyond eight shapes of a function, torch.compile would leave it uncompiled
+    return HeadRun(IMPLEMENTATIONS[name], case, phase, loaded.problem, loaded.truth.logps.float())
 
 
-FILTERED = {f"filtered, eps 2^-{bits}": 2.0**-bits for bits in (10, 12, 14)}
-IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
-    "naive bf16": naive_logps,
-    "cut-cross-entropy": cut_cross_entropy_logps,
-    "exact": streaming("exact"),
-    **{name: streaming("filtered", eps) for name, eps in FILTERED.items()},
-}
+def check(run: HeadRun, true: Truth) -> tuple[dict[str, float], list[str]]:
+    """Call once; errors, and which of them are over the implementation's budget."""
+    run()
+    errors = run.errors(true)
+    return errors, over_budget(errors, run.way.budget)
 
 
-def truth(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probs and both gradients in float64, a sequence at a time."""
-    hidden, weight = problem.hidden.double().requires_grad_(), problem.weight.double().requires_grad_()
-    logps = []
-    bounds = problem.cu_seqlens.tolist()
-    for start, stop, upstream in zip(bounds[:-1], bounds[1:], problem.upstream.double(), strict=True):
-        token_logps = F.log_softmax(hidden[start:stop] @ weight.T, dim=-1)
-        logp = token_logps.gather(1, problem.target[start:stop, None]).sum()
-        (logp * upstream).backward()
-        logps.append(logp.detach())
-    assert hidden.grad is not None
-    assert weight.grad is not None
-    return torch.stack(logps), hidden.grad, weight.grad
+def extra_mib(run: HeadRun, name: str, case: Case, hidden_file: Path | None) -> float:
+    """Peak memory beyond inputs and gradients: by CUDA's allocator, or resident in a process of its own."""
+    if run.hidden.is_cuda:
+        run.hidden.grad = run.weight.grad = run.logps = None
+        return cuda_growth_mib(run) - run.gradient_mib
+    return isolated(_resident_mib, name, case, run.phase, hidden_file, run.ref_logps)
 
 
-def measure(name: str, path: str | None, tokens: int, repeats: int, reference: tuple[Tensor, ...]) -> dict[str, Any]:
-    """Time, extra memory and errors of one implementation; to be run in a process of its own."""
-    problem = load_problem(path, tokens)
-    arguments = problem.target, problem.cu_seqlens
+def _resident_mib(name: str, case: Case, phase: str, hidden_file: Path | None, ref_logps: Tensor) -> float:
+    problem = case.problem(hidden_file, "cpu")
+    few = problem.cu_seqlens[:3]
+    rows = int(few[-1])
+    small = problem._replace(hidden=problem.hidden[:rows], target=problem.target[:rows], cu_seqlens=few)
+    HeadRun(IMPLEMENTATIONS[name], case, phase, small, ref_logps[:2])()  # imports and compiles
+    run = HeadRun(IMPLEMENTATIONS[name], case, phase, problem, ref_logps)
+    return peak_growth_mib(run)[1] - run.gradient_mib
 
-    def run() -> tuple[Tensor, Tensor, Tensor, float, float]:
-        hidden = problem.hidden.clone().requires_grad_()
-        weight = problem.weight.clone().requires_grad_()
-        logps, forward = timed(lambda: IMPLEMENTATIONS[name](hidden, weight, *arguments))
-        _, backward = timed(lambda: logps.backward(problem.upstream))
-        assert hidden.grad is not None
-        assert weight.grad is not None
-        return logps.detach(), hidden.grad, weight.grad, forward, backward
 
-    (logps, dhidden, dweight, _, _), peak = peak_growth_mib(run)  # the first run is also the warm-up
-    gradients = (problem.hidden.nbytes + problem.weight.nbytes) / 2**20
-    times = [run()[3:] for _ in range(repeats)]
-    forward, backward = (statistics.median(column) for column in zip(*times, strict=True))
-    true_logps, true_dhidden, true_dweight = reference
-    filtered = {}
-    if name in FILTERED:
-        options = KernelOptions(impl="streaming", filter_eps=FILTERED[name])
-        stats: Any = {"with_stats": ("tail", "kept_fraction"), "grad_mode": "filtered", "options": options}
+def bare_matmuls(case: Case, phase: str, problem: Replay) -> Callable[[], None]:
+    """As many products of the case's shapes as the phase needs, of the problem's numbers."""
+
+    def run() -> None:
         with torch.no_grad():
-            scored = fused_token_logps(
-                problem.hidden, problem.weight, problem.target, cu_seqlens=problem.cu_seqlens, shift=False, **stats
-            )
-        assert scored.tail is not None
-        assert scored.kept_fraction is not None
-        filtered = {"tail": float(scored.tail.mean()), "kept_fraction": float(scored.kept_fraction.mean())}
+            dz = problem.hidden @ problem.weight.T
+            if phase != FORWARD:
+                torch.mm(dz, problem.weight)
+                if case.trainable:
+                    torch.mm(dz.T, problem.hidden)
+
+    return run
+
+
+@lru_cache(maxsize=4)
+def bare_seconds(case: Case, phase: str, hidden_file: Path | None, device: str) -> float:
+    """Time of the bare products: the best of three, after one to warm up."""
+    run = bare_matmuls(case, phase, load(case, hidden_file, device).problem)
+
+    def finished() -> None:
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    finished()
+    return min(timed(finished)[1] for _ in range(3))
+
+
+def rates(case: Case, phase: str, seconds: float, bare: float) -> dict[str, float]:
+    """Arithmetic that the phase cannot do without, over the time; and the bare products' time over the time."""
+    flop = case.passes(phase) * 2 * case.N * case.D * case.V
+    return {"tflop_per_s": flop / seconds / 1e12, "share_of_bare": bare / seconds}
+
+
+def describe_row(name: str, case: Case, phase: str, loaded: Loaded) -> dict[str, Any]:
+    """What is known before anything runs."""
     return {
+        **case.describe(),
+        "phase": phase,
         "implementation": name,
-        "tokens": len(problem.hidden),
-        "sequences": len(problem.upstream),
-        "forward_s": forward,
-        "backward_s": backward,
-        "total_s": forward + backward,
-        # Copies of the inputs that stand for a model's own tensors, and the gradients, are not the implementation's.
-        "extra_mib": peak - 2 * gradients,
-        "worst_logp_error_nat": float((logps.double() - true_logps).abs().max()),
-        "dhidden_error": float((dhidden.double() - true_dhidden).norm() / true_dhidden.norm()),
-        "dweight_error": float((dweight.double() - true_dweight).norm() / true_dweight.norm()),
-        **filtered,
+        "tokens": case.N,
+        "sequences": len(loaded.problem.cu_seqlens) - 1,
+        **loaded.logits,
     }
 
 
-def main() -> None:
-    """Measure every implementation and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", help="file of real hidden states (default: the shared one, else random)")
-    parser.add_argument("--tokens", type=int, default=4167, help="tokens at most (default: 4167)")
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs, of which the median counts (default: 3)")
-    parser.add_argument("--out", type=Path, help="write the rows as JSON")
-    options = parser.parse_args()
-    path = options.hidden or (str(SHARED_HIDDEN) if SHARED_HIDDEN.is_file() else None)
-
-    reference = truth(load_problem(path, options.tokens))
-    missing = () if find_spec("cut_cross_entropy") else ("cut-cross-entropy",)
-    names = [name for name in IMPLEMENTATIONS if name not in missing]
-    rows = [isolated(measure, name, path, options.tokens, options.repeats, reference) for name in names]
-    problem = "real hidden states" if path else "random hidden states"
-    table = Table(title=f"{problem}, {rows[0]['tokens']} tokens, bf16, {environment()['device']}")
-    for column in ("", "forward s", "backward s", "total s", "extra MiB", "worst log-prob error", "dH", "dW", "kept"):
-        table.add_column(column, justify="right" if column else "left")
-    for row in rows:
-        table.add_row(
-            row["implementation"],
-            *(f"{row[key]:.2f}" for key in ("forward_s", "backward_s", "total_s")),
-            f"{row['extra_mib']:.0f}",
-            f"{row['worst_logp_error_nat']:.2g} nat",
-            *(f"{row[key]:.2%}" for key in ("dhidden_error", "dweight_error")),
-            f"{row['kept_fraction']:.1%}" if "kept_fraction" in row else "",
+def filter_stats(problem: Replay) -> dict[str, float]:
+    """What the filtered forward keeps of the vocabulary, and the probability outside, means over the tokens."""
+    settings: Any = {"with_stats": ("tail", "kept_fraction"), "grad_mode": "filtered", "shift": False}
+    with torch.no_grad():
+        scored = fused_token_logps(
+            problem.hidden, problem.weight, problem.target, cu_seqlens=problem.cu_seqlens, **settings
         )
-    console().print(table)
-    for name in missing:
-        console().print(f"{name} is not installed: not measured")
-    if options.out:
-        options.out.write_text(json.dumps({**environment(), "problem": problem, "rows": rows}, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    assert scored.tail is not None
+    assert scored.kept_fraction is not None
+    return {"tail": float(scored.tail.mean()), "kept_fraction": float(scored.kept_fraction.mean())}

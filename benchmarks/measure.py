@@ -1,5 +1,6 @@
 """How things are measured: in a process of their own, with the peak of resident memory, beside the versions used."""
 
+import ctypes
 import platform
 import subprocess
 import time
@@ -21,7 +22,9 @@ PACKAGES = ("triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy"
 
 def isolated(function: Callable[..., Result], *arguments: Any) -> Result:
     """Call a module-level function in a fresh process: no memory or caches of what ran before."""
-    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["torch"])  # imported, not used: as fresh as a spawned process, and there sooner
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
         return pool.submit(function, *arguments).result()
 
 
@@ -33,11 +36,22 @@ def _status_mib(key: str) -> float:
 
 
 def peak_growth_mib(function: Callable[[], Result]) -> tuple[Result, float]:
-    """Run `function` and tell by how many MiB the process's resident memory grew at its peak (Linux)."""
+    """Run `function` and tell by how many MiB the process's resident memory grew at its peak (Linux with glibc)."""
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed and is resident still would be taken again unseen
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark to what is resident now
     before = _status_mib("VmRSS")
     result = function()
     return result, _status_mib("VmHWM") - before
+
+
+def cuda_growth_mib(function: Callable[[], Any]) -> float:
+    """Run `function` and tell by how many MiB the memory of CUDA's allocator grew at its peak."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def timed(function: Callable[[], Result]) -> tuple[Result, float]:

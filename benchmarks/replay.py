@@ -7,8 +7,12 @@ as those of a larger vocabulary's rare tokens do.
 
 Without the file, a synthetic distribution stands in: a Zipf-like bias, on a constant hidden dimension, plus normal
 logits that the tokens of a sequence share in part, fitted to the entropy, the tail and the kept columns of the real.
+
+Random logits, of hidden states and weights as at initialisation, are what other benchmarks measure: their softmax is
+nearly flat, so a filter that judges entries by their size alone drops it all.
 """
 
+import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,16 +20,21 @@ import torch
 from torch import Tensor
 
 SHARED_HIDDEN = Path(__file__).parents[1] / "../shared/data/hidden/smollm2_helpful.safetensors"
+LENGTHS: dict[str, list[list[int]]] = json.loads((Path(__file__).parent / "lengths.json").read_text())
+"""By data set, tokens of [prompt, chosen, rejected] of 128 real preference pairs (SmolLM2's tokenizer): Anthropic's
+hh-rlhf helpful-online, FineGrainedRLHF's questions on long passages, and LLaMA-Factory's dpo_en_demo."""
 ZIPF, NORMAL, SHARED = 1.4, 4.0, 0.5
 """Exponent of the bias, standard deviation of the other logits, and the share of their variance that a sequence has in
 common. Against the real file at its own size: entropy 2.4 for 2.2 nats, tail 0.033 for 0.031, kept in a block of 128
 rows 7.6 % for 7.1 %."""
 LOWERED = 1.5
 """Nats by which added rows are moved down at the mean hidden state."""
+INITIAL_STD = 0.02
+"""Standard deviation of weights at initialisation (GPT-2, Llama)."""
 
 
 class Replay(NamedTuple):
-    """A problem of aligned rows; sequences are 64 tokens long."""
+    """A problem of aligned rows."""
 
     hidden: Tensor
     """bf16 [N, D]."""
@@ -33,11 +42,41 @@ class Replay(NamedTuple):
     """bf16 [V, D]."""
     target: Tensor
     """int64 [N]."""
+    cu_seqlens: Tensor
+    """int32 [S + 1], S even: chosen and rejected answers in turn."""
     source: str
 
 
-def replay(N: int, D: int, V: int, *, hidden_file: Path | None = None, device: str = "cpu", seed: int = 0) -> Replay:
-    """N tokens of hidden size D (at least that of the file) over V tokens, deterministic from the seed."""
+def sequence_offsets(N: int, lengths: str = "hh_helpful") -> Tensor:
+    """Offsets, int32 [S + 1], of whole answers of real pairs in their order, the last one cut so that there are N."""
+    answers = [length for _, chosen, rejected in LENGTHS[lengths] for length in (chosen, rejected)]
+    ends = torch.tensor(answers * (N // sum(answers) + 1)).cumsum(0)
+    return _even(torch.cat((torch.zeros(1), ends[ends < N], torch.tensor([N]))).int())
+
+
+def _even(offsets: Tensor) -> Tensor:
+    """Split the longest sequence if the number of sequences is odd."""
+    if len(offsets) % 2 == 1 or offsets[-1] < 2:
+        return offsets
+    longest = int(offsets.diff().argmax())
+    middle = (offsets[longest] + offsets[longest + 1]) // 2
+    return torch.cat((offsets[: longest + 1], middle[None], offsets[longest + 1 :]))
+
+
+def replay(
+    N: int,
+    D: int,
+    V: int,
+    *,
+    lengths: str = "hh_helpful",
+    hidden_file: Path | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+) -> Replay:
+    """N tokens of hidden size D (at least that of the file) over V tokens, deterministic from the seed.
+
+    The file's own sequences are of hh_helpful; with other `lengths` its tokens follow each other in their order.
+    """
     path = hidden_file or SHARED_HIDDEN
     generator = torch.Generator(device).manual_seed(seed)
     if path.is_file():
@@ -45,13 +84,23 @@ def replay(N: int, D: int, V: int, *, hidden_file: Path | None = None, device: s
 
         data = {name: tensor.to(device) for name, tensor in load_file(path).items()}
         if data["hidden"].shape[1] <= D:
-            return _real(data, N, D, V, generator)
-    return _synthetic(N, D, V, generator)
+            return _real(data, N, D, V, lengths, generator)
+    return _synthetic(N, D, V, sequence_offsets(N, lengths), generator)
 
 
-def _real(data: dict[str, Tensor], N: int, D: int, V: int, generator: torch.Generator) -> Replay:
+def random_logits(N: int, D: int, V: int, *, lengths: str = "hh_helpful", device: str = "cpu", seed: int = 0) -> Replay:
+    """Normal hidden states, and a head as it is initialised."""
+    rng = torch.Generator(device).manual_seed(seed)
+    hidden = torch.randn(N, D, generator=rng, device=device).bfloat16()
+    weight = torch.randn(V, D, generator=rng, device=device).mul_(INITIAL_STD).bfloat16()
+    target = torch.randint(V, (N,), generator=rng, device=device)
+    return Replay(hidden, weight, target, sequence_offsets(N, lengths).to(device), "random logits")
+
+
+def _real(data: dict[str, Tensor], N: int, D: int, V: int, lengths: str, generator: torch.Generator) -> Replay:
     device = generator.device
-    rows = torch.arange(N, device=device) % data["hidden"].shape[0]  # beyond the file's tokens they repeat
+    tokens = data["hidden"].shape[0]
+    rows = torch.arange(N, device=device) % tokens  # beyond the file's tokens they repeat
     hidden, target = data["hidden"][rows].float(), data["target"][rows].long()
     weight = data["weight_int8"].float() * data["weight_scale"][:, None]
     known, small = weight.shape
@@ -65,14 +114,21 @@ def _real(data: dict[str, Tensor], N: int, D: int, V: int, generator: torch.Gene
     if small < D:
         lift = torch.linalg.qr(torch.randn(D, small, generator=generator, device=device))[0]
         hidden, weight = hidden @ lift.T, weight @ lift.T
-    return Replay(hidden.bfloat16(), weight.bfloat16(), target, "real-logit replay")
+    if lengths == "hh_helpful":
+        own = data["cu_seqlens"][1:].cpu()
+        ends = torch.cat([own + tokens * turn for turn in range(-(-N // tokens))])
+        offsets = _even(torch.cat((torch.zeros(1), ends[ends < N], torch.tensor([N]))).int())
+    else:
+        offsets = sequence_offsets(N, lengths)
+    return Replay(hidden.bfloat16(), weight.bfloat16(), target, offsets.to(device), "real-logit replay")
 
 
-def _synthetic(N: int, D: int, V: int, generator: torch.Generator) -> Replay:
+def _synthetic(N: int, D: int, V: int, offsets: Tensor, generator: torch.Generator) -> Replay:
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=generator.device)
 
-    common = normal(-(-N // 64), D).repeat_interleave(64, 0)[:N]
+    offsets = offsets.to(generator.device)
+    common = normal(len(offsets) - 1, D).repeat_interleave(offsets.diff().long(), 0)
     hidden = SHARED**0.5 * common + (1 - SHARED) ** 0.5 * normal(N, D)
     weight = normal(V, D).mul_(NORMAL / D**0.5)
     hidden[:, 0] = 1.0
@@ -82,7 +138,7 @@ def _synthetic(N: int, D: int, V: int, generator: torch.Generator) -> Replay:
         torch.multinomial((part.float() @ weight.float().T).softmax(-1), 1, generator=generator).squeeze(1)
         for part in hidden.split(256)
     ]
-    return Replay(hidden, weight, torch.cat(targets), "synthetic logits")
+    return Replay(hidden, weight, torch.cat(targets), offsets, "synthetic logits")
 
 
 def describe(problem: Replay, eps: float = 2**-12, rows: int = 1024) -> dict[str, float]:

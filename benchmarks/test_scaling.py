@@ -1,0 +1,44 @@
+"""Time and memory of forward and backward against N, D and V, and where the time of the main case goes."""
+
+from typing import Any
+
+import pytest
+
+from benchmarks import head
+from benchmarks.cases import AXES, TRAIN, Case, head_cases, scaling_cases
+from benchmarks.conftest import DEVICE, MeasureHead, large
+from benchmarks.stages import stages
+
+NAMES = (head.BARE, "fused filtered", "fused exact", "naive fp32-upcast", "Cut Cross-Entropy")
+STAGED = ("fused filtered", "fused exact", "naive fp32-upcast")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test a case along an axis and implementation."""
+    if "axis" in metafunc.fixturenames:
+        arguments = [
+            pytest.param(axis, case, name, id=f"{axis}={getattr(case, axis)}/{name}")
+            for axis in AXES
+            for case in scaling_cases(axis, large(metafunc.config))
+            for name in NAMES
+        ]
+        metafunc.parametrize(("axis", "case", "name"), arguments)
+
+
+def test_scaling(measure_head: MeasureHead, axis: str, case: Case, name: str) -> None:
+    """One point of a curve."""
+    row = {"id": f"scaling/{axis}/{getattr(case, axis)}/{name}", "suite": "scaling", "axis": axis}
+    measure_head(row, case, TRAIN, name)
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_stages(request: pytest.FixtureRequest, record_rows: list[dict[str, Any]], name: str) -> None:
+    """Seconds of each stage of the main case."""
+    case, phase = head_cases(large(request.config))[0]
+    loaded = head.load(case, request.config.getoption("--hidden"), DEVICE)
+    seconds = stages(head.prepare(name, case, phase, loaded))
+    total = sum(seconds.values())
+    for stage, time in seconds.items():
+        which = {"id": f"stages/{case.name}/{name}/{stage}", "suite": "stages", "case": case.name}
+        record_rows.append({**which, "implementation": name, "stage": stage, "seconds": time, "share": time / total})
+    assert total > 0

@@ -1,7 +1,8 @@
 """What a GPU has to show before anything on it is timed: accuracy, determinism, invariance, memory, no stray reads.
 
-Needs torch, triton and `fused_dpo` alone. Every check raises AssertionError with the numbers it found, or returns the
-numbers that belong into the record. `Scale` makes them small enough for Triton's interpreter, where the tests run them.
+Needs torch, triton and `fused_dpo` alone, but for the attention backends, which need the trainer's requirements.
+Every check raises AssertionError with the numbers it found, or returns the numbers that belong into the record.
+`Scale` makes them small enough for Triton's interpreter, where the tests run them.
 """
 
 from collections.abc import Callable
@@ -270,6 +271,32 @@ def check_streaming_agrees(scale: Scale) -> None:
             assert difference <= bound, f"{name}, {dtype}: {difference:.3g}"
 
 
+def check_attention_backends(scale: Scale) -> dict[str, str]:
+    """Every attention backend that is installed, values and gradients, grouped heads, with and without a window."""
+    if scale.device == "cpu":
+        raise NotHereError("the kernels need a CUDA device")
+    try:
+        from fused_dpo_engine.attention import verify_backend
+        from fused_dpo_engine.attention_choice import ORDER, AttentionNeeds, available_backends, load_backend, why_not
+    except ImportError as missing:
+        raise NotHereError(f"the trainer's requirements are not installed: {missing}") from None
+    device, dtype = torch.device("cuda"), torch.bfloat16
+    record = {}
+    for name, window, softcap in product(ORDER, (None, 40), (None, 30.0)):
+        needs = AttentionNeeds(12, 4, 64, 64, window=window, softcap=softcap)
+        label = f"{name}, window {window}, softcap {softcap}"
+        if name not in available_backends():
+            record[name] = "not installed"
+            continue
+        reason = why_not(name, needs, device, dtype, torch.cuda.get_device_capability())
+        if reason:
+            record[label] = reason
+            continue
+        verify_backend(name, load_backend(name), needs, device, dtype)
+        record[label] = "agrees"
+    return record
+
+
 CHECKS: dict[str, Callable[[Scale], Any]] = {
     "accuracy against float64": check_accuracy,
     "run to run, NaN-poisoned": check_run_to_run,
@@ -279,4 +306,5 @@ CHECKS: dict[str, Callable[[Scale], Any]] = {
     "offsets beyond 2^31": check_large_offsets,
     "memory": check_memory,
     "no synchronisation": check_no_synchronisation,
+    "attention backends": check_attention_backends,
 }

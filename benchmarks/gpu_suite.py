@@ -3,7 +3,8 @@
     python -m benchmarks.gpu_suite --out DIR [--minutes 9]
 
 Checks first, then timings, the most telling cases first. A part that fails or finds no time left is recorded and the
-next one begins; DIR/gpu_suite.json is written anew after every part.
+next one begins. DIR/gpu_suite.json, what each part said, and DIR/gpu_rows.json, the measurements as a results file for
+`benchmarks.report` and `benchmarks.compare`, are written anew after every part.
 """
 
 import argparse
@@ -14,163 +15,113 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "kernels"))  # a bare checkout has nothing installed
+sys.path[:0] = [str(ROOT / "kernels"), str(ROOT / "engine")]  # a bare checkout has nothing installed
 
 import torch  # noqa: E402
-import triton  # noqa: E402
-from torch import Tensor  # noqa: E402
-from torch.nn import functional as F  # noqa: E402
 
+from benchmarks import head, records  # noqa: E402
+from benchmarks.cases import AXES, TRAIN, Case, head_cases, scaling_cases  # noqa: E402
 from benchmarks.gpu_checks import CHECKS, SMALL, NotHereError, Scale  # noqa: E402
-from benchmarks.replay import Replay, describe, replay  # noqa: E402
-from fused_dpo import KernelOptions, fused_token_logps  # noqa: E402
+from benchmarks.measure import environment, quantiles  # noqa: E402
+from benchmarks.peers import IMPLEMENTATIONS, Implementation  # noqa: E402
+from benchmarks.stages import stages_of  # noqa: E402
 
-SHAPES = ((8192, 4096, 151936), (16384, 4096, 128256))
-"""N scored tokens, D, V: the heads of Qwen3-8B and Llama-3-8B."""
+NAMES = (head.BARE, *IMPLEMENTATIONS)
+Row = dict[str, Any]
+SUMMARISED = ("extra_mib", "share_of_bare", "worst_logp_error_nat", "dhidden_error", "dweight_error", "kept_fraction")
 
 
 def ceilings() -> dict[str, float]:
     """What this very card reaches: a large copy, and a large bf16 product of random numbers."""
     source = torch.randn(2**30, device="cuda")
     target = torch.empty_like(source)
-    copy_ms = median_ms(lambda: target.copy_(source))
+    copy = median_seconds(lambda: target.copy_(source))
     a, b = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
-    matmul_ms = median_ms(lambda: a @ b)
-    return {"copy_tb_s": 2 * source.nbytes / copy_ms / 1e9, "matmul_tflop_s": 2 * 8192**3 / matmul_ms / 1e9}
+    matmul = median_seconds(lambda: a @ b)
+    return {"copy_tb_s": 2 * source.nbytes / copy / 1e12, "matmul_tflop_s": 2 * 8192**3 / matmul / 1e12}
 
 
-def median_ms(function: Callable[[], Any], runs: int = 10, seconds: float = 4.0) -> float:
-    """Median time by device events after a warm-up, within a time limit."""
-    function()
-    torch.cuda.synchronize()
+def seconds_of(function: Callable[[], Any], runs: int = 10, limit: float = 4.0) -> list[float]:
+    """Times of single calls by device events, within `limit` seconds but three at least."""
     times: list[float] = []
     started = time.perf_counter()
-    while len(times) < runs and (time.perf_counter() - started < seconds or len(times) < 3):
+    while len(times) < runs and (time.perf_counter() - started < limit or len(times) < 3):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         function()
         end.record()
         torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times)
+        times.append(begin.elapsed_time(end) / 1e3)
+    return times
 
 
-def naive_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Full logits, log-softmax in fp32, a log-prob per token."""
-    return F.log_softmax((hidden @ weight.T).float(), dim=-1).gather(1, labels[:, None]).squeeze(1)
+def median_seconds(function: Callable[[], Any]) -> float:
+    """Median time after a warm-up."""
+    function()
+    return statistics.median(seconds_of(function))
 
 
-def truth(problem: Replay, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probs of the tokens, and the gradients for `upstream` [N], in float64, some rows at a time."""
-    weight = problem.weight.double()
-    logps, dhidden, dweight = [], [], torch.zeros_like(weight)
-    for hidden, target, g in zip(
-        problem.hidden.split(512), problem.target.split(512), upstream.split(512), strict=True
-    ):
-        rows = hidden.double()
-        log_p = (rows @ weight.T).log_softmax(-1)
-        logps.append(log_p.gather(1, target[:, None]).squeeze(1))
-        dz = log_p.exp_().neg_()
-        dz[torch.arange(len(target), device=dz.device), target] += 1.0
-        dz *= g.double()[:, None]
-        dhidden.append(dz @ weight)
-        dweight += dz.T @ rows
-    return torch.cat(logps), torch.cat(dhidden), dweight
-
-
-def relative_error(got: Tensor, true: Tensor) -> float:
-    """In the Frobenius norm, a piece at a time: a float64 copy of a gradient is large."""
-    squares = sum((a.double() - b).square().sum() for a, b in zip(got.split(8192), true.split(8192), strict=True))
-    return float((squares / true.square().sum()) ** 0.5)
-
-
-def timings(N: int, D: int, V: int, hidden_file: Path | None) -> Iterator[dict[str, Any]]:
-    """A row an implementation: milliseconds, extra memory and errors, forward and forward + backward."""
-    problem = replay(N, D, V, hidden_file=hidden_file, device="cuda")
-    yield {"implementation": "problem", "source": problem.source, **describe(problem)}
-    hidden, weight, labels = problem.hidden.requires_grad_(), problem.weight.requires_grad_(), problem.target
-    offsets = torch.arange(0, N + 1, 64, device="cuda", dtype=torch.int32)
-    upstream = torch.randn(N // 64, device="cuda").repeat_interleave(64)
-    options = KernelOptions(impl="triton", row_index=torch.arange(N, device="cuda"))
-    pass_flop = 2 * N * D * V
-
-    def ours(mode: str) -> Callable[[], Tensor]:
-        arguments: Any = {"cu_seqlens": offsets, "shift": False, "grad_mode": mode, "options": options}
-        return lambda: fused_token_logps(hidden, weight, labels, **arguments).logps
-
-    compiled = torch.compile(naive_logps)
-    implementations: dict[str, Callable[[], Tensor]] = {
-        "fused filtered": ours("filtered"),
-        "fused exact": ours("exact"),
-        "naive": lambda: naive_logps(hidden, weight, labels),
-        "torch.compile naive": lambda: compiled(hidden, weight, labels),
-    }
-
-    def bare_matmuls() -> None:
-        with torch.no_grad():
-            dz = hidden @ weight.T
-            torch.mm(dz, weight)
-            torch.mm(dz.T, hidden)
-
-    with torch.no_grad():
-        one = median_ms(lambda: hidden @ weight.T)
-        true_logps, true_dhidden, true_dweight = truth(problem, upstream)
-    yield {"implementation": "bare matmul", "forward_ms": one, "tflop_s": pass_flop / one / 1e9}
-    three = median_ms(bare_matmuls)
-    yield {"implementation": "three bare matmuls", "total_ms": three, "tflop_s": 3 * pass_flop / three / 1e9}
-    for name, function in implementations.items():
-        row: dict[str, Any] = {"implementation": name}
+def head_rows(
+    case: Case, phase: str, hidden_file: Path | None, names: Sequence[str] = NAMES, **which: str
+) -> list[Row]:
+    """A row an implementation: checked against float64, then memory and time; one that fails says why."""
+    loaded = head.load(case, hidden_file, "cuda")
+    bare = median_seconds(head.bare_matmuls(case, phase, loaded.problem))
+    rows = []
+    for name in names:
+        way = IMPLEMENTATIONS.get(name)
+        row: Row = {"id": f"head/{case.name}/{phase}/{name}", "suite": "head", **which}
+        row |= head.describe_row(name, case, phase, loaded)
+        rows.append(row)
         try:
-            with torch.no_grad():
-                row["forward_ms"] = median_ms(function)
-
-            def step(call: Callable[[], Tensor] = function) -> Tensor:
-                hidden.grad = weight.grad = None
-                logps = call()
-                logps.backward(upstream)
-                return logps.detach()
-
-            row["total_ms"] = median_ms(step)
-            hidden.grad = weight.grad = None
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            logps = step()
-            torch.cuda.synchronize()
-            gradients = hidden.nbytes + weight.nbytes
-            row["extra_gib"] = (torch.cuda.max_memory_allocated() - before - gradients) / 2**30
-            row["forward_share_of_bare_matmul"] = one / row["forward_ms"]
-            row["total_over_three_matmuls"] = row["total_ms"] / three
-            sequences = (logps.double() - true_logps).view(-1, 64).sum(1)
-            row["worst_sequence_error_nat"] = float(sequences.abs().max())
-            assert hidden.grad is not None
-            assert weight.grad is not None
-            row["dhidden_error"] = relative_error(hidden.grad, true_dhidden)
-            row["dweight_error"] = relative_error(weight.grad, true_dweight)
+            row |= _measure(name, way, case, phase, loaded, hidden_file)
+            row |= head.rates(case, phase, row["median_s"], bare)
         except Exception as error:  # out of memory, a compiler that fails: the other rows still count
             row["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
-        yield row
         torch.cuda.empty_cache()
-    arguments: Any = {
-        "cu_seqlens": offsets,
-        "shift": False,
-        "with_stats": ("tail", "kept_fraction"),
-        "options": options,
-    }
-    with torch.no_grad():
-        stats = fused_token_logps(hidden, weight, labels, grad_mode="filtered", **arguments)
-    assert stats.tail is not None
-    assert stats.kept_fraction is not None
-    yield {
-        "implementation": "fused filtered: what its forward keeps",
-        "tail": float(stats.tail.mean()),
-        "kept_fraction": float(stats.kept_fraction.mean()),
-    }
+    return rows
+
+
+def _measure(
+    name: str, way: Implementation | None, case: Case, phase: str, loaded: head.Loaded, hidden_file: Path | None
+) -> Row:
+    if way is None:
+        row = quantiles(seconds_of(head.bare_matmuls(case, phase, loaded.problem)))
+    elif why := way.absent():
+        raise NotHereError(why)
+    else:
+        run = head.prepare(name, case, phase, loaded)
+        row, over = head.check(run, loaded.truth)
+        if over:
+            return row | {"failed": "inaccurate: " + ", ".join(over)}
+        row["extra_mib"] = head.extra_mib(run, name, case, hidden_file)
+        row |= quantiles(seconds_of(run))
+        if name == "fused filtered" and phase == TRAIN:
+            row |= head.filter_stats(loaded.problem)
+    return row | {"tokens_per_s": case.N / row["median_s"]}
+
+
+def scaling_rows(axis: str, hidden_file: Path | None) -> list[Row]:
+    """Points of the curves along one axis."""
+    names = (head.BARE, "fused filtered", "fused exact", "naive fp32-upcast", "Cut Cross-Entropy")
+    rows = []
+    for case in scaling_cases(axis, full=True):
+        for row in head_rows(case, TRAIN, hidden_file, names, suite="scaling", axis=axis):
+            rows.append(row | {"id": f"scaling/{axis}/{getattr(case, axis)}/{row['implementation']}"})
+    return rows
+
+
+def stage_rows(hidden_file: Path | None) -> list[Row]:
+    """Seconds by kernel of the main case."""
+    case, phase = head_cases(full=True)[0]
+    loaded = head.load(case, hidden_file, "cuda")
+    names = ("fused filtered", "fused exact", "naive fp32-upcast")
+    return [row for name in names for row in stages_of(case.name, name, head.prepare(name, case, phase, loaded))]
 
 
 def sanitizer() -> dict[str, Any]:
@@ -195,21 +146,6 @@ def sanitizer() -> dict[str, Any]:
     return record
 
 
-def environment() -> dict[str, Any]:
-    """Device, versions and commit."""
-    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    cuda = torch.cuda.is_available()
-    return {
-        "device": torch.cuda.get_device_name() if cuda else "none",
-        "capability": torch.cuda.get_device_capability() if cuda else None,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "triton": triton.__version__,
-        "commit": commit or "unknown",
-    }
-
-
 def parts(scale: Scale, hidden_file: Path | None) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Name and work of every part, in order."""
     for name, check in CHECKS.items():
@@ -217,15 +153,31 @@ def parts(scale: Scale, hidden_file: Path | None) -> Iterator[tuple[str, Callabl
     if scale.device != "cuda":
         return
     yield "ceilings", ceilings
-    for shape in SHAPES:
-        yield "timings N={} D={} V={}".format(*shape), lambda shape=shape: list(timings(*shape, hidden_file))
+    (main, phase), *others = head_cases(full=True)
+    yield f"head {main.name} {phase}", lambda: head_rows(main, phase, hidden_file)
+    yield "stages", lambda: stage_rows(hidden_file)
+    for case, phase in others:
+        yield f"head {case.name} {phase}", lambda case=case, phase=phase: head_rows(case, phase, hidden_file)
+    for axis in AXES:
+        yield f"scaling with {axis}", lambda axis=axis: scaling_rows(axis, hidden_file)
     yield "compute-sanitizer", sanitizer
+
+
+def summary(row: Row) -> str:
+    """A row in a line of the log."""
+    if "failed" in row:
+        return f"{row['id']}: {row['failed']}"
+    if "seconds" in row:
+        return f"{row['id']}: {1e3 * row['seconds']:.2f} ms"
+    numbers = {key: row[key] for key in SUMMARISED if key in row}
+    return f"{row['id']}: {1e3 * row['median_s']:.2f} ms " + " ".join(f"{k}={v:.4g}" for k, v in numbers.items())
 
 
 def run(out: Path, minutes: float, scale: Scale, hidden_file: Path | None = None) -> dict[str, Any]:
     """Run all parts within the time and write the record after each."""
     out.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {"environment": environment(), "parts": {}}
+    rows: list[Row] = []
     started = time.perf_counter()
     for name, work in parts(scale, hidden_file):
         if time.perf_counter() - started > 60 * minutes:
@@ -233,7 +185,12 @@ def run(out: Path, minutes: float, scale: Scale, hidden_file: Path | None = None
         else:
             begun = time.perf_counter()
             try:
-                entry = {"status": "ok", "result": work()}
+                result = work()
+                if isinstance(result, list):
+                    rows += result
+                    records.write(out / "gpu_rows.json", rows)
+                    result = [summary(row) for row in result]
+                entry = {"status": "ok", "result": result}
             except NotHereError as reason:
                 entry = {"status": "skipped", "error": str(reason)}
             except Exception as error:

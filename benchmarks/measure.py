@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from rich.console import Console
 
 Result = TypeVar("Result")
 
@@ -61,8 +60,10 @@ def timed(function: Callable[[], Result]) -> tuple[Result, float]:
     return result, time.perf_counter() - started
 
 
-def console() -> Console:
+def console() -> Any:
     """Where tables are printed: as wide as the terminal, and wide enough for a table where there is none."""
+    from rich.console import Console
+
     screen = Console()
     return screen if screen.is_terminal else Console(width=120)
 

@@ -10,15 +10,16 @@ from benchmarks.head import HeadRun
 
 CPU_STAGES = {
     "matrix products": ("mm", "addmm", "bmm", "baddbmm"),
-    "exponentials and softmax": ("exp", "exp_", "log", "log_", "_log_softmax", "_log_softmax_backward_data"),
-    "gathers and scatters": ("index_select", "gather", "scatter_add_", "index_add_", "nonzero", "index_fill_"),
+    "exponentials and softmax": ("exp", "log", "_log_softmax", "_log_softmax_backward_data"),
+    "gathers and scatters": ("index_select", "gather", "scatter_add", "index_add", "nonzero", "index_fill"),
     "reductions": ("sum", "amax", "max", "all", "any", "mean"),
-    "copies and casts": ("copy_", "fill_"),
+    "copies and casts": ("copy", "fill"),
     "elementwise": (
-        *("sub", "add", "add_", "mul", "mul_", "div", "neg", "clamp", "clamp_", "where", "masked_fill", "masked_fill_"),
-        *("gt", "ge", "lt", "le", "eq", "__rshift__", "__lshift__"),
+        *("sub", "add", "mul", "div", "neg", "clamp", "where", "masked_fill", "gt", "ge", "lt", "le", "eq"),
+        *("__rshift", "__lshift"),
     ),
 }
+"""Names of operators, in place or not."""
 LIBRARY = ("gemm", "nvjet", "xmma", "cutlass", "splitk")
 """Parts of the names of matrix product kernels of cuBLAS."""
 LARGEST = 8
@@ -46,7 +47,7 @@ def _microseconds(event: Any, cuda: bool) -> float:
 
 
 def _cpu_stage(key: str) -> str:
-    operator = key.removeprefix("aten::")
+    operator = key.removeprefix("aten::").rstrip("_")
     return next((stage for stage, operators in CPU_STAGES.items() if operator in operators), "other")
 
 
@@ -54,3 +55,14 @@ def _gpu_stage(key: str) -> str:
     if any(part in key.lower() for part in LIBRARY):
         return "library matrix products"
     return key.split("(")[0].split("<")[0].removeprefix("void ")[:60]
+
+
+def stages_of(case: str, name: str, run: HeadRun) -> list[dict[str, Any]]:
+    """Rows of a results file, one a stage."""
+    seconds = stages(run)
+    total = sum(seconds.values())
+    which = {"suite": "stages", "case": case, "implementation": name}
+    return [
+        {"id": f"stages/{case}/{name}/{stage}", **which, "stage": stage, "seconds": time, "share": time / total}
+        for stage, time in seconds.items()
+    ]

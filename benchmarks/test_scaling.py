@@ -7,7 +7,7 @@ import pytest
 from benchmarks import head
 from benchmarks.cases import AXES, TRAIN, Case, head_cases, scaling_cases
 from benchmarks.conftest import DEVICE, MeasureHead, large
-from benchmarks.stages import stages
+from benchmarks.stages import stages_of
 
 NAMES = (head.BARE, "fused filtered", "fused exact", "naive fp32-upcast", "Cut Cross-Entropy")
 STAGED = ("fused filtered", "fused exact", "naive fp32-upcast")
@@ -36,9 +36,6 @@ def test_stages(request: pytest.FixtureRequest, record_rows: list[dict[str, Any]
     """Seconds of each stage of the main case."""
     case, phase = head_cases(large(request.config))[0]
     loaded = head.load(case, request.config.getoption("--hidden"), DEVICE)
-    seconds = stages(head.prepare(name, case, phase, loaded))
-    total = sum(seconds.values())
-    for stage, time in seconds.items():
-        which = {"id": f"stages/{case.name}/{name}/{stage}", "suite": "stages", "case": case.name}
-        record_rows.append({**which, "implementation": name, "stage": stage, "seconds": time, "share": time / total})
-    assert total > 0
+    rows = stages_of(case.name, name, head.prepare(name, case, phase, loaded))
+    assert sum(row["seconds"] for row in rows) > 0
+    record_rows += rows

@@ -1,0 +1,68 @@
+"""Which rows of results belong together, which are ours, and which cases stand for the rest: for tables and plots."""
+
+import math
+import re
+from collections.abc import Iterable
+from typing import Any
+
+Row = dict[str, Any]
+
+BARE = "bare matmuls"
+"""The matrix products that any implementation needs, and nothing else: the speed to compare with, not a contender."""
+
+BOTH = "forward+backward"
+
+AXES = {"N": "tokens", "V": "vocabulary", "D": "hidden size"}
+"""What the scaling curves vary."""
+
+
+def is_ours(name: str) -> bool:
+    """Whether an implementation of the head, or a way of the whole step, is this package's."""
+    return name.startswith("fused") or name.split(",")[0] in {"shared", "packed", "padded"}
+
+
+def failure(row: Row) -> str | None:
+    """Why a row has no numbers, or None if it has them."""
+    for key in ("failed", "not_installed"):
+        if row.get(key):
+            return "not installed" if row[key] is True else str(row[key])
+    return None
+
+
+def number(row: Row, key: str) -> float | None:
+    """The finite number under `key` of a row that passed."""
+    value = row.get(key)
+    if isinstance(value, int | float) and math.isfinite(value) and failure(row) is None:
+        return float(value)
+    return None
+
+
+def of_suite(rows: Iterable[Row], suite: str) -> list[Row]:
+    """The rows of a suite, in order."""
+    return [row for row in rows if row.get("suite", row["id"].partition("/")[0]) == suite]
+
+
+def grouped(rows: Iterable[Row], key: str) -> dict[str, list[Row]]:
+    """Rows by what they have under `key`, in order of first appearance."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(str(row.get(key, "")), []).append(row)
+    return groups
+
+
+def plain_cases(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """The forward and backward of each head case that is no variant of another (`-frozen`, `-long`, …)."""
+    cases = grouped([row for row in of_suite(rows, "head") if row.get("phase") == BOTH], "case")
+    return {case: of_case for case, of_case in cases.items() if re.search(r"-N\d+$", case)} or cases
+
+
+def main_case(rows: Iterable[Row]) -> str | None:
+    """The head case to show where there is room for one: the largest of those with real logits, else the largest."""
+
+    def rank(case: str) -> tuple[bool, float]:
+        row = cases[case][0]
+        sizes = (row.get(axis, 1) for axis in AXES)
+        return str(row.get("logits", "")).startswith("real"), math.prod(sizes)
+
+    cases = plain_cases(rows)
+    return max(cases, key=rank, default=None)

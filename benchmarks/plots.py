@@ -23,6 +23,9 @@ TITLES = {
     "step": "time and extra memory of a whole training step",
 }
 
+HEAD_CASES = 3
+"""So many cases of the head are drawn."""
+
 INK, FAINT = "#24292f", "#d0d7de"
 OURS = ("#d55e00", "#e69f00", "#b22222", "#f08060")
 OTHERS = ("#0072b2", "#56b4e9", "#009e73", "#cc79a7", "#5b5b5b", "#332288", "#117733", "#aa4499")
@@ -56,7 +59,7 @@ def shown(record: Record, topic: str) -> list[Row]:
     """The rows that a plot is made of."""
     rows = record.rows.values()
     if topic == "head":
-        suite = [row for of_case in plain_cases(rows).values() for row in of_case]
+        suite = [row for of_case in list(plain_cases(rows).values())[:HEAD_CASES] for row in of_case]
     else:
         suite = of_suite(rows, topic)
     key = "seconds" if topic == "stages" else "median_s"

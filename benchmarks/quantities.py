@@ -28,7 +28,7 @@ class Quantity(NamedTuple):
 
 
 MEMORY = Quantity("extra memory (MiB)", "extra_mib")
-SHARE = Quantity("speed, of the bare matmuls' (%)", "share_of_bare", max, 100)
+SHARE = Quantity("speed vs bare matmuls (%)", "share_of_bare", max, 100)
 SPEED = Quantity("tokens/s", "tokens_per_s", max)
 LOGP_ERROR = Quantity("worst log-prob error (nat)", "worst_logp_error_nat")
 GRADIENT_ERRORS = (
@@ -37,7 +37,7 @@ GRADIENT_ERRORS = (
 )
 KEPT = Quantity("vocabulary kept (%)", "kept_fraction", None, 100)
 SLOTS = Quantity("token slots", "slots")
-DIFFERENCE = Quantity("log-probs differ by up to (nat)", "worst_logp_difference", None)
+DIFFERENCE = Quantity("worst log-prob difference (nat)", "worst_logp_difference", None)
 STAGE_SHARE = Quantity("share (%)", "share", None, 100)
 
 HEAD = (SHARE, MEMORY, SPEED, LOGP_ERROR, *GRADIENT_ERRORS, KEPT)

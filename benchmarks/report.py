@@ -7,6 +7,7 @@ README. With --check nothing is written, and the exit status is 1 if what is on 
 """
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,10 +25,7 @@ MADE = "<!-- Made by python -m benchmarks.report from the results files beside i
 
 def load(paths: Sequence[Path]) -> list[Record]:
     """The results files named, or those of the project; ValueError if there is nothing to report."""
-    if paths:
-        records = [read(path) for path in paths]
-    else:
-        records = list(known(sorted(FOLDER.glob("*.json"))))
+    records = [read(path) for path in paths] if paths else list(known(sorted(FOLDER.glob("*.json"))))
     if not any(record.rows for record in records):
         raise ValueError(f"no rows in {', '.join(map(str, paths)) or FOLDER}: nothing to report")
     if len({record.path.resolve().parent for record in records}) > 1:
@@ -35,10 +33,8 @@ def load(paths: Sequence[Path]) -> list[Record]:
     for record in records:
         lines = record.path.read_text().splitlines()
         for name, line in record.lines.items():
-            if f'"id": "{name}"' not in lines[line - 1]:
-                raise ValueError(
-                    f"{record.path} has been reformatted: row {name} is not on line {line}, where links lead"
-                )
+            if f'"id": {json.dumps(name)}' not in lines[line - 1]:
+                raise ValueError(f"{record.path} has been reformatted: {name} is not on line {line}, where links lead")
     return records
 
 
@@ -72,9 +68,7 @@ def spliced(readme: Path, selection: str) -> str:
     before, begin, rest = readme.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        raise ValueError(
-            f"{readme} has no place for the results; put these two lines where they belong:\n{BEGIN}\n{END}"
-        )
+        raise ValueError(f"{readme} has no markers; put these two lines where the results belong:\n{BEGIN}\n{END}")
     return f"{before}{BEGIN}\n{selection}\n{END}{after}"
 
 

@@ -51,18 +51,9 @@ def grouped(rows: Iterable[Row], key: str) -> dict[str, list[Row]]:
 
 
 def plain_cases(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """The forward and backward of each head case that is no variant of another (`-frozen`, `-long`, …)."""
+    """The forward and backward of each head case that is no variant of another (`-frozen`, `-long`, …).
+
+    The first is the main one: the benchmark runs the most telling first.
+    """
     cases = grouped([row for row in of_suite(rows, "head") if row.get("phase") == BOTH], "case")
     return {case: of_case for case, of_case in cases.items() if re.search(r"-N\d+$", case)} or cases
-
-
-def main_case(rows: Iterable[Row]) -> str | None:
-    """The head case to show where there is room for one: the largest of those with real logits, else the largest."""
-
-    def rank(case: str) -> tuple[bool, float]:
-        row = cases[case][0]
-        sizes = (row.get(axis, 1) for axis in AXES)
-        return str(row.get("logits", "")).startswith("real"), math.prod(sizes)
-
-    cases = plain_cases(rows)
-    return max(cases, key=rank, default=None)

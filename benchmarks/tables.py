@@ -17,7 +17,7 @@ from benchmarks.quantities import (
     time_of,
 )
 from benchmarks.records import Record
-from benchmarks.selection import AXES, BARE, BOTH, Row, failure, grouped, is_ours, main_case, of_suite
+from benchmarks.selection import AXES, BARE, Row, failure, grouped, is_ours, of_suite, plain_cases
 
 
 def escaped(text: str) -> str:
@@ -98,7 +98,7 @@ class Source(NamedTuple):
         for case, of_case in grouped(of_suite(self.rows, "head"), "case").items():
             parts.append(f"### Head: {self.linked(case, of_case)}\n\n{sizes(of_case)}")
             for phase, rows in grouped(of_case, "phase").items():
-                parts.append(f"{phase.capitalize()}:\n\n{self.table(rows, time_of(rows), HEAD)}")
+                parts.append(f"{phase}:\n\n{self.table(rows, time_of(rows), HEAD)}")
         return parts
 
     def scaling(self) -> list[str]:
@@ -137,9 +137,8 @@ class Source(NamedTuple):
         """The whole training step."""
         parts = []
         for case, rows in grouped(of_suite(self.rows, "step"), "case").items():
-            counts = ", ".join(f"{rows[0][key]:,} {key}" for key in ("pairs", "tokens") if key in rows[0])
             table = self.table(rows, time_of(rows), STEP)
-            parts.append(f"### Whole step: {self.linked(case, rows)}\n\n{counts}\n\n{table}")
+            parts.append(f"### Whole step: {self.linked(case, rows)}\n\n{counts(rows)}\n\n{table}")
         return parts
 
     def full(self, images: str) -> str:
@@ -151,26 +150,34 @@ class Source(NamedTuple):
     def short(self, images: str) -> str:
         """The main case of the head, the first of the step, and the plots."""
         parts = []
-        main = main_case(self.rows)
-        for suite, columns in (("head", HEAD_SHORT), ("step", STEP_SHORT)):
-            cases = grouped(of_suite(self.rows, suite), "case")
-            case = main if suite == "head" else next(iter(cases), None)
-            if case is None:
-                continue
-            rows = [row for row in cases[case] if row.get("phase", BOTH) == BOTH]
-            topic = "Forward and backward of the head" if suite == "head" else "Whole training step"
-            details = sizes(rows) if suite == "head" else f"{rows[0].get('pairs', '?')} pairs"
-            title = f"{topic}, {self.linked(case, rows)} ({details}):"
-            parts.append(f"{title}\n\n{self.table(rows, time_of(rows), columns)}")
+        for case, rows in list(plain_cases(self.rows).items())[:1]:
+            title = f"Forward and backward of the head, {self.linked(case, rows)} ({sizes(rows)}):"
+            parts += [title, self.table(rows, time_of(rows), HEAD_SHORT)]
+        for case, rows in list(grouped(of_suite(self.rows, "step"), "case").items())[:1]:
+            title = f"Whole training step, {self.linked(case, rows)} ({counts(rows)}):"
+            parts += [title, self.table(rows, time_of(rows), STEP_SHORT)]
         return "\n\n".join([f"**{self.caption()}**", *parts, *filter(None, [images])])
 
 
-def sizes(rows: Sequence[Row], axes: Iterable[str] = AXES) -> str:
-    """The sizes and kind of a problem, as far as its rows tell."""
+def merged(rows: Sequence[Row]) -> Row:
+    """What is known of a case: of each field the first row's that has it."""
     known: dict[str, Any] = {}
     for row in rows:
         known = row | known
+    return known
+
+
+def sizes(rows: Sequence[Row], axes: Iterable[str] = AXES) -> str:
+    """The sizes and kind of a head's problem, as far as its rows tell."""
+    known = merged(rows)
     parts = [f"{axis} = {known[axis]:,}" for axis in axes if axis in known]
-    parts += [str(known["logits"])] if known.get("logits") else []
+    parts += [str(known["logits"])] if "logits" in known else []
+    parts += [f"sequence lengths of {known['lengths']}"] if isinstance(known.get("lengths"), str) else []
     parts += ["weight frozen"] if known.get("trainable") is False else []
     return ", ".join(parts)
+
+
+def counts(rows: Sequence[Row]) -> str:
+    """The size of a step, as far as its rows tell."""
+    known = merged(rows)
+    return ", ".join(f"{known[key]:,} {key}" for key in ("pairs", "tokens") if key in known)

@@ -19,8 +19,8 @@ from rich.table import Table
 
 from benchmarks.measure import console
 from benchmarks.quantities import significant
-from benchmarks.records import Record, read
-from benchmarks.selection import Row, failure
+from benchmarks.records import Record
+from benchmarks.selection import Row, failure, load
 
 MEASURED = {
     "median_s": "time (s)",
@@ -124,14 +124,6 @@ def report(a: Record, b: Record, threshold: float) -> int:
     return 1 if worse else 0
 
 
-def readable(path: Path) -> Record:
-    """The results file; ValueError with its name if it cannot be read."""
-    try:
-        return read(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(str(error) if str(path) in str(error) else f"{path} is no results file: {error!r}") from None
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line of the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -140,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threshold", type=float, default=0.05, help="relative change that counts (default: 0.05)")
     options = parser.parse_args(arguments)
     try:
-        a, b = readable(options.a), readable(options.b)
+        a, b = load(options.a), load(options.b)
     except ValueError as error:
         parser.error(str(error))
     if not a.rows.keys() & b.rows.keys():

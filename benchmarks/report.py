@@ -14,7 +14,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks import plots
-from benchmarks.records import FOLDER, Record, read
+from benchmarks.records import FOLDER, Record
+from benchmarks.selection import load
 from benchmarks.tables import Source
 
 PROJECT = Path(__file__).parents[1]
@@ -23,9 +24,9 @@ END = "<!-- benchmarks: end -->"
 MADE = "<!-- Made by python -m benchmarks.report from the results files beside it; do not edit. -->"
 
 
-def load(paths: Sequence[Path]) -> list[Record]:
+def chosen(paths: Sequence[Path]) -> list[Record]:
     """The results files named, or those of the project; ValueError if there is nothing to report."""
-    records = [read(path) for path in paths] if paths else list(known(sorted(FOLDER.glob("*.json"))))
+    records = [load(path) for path in paths] if paths else list(known(sorted(FOLDER.glob("*.json"))))
     if not any(record.rows for record in records):
         raise ValueError(f"no rows in {', '.join(map(str, paths)) or FOLDER}: nothing to report")
     if len({record.path.resolve().parent for record in records}) > 1:
@@ -33,7 +34,7 @@ def load(paths: Sequence[Path]) -> list[Record]:
     for record in records:
         lines = record.path.read_text().splitlines()
         for name, line in record.lines.items():
-            if f'"id": {json.dumps(name)}' not in lines[line - 1]:
+            if f'"id": {json.dumps(name)}' not in "".join(lines[line - 1 : line]):
                 raise ValueError(f"{record.path} has been reformatted: {name} is not on line {line}, where links lead")
     return records
 
@@ -42,8 +43,8 @@ def known(paths: Sequence[Path]) -> Iterator[Record]:
     """Those of the files that hold rows of these benchmarks."""
     for path in paths:
         try:
-            yield read(path)
-        except (ValueError, KeyError):
+            yield load(path)
+        except ValueError:
             continue
 
 
@@ -115,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Write, or check."""
     parser, options = parse(arguments)
     try:
-        records = load(options.results)
+        records = chosen(options.results)
         results = records[0].path.parent
         folder = options.plots or results / "plots"
         readme = options.readme or (PROJECT / "README.md" if results.resolve() == FOLDER.resolve() else None)
@@ -129,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"{path} does not match the results; run python -m benchmarks.report")
             return 1 if stale else 0
         written |= {path: plots.svg(plots.shown(record, topic), topic) for path, record, topic in drawn}
-    except (ValueError, KeyError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))
     for path, text in written.items():
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,10 @@
 import math
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
+
+from benchmarks.records import Record, read
 
 Row = dict[str, Any]
 
@@ -14,6 +17,16 @@ BOTH = "forward+backward"
 
 AXES = {"N": "tokens", "V": "vocabulary", "D": "hidden size"}
 """What the scaling curves vary."""
+
+
+def load(path: Path) -> Record:
+    """Read a results file; ValueError with its name, whatever is wrong with it."""
+    try:
+        return read(path)
+    except (OSError, ValueError, KeyError) as error:
+        if str(path) in str(error):
+            raise ValueError(str(error)) from None
+        raise ValueError(f"{path} is not a results file ({type(error).__name__}: {error})") from None
 
 
 def is_ours(name: str) -> bool:

@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.labels import Point, label_points
 from benchmarks.quantities import LOGP_ERROR, MEMORY, STAGE_SHARE, significant, time_of
 from benchmarks.records import Record
 from benchmarks.selection import AXES, BARE, Row, grouped, is_ours, number, of_suite, plain_cases
@@ -30,7 +29,7 @@ INK, FAINT = "#24292f", "#d0d7de"
 OURS = ("#d55e00", "#e69f00", "#b22222", "#f08060")
 OTHERS = ("#0072b2", "#56b4e9", "#009e73", "#cc79a7", "#5b5b5b", "#332288", "#117733", "#aa4499")
 """Warm colours are ours, cold ones the others': told apart with any colour vision, and by the markers without any."""
-MARKERS = "s^vPXph<>"
+MARKERS = "s^vPXphd*"
 
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -111,11 +110,9 @@ def compact(text: str) -> str:
 
 def panels(width: float, height: float, rows: int, columns: int, **options: Any) -> tuple["Figure", Any]:
     """A figure of so many inches, and its axes as a 2D array."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure((width, height), dpi=72, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = Figure((width, height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
@@ -125,7 +122,7 @@ def plain(value: float, _: object = None) -> str:
 
 
 def log_axis(axis: Any, values: Sequence[float], *, ticks: bool = False) -> None:
-    """Log scale with room for names around the outermost `values`; ticks at these, or at round numbers."""
+    """Log scale with room around the outermost `values`; ticks at these, or at round numbers."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
     low, high = min(values, default=1.0), max(values, default=1.0)
@@ -141,44 +138,35 @@ def log_axis(axis: Any, values: Sequence[float], *, ticks: bool = False) -> None
 def head(rows: Sequence[Row]) -> "Figure":
     """A line of panels a case: memory and error against time; nearer to the lower left corner is better."""
     cases = grouped(rows, "case")
-    figure, axes = panels(9.4, 3.4 * len(cases), len(cases), 2)
-    drawn: list[tuple[Any, list[Point], float | None]] = []
+    styles = line_styles(grouped(rows, "implementation"))
+    figure, axes = panels(9.4, 3.2 * len(cases) + 0.7, len(cases), 2)
+    legend: dict[str, Any] = {}
     for line, (case, of_case) in zip(axes, cases.items(), strict=True):
         time = time_of(of_case)
-        contenders = [row for row in of_case if row.get("implementation") != BARE]
-        bare = next(iter(time.among(row for row in of_case if row not in contenders)), None)
         for ax, quantity in zip(line, (MEMORY, LOGP_ERROR), strict=True):
-            points = []
-            for row in contenders:
-                x, y, name = time.of(row), quantity.of(row), str(row.get("implementation"))
-                if x and y and y > 0:
-                    points.append(Point(x, y, name, name_style(name)))
-                    size, marker, color = (60, "o", OURS[0]) if is_ours(name) else (32, "s", OTHERS[0])
-                    ax.scatter(x, y, s=size, marker=marker, color=color, zorder=3)
-            if bare:
-                ax.axvline(bare, color=INK, linewidth=1, linestyle=":")
+            drawn = []
+            for name, of_name in grouped(of_case, "implementation").items():
+                x, y = time.of(of_name[0]), quantity.of(of_name[0])
+                if name == BARE and x:
+                    legend[name] = ax.axvline(x, **styles[name])
+                elif x and y and y > 0:
+                    point = {"linestyle": "", "markersize": 9 if is_ours(name) else 7}
+                    (legend[name],) = ax.plot(x, y, **styles[name] | point)
+                    drawn.append(y)
             log_axis(ax.xaxis, time.among(of_case))
-            log_axis(ax.yaxis, [point.y for point in points])
+            log_axis(ax.yaxis, drawn)
             ax.set(xlabel=time.header, ylabel=quantity.header)
-            drawn.append((ax, points, bare))
         line[0].set_title(case)
-    figure.draw_without_rendering()
-    for ax, points, bare in drawn:
-        taken = []
-        if bare:
-            text = ax.annotate(
-                BARE, (bare, 1), (-3, -3), xycoords=("data", "axes fraction"), textcoords="offset points",
-                rotation=90, ha="right", va="top", fontstyle="italic", fontsize=8,
-            )  # fmt: skip
-            text.set_in_layout(False)
-            taken += [text.get_window_extent(), ax.get_lines()[0].get_window_extent()]
-        label_points(ax, points, taken)
+    add_legend(figure, styles, legend)
     return figure
 
 
-def name_style(name: str) -> dict[str, Any]:
-    """How an implementation's name is printed."""
-    return {"color": OURS[0], "fontweight": "bold", "fontsize": 9} if is_ours(name) else {"color": INK, "fontsize": 8}
+def add_legend(figure: "Figure", order: Iterable[str], lines: dict[str, Any]) -> None:
+    """Below all panels, ours in bold."""
+    names = [name for name in order if name in lines]
+    texts = figure.legend([lines[name] for name in names], names, loc="outside lower center", ncols=4).get_texts()
+    for name, text in zip(names, texts, strict=True):
+        text.set_fontweight("bold" if is_ours(name) else "normal")
 
 
 def line_styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -190,10 +178,9 @@ def line_styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
             styles[name] = {"color": INK, "linestyle": ":", "linewidth": 1.2}
             continue
         ours = is_ours(name)
-        colors, index = OURS if ours else OTHERS, count[ours]
-        marker = "o" if ours else MARKERS[index % len(MARKERS)]
+        colors, markers, index = (OURS, "oD", count[ours]) if ours else (OTHERS, MARKERS, count[ours])
         look = {"linewidth": 2.4, "markersize": 6, "zorder": 4} if ours else {"linewidth": 1.1, "markersize": 4.5}
-        styles[name] = {"color": colors[index % len(colors)], "marker": marker, **look}
+        styles[name] = {"color": colors[index % len(colors)], "marker": markers[index % len(markers)], **look}
         count[ours] += 1
     return styles
 
@@ -218,8 +205,7 @@ def scaling(rows: Sequence[Row]) -> "Figure":
     for line, quantity in zip(axes, quantities, strict=True):
         log_axis(line[0].yaxis, [value for value in quantity.among(rows) if value > 0])
         line[0].set_ylabel(quantity.header)
-    names = [name for name in styles if name in legend]
-    figure.legend([legend[name] for name in names], names, loc="outside lower center", ncols=4)
+    add_legend(figure, styles, legend)
     return figure
 
 

@@ -51,8 +51,9 @@ def number(row: Row, key: str) -> float | None:
 
 
 def of_suite(rows: Iterable[Row], suite: str) -> list[Row]:
-    """The rows of a suite, in order."""
-    return [row for row in rows if row.get("suite", row["id"].partition("/")[0]) == suite]
+    """The rows of a suite, in order; those of the scaling curves that tell what varies, and its value."""
+    found = [row for row in rows if row.get("suite", row["id"].partition("/")[0]) == suite]
+    return [row for row in found if row.get("axis") in row] if suite == "scaling" else found
 
 
 def grouped(rows: Iterable[Row], key: str) -> dict[str, list[Row]]:

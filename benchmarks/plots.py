@@ -101,7 +101,7 @@ def compact(text: str) -> str:
     def named(match: re.Match[str]) -> str:
         return f'class="{styles.setdefault(match[1], f"s{len(styles)}")}"'
 
-    text = re.sub(r"(\d\.\d\d)\d+", r"\1", text)
+    text = re.sub("<[^>]+>", lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag[0]), text)  # not what is written
     text = re.sub(r'style="([^"]*)"', named, text)
     rules = "".join(f"\n.{name}{{{style}}}" for style, name in styles.items())
     text = text.replace("</style>", f"{rules}\n</style>", 1)

@@ -163,6 +163,18 @@ def test_plots_are_small_svg_with_text(project: Path, topic: str) -> None:
     assert (project / "results" / "plots" / f"cpu-{topic}.svg").read_bytes() == content
 
 
+def test_numbers_in_plots_keep_their_digits(project: Path) -> None:
+    rows = [
+        head_row("naive bf16", 2.0, worst_logp_error_nat=0.5),
+        head_row("fused exact", 1.0, worst_logp_error_nat=1e-4),
+    ]
+    stage = {"suite": "stages", "case": "Small-N2048", "implementation": "fused exact", "stage": "softmax"}
+    records.write(project / "results" / "cpu.json", [*rows, {"id": "stages/softmax", **stage, "seconds": 4.56e-5}])
+    report(project)
+    assert ">0.0001</text>" in (project / "results" / "plots" / "cpu-head.svg").read_text()
+    assert ">0.0456</text>" in (project / "results" / "plots" / "cpu-stages.svg").read_text()
+
+
 @pytest.fixture
 def without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__

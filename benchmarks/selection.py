@@ -1,0 +1,73 @@
+"""Which rows of results belong together, which are ours, and which cases stand for the rest: for tables and plots."""
+
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.records import Record, read
+
+Row = dict[str, Any]
+
+BARE = "bare matmuls"
+"""The matrix products that any implementation needs, and nothing else: the speed to compare with, not a contender."""
+
+BOTH = "forward+backward"
+
+AXES = {"N": "tokens", "V": "vocabulary", "D": "hidden size"}
+"""What the scaling curves vary."""
+
+
+def load(path: Path) -> Record:
+    """Read a results file; ValueError with its name, whatever is wrong with it."""
+    try:
+        return read(path)
+    except (OSError, ValueError, KeyError) as error:
+        if str(path) in str(error):
+            raise ValueError(str(error)) from None
+        raise ValueError(f"{path} is not a results file ({type(error).__name__}: {error})") from None
+
+
+def is_ours(name: str) -> bool:
+    """Whether an implementation of the head, or a way of the whole step, is this package's."""
+    return name.startswith("fused") or name.split(",")[0] in {"shared", "packed", "padded"}
+
+
+def failure(row: Row) -> str | None:
+    """Why a row has no numbers, or None if it has them."""
+    for key in ("failed", "not_installed"):
+        if row.get(key):
+            return "not installed" if row[key] is True else str(row[key])
+    return None
+
+
+def number(row: Row, key: str) -> float | None:
+    """The finite number under `key` of a row that passed."""
+    value = row.get(key)
+    if isinstance(value, int | float) and math.isfinite(value) and failure(row) is None:
+        return float(value)
+    return None
+
+
+def of_suite(rows: Iterable[Row], suite: str) -> list[Row]:
+    """The rows of a suite, in order; those of the scaling curves that tell what varies, and its value."""
+    found = [row for row in rows if row.get("suite", row["id"].partition("/")[0]) == suite]
+    return [row for row in found if row.get("axis") in row] if suite == "scaling" else found
+
+
+def grouped(rows: Iterable[Row], key: str) -> dict[str, list[Row]]:
+    """Rows by what they have under `key`, in order of first appearance."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(str(row.get(key, "")), []).append(row)
+    return groups
+
+
+def plain_cases(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """The forward and backward of each head case that is no variant of another (`-frozen`, `-long`, …).
+
+    The first is the main one: the benchmark runs the most telling first.
+    """
+    cases = grouped([row for row in of_suite(rows, "head") if row.get("phase") == BOTH], "case")
+    return {case: of_case for case, of_case in cases.items() if re.search(r"-N\d+$", case)} or cases

@@ -14,6 +14,8 @@ HEADS = {
 }
 """Hidden size D and vocabulary V of models' heads (their published configurations)."""
 
+BARE = "bare matmuls"
+"""The matrix products alone, of bf16 numbers into bf16 results: the floor of whoever computes everything."""
 FORWARD = "forward"
 """Log-probs without gradient: scoring by the reference model."""
 TRAIN = "forward+backward"

@@ -19,8 +19,8 @@ from rich.table import Table
 
 from benchmarks.measure import console
 from benchmarks.quantities import significant
-from benchmarks.records import Record
-from benchmarks.selection import Row, failure, load
+from benchmarks.records import Record, read
+from benchmarks.selection import Row, failure
 
 MEASURED = {
     "median_s": "time (s)",
@@ -132,8 +132,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threshold", type=float, default=0.05, help="relative change that counts (default: 0.05)")
     options = parser.parse_args(arguments)
     try:
-        a, b = load(options.a), load(options.b)
-    except ValueError as error:
+        a, b = read(options.a), read(options.b)
+    except (OSError, ValueError) as error:
         parser.error(str(error))
     if not a.rows.keys() & b.rows.keys():
         parser.error(f"{options.a} and {options.b} have no row in common")

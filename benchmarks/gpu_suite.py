@@ -25,13 +25,13 @@ sys.path[:0] = [str(ROOT / "kernels"), str(ROOT / "engine")]  # a bare checkout 
 import torch  # noqa: E402
 
 from benchmarks import head, records  # noqa: E402
-from benchmarks.cases import AXES, TRAIN, Case, head_cases, scaling_cases  # noqa: E402
+from benchmarks.cases import AXES, BARE, TRAIN, Case, head_cases, scaling_cases  # noqa: E402
 from benchmarks.gpu_checks import CHECKS, SMALL, NotHereError, Scale  # noqa: E402
 from benchmarks.measure import environment, quantiles  # noqa: E402
 from benchmarks.peers import IMPLEMENTATIONS, Implementation  # noqa: E402
 from benchmarks.stages import stages_of  # noqa: E402
 
-NAMES = (head.BARE, *IMPLEMENTATIONS)
+NAMES = (BARE, *IMPLEMENTATIONS)
 Row = dict[str, Any]
 SUMMARISED = ("extra_mib", "share_of_bare", "worst_logp_error_nat", "dhidden_error", "dweight_error", "kept_fraction")
 
@@ -108,7 +108,7 @@ def _measure(
 
 def scaling_rows(axis: str, hidden_file: Path | None) -> list[Row]:
     """Points of the curves along one axis."""
-    names = (head.BARE, "fused filtered", "fused exact", "naive fp32-upcast", "Cut Cross-Entropy")
+    names = (BARE, "fused filtered", "fused exact", "naive fp32-upcast", "Cut Cross-Entropy")
     rows = []
     for case in scaling_cases(axis, full=True):
         for row in head_rows(case, TRAIN, hidden_file, names, suite="scaling", axis=axis):

@@ -15,9 +15,6 @@ from benchmarks.replay import Replay, describe
 from benchmarks.verify import Truth, gradient_errors, logp_errors, over_budget, truth, upstream
 from fused_dpo import fused_token_logps
 
-BARE = "bare matmuls"
-"""The matrix products alone, of bf16 numbers into bf16 results: the floor of whoever computes everything."""
-
 
 class Loaded(NamedTuple):
     """A case's tensors and their truth."""

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.measure import environment
+from benchmarks import measure
 
 FOLDER = Path(__file__).parent / "results"
 
@@ -29,18 +29,18 @@ def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write `rows` with this machine's environment."""
     body = ",\n".join(json.dumps(row) for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'{{"environment": {json.dumps(environment())},\n"rows": [\n{body}\n]}}\n')
+    path.write_text(f'{{"environment": {json.dumps(measure.environment())},\n"rows": [\n{body}\n]}}\n')
 
 
 def read(path: Path) -> Record:
     """Read a results file; ValueError if it is not one."""
     try:
         content = json.loads(path.read_text())
-        rows = {row["id"]: row for row in content["rows"]}
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        environment, rows = content["environment"], {row["id"]: row for row in content["rows"]}
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is not a results file of these benchmarks ({type(error).__name__}: {error})"
         ) from None
     if len(rows) < len(content["rows"]):
         raise ValueError(f"{path} names a row twice")
-    return Record(path, content["environment"], rows, {name: line for line, name in enumerate(rows, start=3)})
+    return Record(path, environment, rows, {name: line for line, name in enumerate(rows, start=3)})

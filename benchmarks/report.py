@@ -14,8 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks import plots
-from benchmarks.records import FOLDER, Record
-from benchmarks.selection import load
+from benchmarks.records import FOLDER, Record, read
 from benchmarks.tables import Source
 
 PROJECT = Path(__file__).parents[1]
@@ -26,7 +25,7 @@ MADE = "<!-- Made by python -m benchmarks.report from the results files beside i
 
 def chosen(paths: Sequence[Path]) -> list[Record]:
     """The results files named, or those of the project; ValueError if there is nothing to report."""
-    records = [load(path) for path in paths] if paths else list(known(sorted(FOLDER.glob("*.json"))))
+    records = [read(path) for path in paths] if paths else list(known(sorted(FOLDER.glob("*.json"))))
     if not any(record.rows for record in records):
         raise ValueError(f"no rows in {', '.join(map(str, paths)) or FOLDER}: nothing to report")
     if len({record.path.resolve().parent for record in records}) > 1:
@@ -43,7 +42,7 @@ def known(paths: Sequence[Path]) -> Iterator[Record]:
     """Those of the files that hold rows of these benchmarks."""
     for path in paths:
         try:
-            yield load(path)
+            yield read(path)
         except ValueError:
             continue
 

@@ -3,30 +3,14 @@
 import math
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
-from benchmarks.records import Record, read
+from benchmarks.cases import TRAIN
 
 Row = dict[str, Any]
 
-BARE = "bare matmuls"
-"""The matrix products that any implementation needs, and nothing else: the speed to compare with, not a contender."""
-
-BOTH = "forward+backward"
-
 AXES = {"N": "tokens", "V": "vocabulary", "D": "hidden size"}
 """What the scaling curves vary."""
-
-
-def load(path: Path) -> Record:
-    """Read a results file; ValueError with its name, whatever is wrong with it."""
-    try:
-        return read(path)
-    except (OSError, ValueError, KeyError) as error:
-        if str(path) in str(error):
-            raise ValueError(str(error)) from None
-        raise ValueError(f"{path} is not a results file ({type(error).__name__}: {error})") from None
 
 
 def is_ours(name: str) -> bool:
@@ -69,5 +53,5 @@ def plain_cases(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
     The first is the main one: the benchmark runs the most telling first.
     """
-    cases = grouped([row for row in of_suite(rows, "head") if row.get("phase") == BOTH], "case")
+    cases = grouped([row for row in of_suite(rows, "head") if row.get("phase") == TRAIN], "case")
     return {case: of_case for case, of_case in cases.items() if re.search(r"-N\d+$", case)} or cases

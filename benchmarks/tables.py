@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.cases import BARE
 from benchmarks.quantities import (
     HEAD,
     HEAD_SHORT,
@@ -17,7 +18,7 @@ from benchmarks.quantities import (
     time_of,
 )
 from benchmarks.records import Record
-from benchmarks.selection import AXES, BARE, Row, failure, grouped, is_ours, of_suite, plain_cases
+from benchmarks.selection import AXES, Row, failure, grouped, is_ours, of_suite, plain_cases
 
 
 def escaped(text: str) -> str:

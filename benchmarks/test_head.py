@@ -2,9 +2,8 @@
 
 import pytest
 
-from benchmarks.cases import LOSS, Case, head_cases
+from benchmarks.cases import BARE, LOSS, Case, head_cases
 from benchmarks.conftest import MeasureHead, large
-from benchmarks.head import BARE
 from benchmarks.peers import IMPLEMENTATIONS
 
 

@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 
 from benchmarks import head
-from benchmarks.cases import AXES, TRAIN, Case, head_cases, scaling_cases
+from benchmarks.cases import AXES, BARE, TRAIN, Case, head_cases, scaling_cases
 from benchmarks.conftest import DEVICE, MeasureHead, large
 from benchmarks.stages import stages_of
 
-NAMES = (head.BARE, "fused filtered", "fused exact", "naive fp32-upcast", "Cut Cross-Entropy")
+NAMES = (BARE, "fused filtered", "fused exact", "naive fp32-upcast", "Cut Cross-Entropy")
 STAGED = ("fused filtered", "fused exact", "naive fp32-upcast")
 
 

@@ -83,6 +83,10 @@ def head_cases(full: bool) -> list[tuple[Case, str]]:
 
 
 AXES = ("N", "D", "V")
+SCALED = (BARE, "fused filtered", "fused exact", "naive fp32-upcast", "Cut Cross-Entropy")
+"""What has scaling curves."""
+STAGED = ("fused filtered", "fused exact", "naive fp32-upcast")
+"""What is split into stages."""
 
 
 def scaling_cases(axis: str, full: bool) -> list[Case]:

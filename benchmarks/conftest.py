@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import head, records
-from benchmarks.cases import TRAIN, Case
+from benchmarks.cases import BARE, Case
 from benchmarks.measure import quantiles, timed
 from benchmarks.peers import IMPLEMENTATIONS
 
@@ -100,26 +100,18 @@ def measure_head(request: pytest.FixtureRequest, time_row: TimeRow, refuse: Refu
     hidden_file = request.config.getoption("--hidden")
 
     def measure(row: Row, case: Case, phase: str, name: str) -> None:
-        way = IMPLEMENTATIONS.get(name)
-        if way and (why := way.absent()):
+        if name != BARE and (why := IMPLEMENTATIONS[name].absent()):
             pytest.skip(why)
         loaded = head.load(case, hidden_file, DEVICE)
         row |= head.describe_row(name, case, phase, loaded)
-        if way is None:
+        if name == BARE:
             time_row(row, head.bare_matmuls(case, phase, loaded.problem), rounds=ROUNDS)
         else:
-            run = head.prepare(name, case, phase, loaded)
             try:
-                errors, over = head.check(run, loaded.truth)
-                rounds = max(1, min(ROUNDS, int(SECONDS / timed(run)[1])))
-            except Exception as error:  # out of memory, a compiler that fails: the others still count
-                refuse(row, f"{type(error).__name__}: {str(error)[:300]}")
-            row |= errors
-            if over:
-                refuse(row, "inaccurate: " + ", ".join(over))
-            row["extra_mib"] = head.extra_mib(run, name, case, hidden_file)
-            if name == "fused filtered" and phase == TRAIN:
-                row |= head.filter_stats(loaded.problem)
+                run = head.checked(row, name, case, phase, hidden_file, DEVICE)
+            except head.NoTimeError as reason:
+                refuse(row, str(reason))
+            rounds = max(1, min(ROUNDS, int(SECONDS / timed(run)[1])))
             time_row(row, run, rounds=rounds, warmup=0)
         row |= head.rates(case, phase, row["median_s"], head.bare_seconds(case, phase, hidden_file, DEVICE))
 

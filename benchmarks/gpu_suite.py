@@ -25,13 +25,14 @@ sys.path[:0] = [str(ROOT / "kernels"), str(ROOT / "engine")]  # a bare checkout 
 import torch  # noqa: E402
 
 from benchmarks import head, records  # noqa: E402
-from benchmarks.cases import AXES, BARE, TRAIN, Case, head_cases, scaling_cases  # noqa: E402
+from benchmarks.cases import AXES, BARE, SCALED, STAGED, TRAIN, Case, head_cases, scaling_cases  # noqa: E402
 from benchmarks.gpu_checks import CHECKS, SMALL, NotHereError, Scale  # noqa: E402
-from benchmarks.measure import environment, quantiles  # noqa: E402
-from benchmarks.peers import IMPLEMENTATIONS, Implementation  # noqa: E402
+from benchmarks.measure import environment, quantiles, timed  # noqa: E402
+from benchmarks.peers import IMPLEMENTATIONS  # noqa: E402
 from benchmarks.stages import stages_of  # noqa: E402
 
 NAMES = (BARE, *IMPLEMENTATIONS)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Row = dict[str, Any]
 SUMMARISED = ("extra_mib", "share_of_bare", "worst_logp_error_nat", "dhidden_error", "dweight_error", "kept_fraction")
 
@@ -47,10 +48,13 @@ def ceilings() -> dict[str, float]:
 
 
 def seconds_of(function: Callable[[], Any], runs: int = 10, limit: float = 4.0) -> list[float]:
-    """Times of single calls by device events, within `limit` seconds but three at least."""
+    """Times of single calls by device events, or by the clock without a GPU; in `limit` seconds, but three at least."""
     times: list[float] = []
     started = time.perf_counter()
     while len(times) < runs and (time.perf_counter() - started < limit or len(times) < 3):
+        if not torch.cuda.is_available():
+            times.append(timed(function)[1])
+            continue
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         function()
@@ -70,48 +74,30 @@ def head_rows(
     case: Case, phase: str, hidden_file: Path | None, names: Sequence[str] = NAMES, **which: str
 ) -> list[Row]:
     """A row an implementation: checked against float64, then memory and time; one that fails says why."""
-    loaded = head.load(case, hidden_file, "cuda")
-    bare = median_seconds(head.bare_matmuls(case, phase, loaded.problem))
+    loaded = head.load(case, hidden_file, DEVICE)
+    bare_run = head.bare_matmuls(case, phase, loaded.problem)
+    bare = median_seconds(bare_run)
     rows = []
     for name in names:
-        way = IMPLEMENTATIONS.get(name)
         row: Row = {"id": f"head/{case.name}/{phase}/{name}", "suite": "head", **which}
         row |= head.describe_row(name, case, phase, loaded)
         rows.append(row)
         try:
-            row |= _measure(name, way, case, phase, loaded, hidden_file)
-            row |= head.rates(case, phase, row["median_s"], bare)
-        except Exception as error:  # out of memory, a compiler that fails: the other rows still count
-            row["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
+            run = bare_run if name == BARE else head.checked(row, name, case, phase, hidden_file, DEVICE)
+            row |= quantiles(seconds_of(run))
+        except head.NoTimeError as reason:
+            row["failed"] = str(reason)
+        else:
+            row |= {"tokens_per_s": case.N / row["median_s"], **head.rates(case, phase, row["median_s"], bare)}
         torch.cuda.empty_cache()
     return rows
 
 
-def _measure(
-    name: str, way: Implementation | None, case: Case, phase: str, loaded: head.Loaded, hidden_file: Path | None
-) -> Row:
-    if way is None:
-        row = quantiles(seconds_of(head.bare_matmuls(case, phase, loaded.problem)))
-    elif why := way.absent():
-        raise NotHereError(why)
-    else:
-        run = head.prepare(name, case, phase, loaded)
-        row, over = head.check(run, loaded.truth)
-        if over:
-            return row | {"failed": "inaccurate: " + ", ".join(over)}
-        row["extra_mib"] = head.extra_mib(run, name, case, hidden_file)
-        row |= quantiles(seconds_of(run))
-        if name == "fused filtered" and phase == TRAIN:
-            row |= head.filter_stats(loaded.problem)
-    return row | {"tokens_per_s": case.N / row["median_s"]}
-
-
 def scaling_rows(axis: str, hidden_file: Path | None) -> list[Row]:
     """Points of the curves along one axis."""
-    names = (BARE, "fused filtered", "fused exact", "naive fp32-upcast", "Cut Cross-Entropy")
     rows = []
     for case in scaling_cases(axis, full=True):
-        for row in head_rows(case, TRAIN, hidden_file, names, suite="scaling", axis=axis):
+        for row in head_rows(case, TRAIN, hidden_file, SCALED, suite="scaling", axis=axis):
             rows.append(row | {"id": f"scaling/{axis}/{getattr(case, axis)}/{row['implementation']}"})
     return rows
 
@@ -119,9 +105,8 @@ def scaling_rows(axis: str, hidden_file: Path | None) -> list[Row]:
 def stage_rows(hidden_file: Path | None) -> list[Row]:
     """Seconds by kernel of the main case."""
     case, phase = head_cases(full=True)[0]
-    loaded = head.load(case, hidden_file, "cuda")
-    names = ("fused filtered", "fused exact", "naive fp32-upcast")
-    return [row for name in names for row in stages_of(case.name, name, head.prepare(name, case, phase, loaded))]
+    loaded = head.load(case, hidden_file, DEVICE)
+    return [row for name in STAGED for row in stages_of(case.name, name, head.prepare(name, case, phase, loaded))]
 
 
 def sanitizer() -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.cases import FORWARD, LOSS, Case
+from benchmarks.cases import FORWARD, LOSS, TRAIN, Case
 from benchmarks.measure import cuda_growth_mib, isolated, peak_growth_mib, timed
 from benchmarks.peers import BETA, IMPLEMENTATIONS, Implementation
 from benchmarks.replay import Replay, describe
@@ -103,6 +103,35 @@ def _resident_mib(name: str, case: Case, phase: str, hidden_file: Path | None, r
     HeadRun(IMPLEMENTATIONS[name], case, phase, small, ref_logps[:2])()  # imports and compiles
     run = HeadRun(IMPLEMENTATIONS[name], case, phase, problem, ref_logps)
     return peak_growth_mib(run)[1] - run.gradient_mib
+
+
+class NoTimeError(Exception):
+    """Why an implementation is not timed."""
+
+
+def checked(row: dict[str, Any], name: str, case: Case, phase: str, hidden_file: Path | None, device: str) -> HeadRun:
+    """What is to be timed, once it has passed; the row gets errors, memory, and what the filter keeps.
+
+    Raises:
+        NoTimeError: it is not here, fails, or is less accurate than its budget allows.
+    """
+    if why := IMPLEMENTATIONS[name].absent():
+        raise NoTimeError(why)
+    loaded = load(case, hidden_file, device)
+    try:
+        run = prepare(name, case, phase, loaded)
+        errors, over = check(run, loaded.truth)
+        row |= errors
+        if over:
+            raise NoTimeError("inaccurate: " + ", ".join(over))
+        row["extra_mib"] = extra_mib(run, name, case, hidden_file)
+    except NoTimeError:
+        raise
+    except Exception as error:  # out of memory, a compiler that fails: the others still count
+        raise NoTimeError(f"{type(error).__name__}: {str(error)[:300]}") from error
+    if name == "fused filtered" and phase == TRAIN:
+        row |= filter_stats(loaded.problem)
+    return run
 
 
 def bare_matmuls(case: Case, phase: str, problem: Replay) -> Callable[[], None]:

@@ -5,12 +5,9 @@ from typing import Any
 import pytest
 
 from benchmarks import head
-from benchmarks.cases import AXES, BARE, TRAIN, Case, head_cases, scaling_cases
+from benchmarks.cases import AXES, SCALED, STAGED, TRAIN, Case, head_cases, scaling_cases
 from benchmarks.conftest import DEVICE, MeasureHead, large
 from benchmarks.stages import stages_of
-
-NAMES = (BARE, "fused filtered", "fused exact", "naive fp32-upcast", "Cut Cross-Entropy")
-STAGED = ("fused filtered", "fused exact", "naive fp32-upcast")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -20,7 +17,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             pytest.param(axis, case, name, id=f"{axis}={getattr(case, axis)}/{name}")
             for axis in AXES
             for case in scaling_cases(axis, large(metafunc.config))
-            for name in NAMES
+            for name in SCALED
         ]
         metafunc.parametrize(("axis", "case", "name"), arguments)
 

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import head, records, replay
-from benchmarks.cases import AXES, FORWARD, HEADS, LOSS, PHASES, TRAIN, Case, head_cases, scaling_cases
+from benchmarks.cases import AXES, BARE, FORWARD, HEADS, LOSS, PHASES, TRAIN, Case, head_cases, scaling_cases
 from benchmarks.measure import environment, isolated, peak_growth_mib, quantiles, timed
 from benchmarks.peers import IMPLEMENTATIONS, Implementation, per_sequence
 from benchmarks.stages import stages_of
@@ -288,3 +288,41 @@ class TestRows:
             with Count():
                 head.bare_matmuls(case, phase, loaded.problem)()
             assert sum(products) == case.passes(phase)
+
+
+class TestGpuSuite:
+    def test_rows_of_a_case(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """One that fails, one that is wrong and one that is absent leave the others their rows."""
+        from benchmarks import gpu_suite
+
+        def fails(*_: object) -> torch.Tensor:
+            raise MemoryError("too large")
+
+        others = {
+            "fails": Implementation("fails", fails, EXACT),
+            "wrong": Implementation("wrong", per_sequence(lambda h, w, t: h.sum(-1) * w.sum()), EXACT),
+            "absent": Implementation("absent", fails, EXACT, module="no_such_package"),
+        }
+        for name, way in others.items():
+            monkeypatch.setitem(IMPLEMENTATIONS, name, way)
+        names = (BARE, "fused filtered", *others)
+        rows = {row["implementation"]: row for row in gpu_suite.head_rows(SMALL, TRAIN, NOWHERE, names)}
+        assert rows["fails"]["failed"] == "MemoryError: too large"
+        assert rows["wrong"]["failed"].startswith("inaccurate: token_logp_rms_nat")
+        assert rows["absent"]["failed"] == "no_such_package is not installed"
+        assert all("median_s" not in rows[name] for name in others)
+        ours = rows["fused filtered"]
+        assert ours["id"] == "head/tiny-N150/forward+backward/fused filtered"
+        assert {"median_s", "extra_mib", "share_of_bare", "kept_fraction", "dweight_error", "tokens_per_s"} <= set(ours)
+        assert rows[BARE]["share_of_bare"] > 0
+        assert "too large" in gpu_suite.summary(rows["fails"])
+        assert "dweight_error" in gpu_suite.summary(ours)
+
+    def test_parts_on_a_gpu(self) -> None:
+        """Checks, then the main case, then the rest."""
+        from benchmarks import gpu_suite
+
+        names = [name for name, _ in gpu_suite.parts(gpu_suite.Scale(), None)]
+        assert names.index("ceilings") == len(gpu_suite.CHECKS)
+        assert names[len(gpu_suite.CHECKS) + 1] == "head Qwen3-8B-N8192 forward+backward"
+        assert {"stages", "scaling with N", "compute-sanitizer"} <= set(names)

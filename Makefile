@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PEERS := $(VENV)/.peers-installed
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test bench check clean
@@ -16,6 +17,10 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
+$(PEERS): $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
+	@touch $@
+
 install: $(STAMP) ## make the virtual environment .venv and install the project into it
 
 demo: $(STAMP) ## train a real model on real pairs on this machine, a few minutes on a CPU
@@ -24,8 +29,8 @@ demo: $(STAMP) ## train a real model on real pairs on this machine, a few minute
 test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest
 
-bench: $(STAMP) ## time and memory of the head against the naive code on this machine
-	$(BIN)/python -m benchmarks.head
+bench: $(PEERS) ## time, memory and error against the naive code and other kernels, on this machine
+	$(BIN)/python -m pytest benchmarks/ --results outputs/benchmarks.json
 
 check: $(STAMP) ## lint, format and types
 	$(BIN)/ruff check .

@@ -85,8 +85,8 @@ def token_pairs(name: str, mix: str, count: int, max_length: int) -> list[TokenP
     pairs = []
     for index, (prompt, chosen, rejected) in enumerate(lengths):
         start = tokens(prompt)
-        sequences = [np.concatenate((start, tokens(length))) for length in (chosen, rejected)]
-        pairs.append(TokenPair(prompt, *sequences, f"{mix}:{index}"))
+        chosen_ids, rejected_ids = (np.concatenate((start, tokens(length))) for length in (chosen, rejected))
+        pairs.append(TokenPair(prompt, chosen_ids, rejected_ids, f"{mix}:{index}"))
     return pairs
 
 

@@ -97,7 +97,10 @@ def packed_logits(policy: Policy, batch: Any) -> Tensor:
         ).last_hidden_state[0]
         logits = F.linear(hidden, head_of(policy.model).weight)
     token_logps = F.log_softmax(logits.float(), dim=-1)[batch.scored_rows].gather(1, batch.targets[:, None]).squeeze(1)
-    return torch.segment_reduce(token_logps, "sum", offsets=batch.cu_scored.long(), unsafe=True)
+    lengths = batch.cu_scored.diff().long()
+    number = torch.arange(len(lengths), device=lengths.device)
+    sequence = torch.repeat_interleave(number, lengths, output_size=len(token_logps))
+    return torch.zeros_like(number, dtype=torch.float32).index_add(0, sequence, token_logps)
 
 
 def padded_logits(policy: Policy, batch: Any) -> Tensor:

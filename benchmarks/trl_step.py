@@ -45,6 +45,8 @@ def batch_size(pairs: Sequence[TokenPair], budget: int) -> int:
 class TrlStep:
     """Forward and backward over the pairs, in their order, by `DPOTrainer`; otherwise as `step_ways.OwnStep`.
 
+    Its loss is the mean of the batches' means: a shorter last batch weighs as much as the others.
+
     Args:
         case: the step.
         checkpointed: whether the backbone's activations are recomputed.
@@ -54,7 +56,8 @@ class TrlStep:
 
     def __init__(self, case: Case, checkpointed: bool, pairs: list[TokenPair], ref_logps: Tensor) -> None:
         from datasets import Dataset
-        from trl import DPOConfig, DPOTrainer
+        from trl.trainer.dpo_config import DPOConfig
+        from trl.trainer.dpo_trainer import DPOTrainer
 
         class Trainer(DPOTrainer):
             """Takes pairs and reference log-probs as they come."""
@@ -93,11 +96,12 @@ class TrlStep:
             for pair, ref in zip(pairs, ref_logps, strict=True)
         ]
         model = case.policy(packing=False).causal_lm
-        trainer = Trainer(model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=_tokenizer())
+        dataset = Dataset.from_list(rows)
+        trainer: Any = Trainer(model, args=arguments, train_dataset=dataset, processing_class=_tokenizer())
         # What `train` does before its first step, without an optimizer.
         if checkpointed:
             trainer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.model = trainer.accelerator.prepare(trainer.model)
+        self.model: Any = trainer.accelerator.prepare(trainer.model)
         self.loader = trainer.get_train_dataloader()
         trainer.current_gradient_accumulation_steps = len(self.loader)
         self.trainer = trainer

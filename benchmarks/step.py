@@ -1,180 +1,270 @@
-"""One DPO step of a model on real pairs: packed with shared prefixes against packed, padded, and full logits.
+"""One DPO step of a model on real pairs: packed with shared prefixes against packed, padded, full logits, and TRL.
 
-    python -m benchmarks.step --model DIR --data FILE [--pairs N] [--tokens-per-batch N] [--dtype bfloat16]
-                              [--ways NAME ...] [--repeats N] [--out FILE]
+    python -m benchmarks.step --model DIR [--data FILE ...] [--pairs N] [--tokens-per-batch N] [--dtype bfloat16]
+                              [--device auto] [--ways NAME ...] [--repeats N] [--out FILE]
+    python -m benchmarks.step --model random:llama-1b [--data hh_helpful ...] ...
 
-Ways over the same pairs, each in a process of its own, every forward pass within the same number of token slots:
-  shared         packed, prefixes computed once, `fused_dpo_logps`: the trainer's default
-  packed         the same with `--no-prefix-sharing`
-  padded         the same with `--no-packing`: `[2B, S, D]` hidden states, transformers' own attention
-  packed logits  as packed, but full logits and a log-softmax in fp32
-  padded logits  as padded, but full logits and a log-softmax in fp32
+Ways over the same pairs, forward and backward without optimizer, every forward pass within the same number of token
+slots; on a CPU each in a process of its own:
+  shared             packed, prefixes computed once, `fused_dpo_logps`: the trainer's default
+  packed             the same with `--no-prefix-sharing`
+  padded             the same with `--no-packing`: `[2B, S, D]` hidden states, transformers' own attention
+  ..., exact         the same with the head's exact gradients instead of the filtered ones
+  packed logits      as packed, but full logits and a log-softmax in fp32
+  padded logits      as padded, but full logits and a log-softmax in fp32
+  TRL                its DPOTrainer's training step, padded, with the head it has (see `benchmarks.trl_step`)
+  TRL, checkpointed  the same with gradient checkpointing, its default
+
+The log-probs of every sequence are compared with those of the model in float32, one sequence at a time, before a way is
+given a time; these are also what the reference gives, as at the start of a training run.
 """
 
 import argparse
-import json
-import statistics
-from collections.abc import Callable, Sequence
+import ctypes
+import gc
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import transformers
-from rich.table import Table
 from torch import Tensor
-from torch.nn import functional as F
 
-from benchmarks.measure import console, environment, isolated, peak_growth_mib, timed
-from fused_dpo import DPOLoss, head_of
-from fused_dpo_engine.batches import PairBatch
-from fused_dpo_engine.config import LoraOptions, ModelOptions, PackingOptions
-from fused_dpo_engine.data import read_rows
-from fused_dpo_engine.loading import load_tokenizer
-from fused_dpo_engine.metrics import SlotMetrics
-from fused_dpo_engine.planning import build_batch, plan_pairs
-from fused_dpo_engine.policy import Policy, build_policy
-from fused_dpo_engine.tokenization import tokenize_pairs
+from benchmarks import records
+from benchmarks.measure import console, isolated, peak_growth_mib, quantiles, timed
+from benchmarks.random_model import MIX, PREFIX
+from benchmarks.step_ways import OURS, Case, Outcome, OwnStep, true_logps
+from benchmarks.trl_step import TRL, TrlStep, absent
+from fused_dpo_engine.config import ModelOptions
+from fused_dpo_engine.loading import choose_device
 
+WAYS = (*OURS, *TRL)
+PREFERENCES = Path(__file__).parents[1] / "examples" / "preferences.jsonl"
+TOKEN_RMS_NAT = {"bfloat16": 0.1, "float32": 1e-3}
+"""Bound on a way's log-probs: root mean square over the sequences of error / sqrt(scored tokens). A bf16 backbone makes
+0.02 to 0.03 on SmolLM2, with bf16 logits up to 0.06; positions that are not reset make 0.65, a wrong last token 1.9."""
+WORST_NAT = {"bfloat16": 0.3, "float32": 3e-3}
+"""Bound on error / sqrt(scored tokens) of any one sequence; up to 0.12 is seen, and 1.6 and 2.9 of those wrong ways."""
 
-def fused(policy: Policy, batch: PairBatch) -> Tensor:
-    """Ours."""
-    return policy(batch)
-
-
-def packed_logits(policy: Policy, batch: Any) -> Tensor:
-    """The packed forward with the naive head: logits of every token of the batch."""
-    with policy.autocast():
-        hidden = policy.causal_lm.base_model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            fused_dpo_plan=batch.attention,
-        ).last_hidden_state[0]
-        logits = F.linear(hidden, head_of(policy.model).weight)
-    token_logps = F.log_softmax(logits.float(), dim=-1)[batch.scored_rows].gather(1, batch.targets[:, None]).squeeze(1)
-    lengths = batch.cu_scored.diff().long()
-    sequence = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-    return torch.zeros(len(lengths)).index_add(0, sequence, token_logps)
+Step = OwnStep | TrlStep
+Logps = list[list[float]]
+"""Log-probs [P][2] of the chosen and rejected sequences."""
 
 
-def padded_logits(policy: Policy, batch: Any) -> Tensor:
-    """A padded batch through the model's own forward, as trainers without packing do it."""
-    with policy.autocast():
-        output = policy.causal_lm(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-    labels = batch.labels[:, 1:]
-    token_logps = F.log_softmax(output.logits[:, :-1].float(), dim=-1)
-    picked = token_logps.gather(2, labels.clamp(min=0)[..., None]).squeeze(2)
-    return picked.masked_fill(labels == -100, 0.0).sum(1)
+def build_step(case: Case, way: str, true: Logps) -> Step:
+    """The step, ready to be taken, the reference giving the true log-probs."""
+    pairs, ref_logps = case.token_pairs(), torch.tensor(true)
+    return TrlStep(case, TRL[way], pairs, ref_logps) if way in TRL else OwnStep(case, OURS[way], pairs, ref_logps)
 
 
-class Way(NamedTuple):
-    """How pairs are laid out, and what scores them."""
+def logp_errors(logps: Tensor, true: Tensor, lengths: Tensor) -> dict[str, float]:
+    """Errors [nat] of log-probs [P, 2] of sequences with `lengths` [P, 2] scored tokens.
 
-    layout: dict[str, bool]
-    score: Callable[[Policy, Any], Tensor]
-
-
-WAYS = {
-    "shared": Way({}, fused),
-    "packed": Way({"prefix_sharing": False}, fused),
-    "padded": Way({"packing": False}, fused),
-    "packed logits": Way({"prefix_sharing": False}, packed_logits),
-    "padded logits": Way({"packing": False}, padded_logits),
-}
-
-
-def measure(name: str, model: str, data: str, pairs: int, budget: int, dtype: str, repeats: int) -> dict[str, Any]:
-    """Seconds, extra memory, loss and log-probs of one step; to be run in a process of its own."""
-    transformers.utils.logging.disable_progress_bar()
-    way = WAYS[name]
-    options = ModelOptions(model=model, dtype=dtype)  # pyright: ignore[reportArgumentType]
-    packing = PackingOptions(tokens_per_batch=budget, **way.layout)
-    tokenizer = load_tokenizer(model, options)
-    token_pairs = tokenize_pairs(read_rows(data)[:pairs], tokenizer, max_length=budget // 2).pairs
-    policy = build_policy(options, LoraOptions(), torch.device("cpu"), packing=packing.packing)
-    loss = DPOLoss()
-    plan = plan_pairs(token_pairs, range(len(token_pairs)), packing)
-
-    def step() -> tuple[float, Tensor, SlotMetrics]:
-        policy.zero_grad()
-        total, slots, all_logps = 0.0, SlotMetrics(budget), torch.zeros(len(token_pairs), 2)
-        for planned in plan:
-            batch = build_batch(token_pairs, planned.indices, packing)
-            logps = way.score(policy, batch)
-            # Against a reference of 0, so that the loss tells what the log-probs are.
-            zeros = torch.zeros(batch.num_pairs)
-            output = loss(logps[0::2], logps[1::2], zeros, zeros, num_pairs=len(token_pairs))
-            output.loss.backward()
-            total += float(output.loss.detach())
-            all_logps[planned.indices] = logps.detach().float().view(-1, 2)
-            slots.add(batch)
-        return total, all_logps, slots
-
-    (value, logps, slots), peak = peak_growth_mib(step)  # the first step is also the warm-up
+    Roundings of the backbone differ from token to token, so their sum over a sequence grows as the root of its length.
+    """
+    error = (logps.cpu() - true).double()
+    a_token = error / lengths.sqrt()
     return {
-        "way": name,
-        "data": Path(data).name,
-        "pairs": len(token_pairs),
-        "tokens": slots.tokens,
-        "slots": slots.slots,
-        "forward_passes": slots.passes,
-        "padding": slots.padding,
-        "saved_by_sharing": slots.shared,
-        "seconds": statistics.median(timed(step)[1] for _ in range(repeats)),
-        "extra_mib": peak,
-        "loss": value,
-        "logps": logps.tolist(),
-        "dtype": dtype,
+        "worst_logp_difference": float(error.abs().max()),
+        "rms_logp_difference": float(error.square().mean().sqrt()),
+        "worst_difference_per_root_token": float(a_token.abs().max()),
+        "token_logp_rms_nat": float(a_token.square().mean().sqrt()),
     }
 
 
+def wrong(errors: dict[str, float], dtype: str) -> str | None:
+    """Why log-probs with such errors count as those of another computation, if they do; not a number does."""
+    bounds = {"token_logp_rms_nat": TOKEN_RMS_NAT[dtype], "worst_difference_per_root_token": WORST_NAT[dtype]}
+    over = [name for name, most in bounds.items() if not errors[name] <= most]
+    return ", ".join(f"{name} {errors[name]:.3g} over {bounds[name]:g}" for name in over) or None
+
+
+def extra_memory(step: Step, device: str) -> tuple[Outcome, float]:
+    """Take a step; MiB at its peak beyond those before it, gradients too: of CUDA's allocator, or of the process.
+
+    On CUDA a step is taken before, as libraries allocate in their first call and kernels are compiled; on a CPU freed
+    memory stays with the process, so that only the first step shows what it takes.
+    """
+    if device == "cpu":
+        # What loading the model has freed goes back first: a step that reuses it would not show.
+        getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)(0)
+        return peak_growth_mib(step)
+    step()
+    step.model.zero_grad()
+    torch.cuda.empty_cache()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    outcome = step()
+    torch.cuda.synchronize()
+    return outcome, (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def row_of(case: Case, way: str) -> dict[str, Any]:
+    """What names a row."""
+    return {"id": f"step/{case.name}/{way}", "suite": "step", "implementation": way, **case.describe()}
+
+
+def examine(case: Case, way: str, true: Logps) -> tuple[dict[str, Any], Step | None]:
+    """The row of a way without times, and the step to time; None, and `failed` in the row, where it is to get no time.
+
+    Args:
+        case: the step.
+        way: one of WAYS.
+        true: what `true_logps` gives.
+    """
+    gc.collect()  # trainers are full of reference cycles
+    row = row_of(case, way)
+    if way in TRL and (reason := absent()):
+        return row | {"failed": reason}, None
+    transformers.utils.logging.disable_progress_bar()
+    step = build_step(case, way, true)
+    outcome, extra_mib = extra_memory(step, case.device)
+    lengths = torch.tensor([(pair.chosen_length, pair.rejected_length) for pair in step.pairs])
+    errors = logp_errors(outcome.logps, torch.tensor(true), lengths)
+    row |= {"pairs": len(step.pairs), **step.describe(), "extra_mib": extra_mib, **errors, "loss": float(outcome.loss)}
+    if reason := wrong(errors, case.dtype):
+        return row | {"failed": f"not the same log-probs: {reason}"}, None
+    return row, step
+
+
+def measure(case: Case, way: str, true: Logps, rounds: int) -> dict[str, Any]:
+    """The row of a way with the times of `rounds` steps after the one that was checked; on a CPU in a fresh process."""
+    row, step = examine(case, way, true)
+    if step is None or not rounds:
+        return row
+
+    def run() -> None:
+        step()
+        if case.device != "cpu":
+            torch.cuda.synchronize()
+
+    row |= quantiles([timed(run)[1] for _ in range(rounds)])
+    return row | {"tokens_per_s": row["tokens"] / row["median_s"]}
+
+
+def rows(case: Case, ways: Sequence[str], rounds: int) -> Iterator[dict[str, Any]]:
+    """A row a way, as they come; one that fails, or computes something else, says so in `failed`.
+
+    On a CPU each way has a process of its own.
+    """
+    call: Callable[..., Any] = isolated if case.device == "cpu" else _here
+    true, reason = _tried(call, true_logps, case)
+    for way in ways:
+        row = None
+        if true is not None:  # out of memory, another release of a trainer: the other ways still count
+            row, reason = _tried(call, measure, case, way, true, rounds)
+        yield row or row_of(case, way) | {"failed": reason}
+
+
+def _tried(call: Callable[..., Any], *arguments: Any) -> tuple[Any, str]:
+    """The result, or None and why there is none."""
+    try:
+        return call(*arguments), ""
+    except Exception as error:
+        return None, f"{type(error).__name__}: {str(error)[:300]}"
+
+
+def _here(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call in this process, and leave nothing on the device."""
+    try:
+        return function(*arguments)
+    finally:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def step_cases(model: str, data: Sequence[str], *, full: bool, device: str) -> list[Case]:
+    """The cases of `pytest benchmarks/` and of a GPU: without `full`, a small one for a CPU; on a GPU, large ones."""
+    chosen = data or ([MIX] if model.startswith(PREFIX) else [str(PREFERENCES)])
+    if device != "cpu":
+        return [Case(model, name, pairs=64, budget=16384, device=device) for name in chosen]
+    pairs, budget = (16, 8192) if full else (4, 1024)
+    return [Case(model, name, pairs, budget, device=device) for name in chosen]
+
+
+def gpu_rows(
+    model: str, data: Sequence[str] = (), *, ways: Sequence[str] = WAYS, rounds: int = 5
+) -> Iterator[dict[str, Any]]:
+    """A row a way on this process's GPU, for every data set; a way that fails has a row with `failed`.
+
+    Args:
+        model: as `Case.model`.
+        data: as `Case.data`; by default the pairs in `examples/`, or the lengths of hh_helpful for a random model.
+        ways: of WAYS.
+        rounds: timed steps, after the one that is checked.
+    """
+    for case in step_cases(model, data, full=True, device="cuda"):
+        yield from rows(case, ways, rounds)
+
+
 def compare(
-    model: str, data: str, pairs: int, budget: int, dtype: str, repeats: int, ways: Sequence[str] = tuple(WAYS)
+    model: str,
+    data: str,
+    pairs: int,
+    budget: int,
+    dtype: str,
+    repeats: int,
+    ways: Sequence[str] = WAYS,
+    device: str = "cpu",
 ) -> list[dict[str, Any]]:
-    """Measure the ways and print them side by side; log-probs and losses are compared with those of the last."""
-    rows = [isolated(measure, way, model, data, pairs, budget, dtype, repeats) for way in ways]
-    logps = [torch.tensor(row.pop("logps")) for row in rows]
-    for row, mine in zip(rows, logps, strict=True):
-        row["loss_difference"] = abs(row["loss"] - rows[-1]["loss"])
-        row["worst_logp_difference"] = float((mine - logps[-1]).abs().max())
-    table = Table(title=f"one step on {rows[0]['pairs']} pairs, {rows[0]['tokens']} tokens, {dtype}, {Path(data).name}")
+    """Measure the ways and print them side by side."""
+    from rich.table import Table
+
+    measured = list(rows(Case(model, data, pairs, budget, dtype, device), ways, repeats))
+    done = [row for row in measured if "failed" not in row]
+    tokens = f", {done[0]['tokens']} tokens" if done else ""
+    table = Table(title=f"one step on {pairs} pairs{tokens}, {dtype}, {Path(data).name}")
     columns = ("token slots", "loss", "log-prob off", "seconds", "extra memory", "time", "memory")
     for column in ("", *columns):
         table.add_column(column, justify="right" if column else "left")
-    for row in rows:
-        ratios = (f"{row[key] / rows[0][key]:.2f}" for key in ("seconds", "extra_mib"))
+    for row in measured:
+        if "failed" in row:
+            table.add_row(row["implementation"], row["failed"])
+            continue
+        ratios = (f"{row[key] / done[0][key]:.2f}" for key in ("median_s", "extra_mib"))
         table.add_row(
-            row["way"],
+            row["implementation"],
             str(row["slots"]),
             f"{row['loss']:.5f}",
             f"{row['worst_logp_difference']:.4f}",
-            f"{row['seconds']:.1f}",
+            f"{row['median_s']:.1f}" if row["median_s"] >= 1 else f"{row['median_s']:.3f}",
             f"{row['extra_mib'] / 1024:.2f} GiB",
             *ratios,
         )
-    table.caption = f"log-probs compared with {rows[-1]['way']}; time and memory over those of {rows[0]['way']}"
+    if done:
+        first = done[0]["implementation"]
+        table.caption = f"log-probs compared with float32, one by one; time and memory over those of {first}"
     console().print(table)
-    return rows
+    return measured
 
 
 def main() -> None:
     """Command line of the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="model folder or Hugging Face name")
-    parser.add_argument("--data", required=True, nargs="+", help="preference pairs; several files one after the other")
+    parser.add_argument("--model", required=True, help="model folder, Hugging Face name or random:NAME")
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        help="preference pairs, several files one after the other; for a random model, names in lengths.json "
+        "(default: examples/preferences.jsonl or hh_helpful)",
+    )
     parser.add_argument("--pairs", type=int, default=16, help="pairs in the step (default: 16)")
     parser.add_argument("--tokens-per-batch", type=int, default=8192, help="tokens per forward (default: 8192)")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="dtype to compute in")
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS), help="which (default: all)")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS, help="which (default: all)")
     parser.add_argument("--repeats", type=int, default=3, help="timed steps, of which the median counts (default: 3)")
-    parser.add_argument("--out", type=Path, help="write the rows as JSON")
+    parser.add_argument("--out", type=Path, help="write the rows to this results file")
     options = parser.parse_args()
-    rows = []
-    for data in options.data:
-        settings = (options.pairs, options.tokens_per_batch, options.dtype, options.repeats, options.ways)
-        rows += compare(options.model, data, *settings)
+    device = str(choose_device(ModelOptions(model=options.model, device=options.device)))
+    measured = []
+    for data in options.data or [MIX if options.model.startswith(PREFIX) else str(PREFERENCES)]:
+        settings = (options.pairs, options.tokens_per_batch, options.dtype, options.repeats, options.ways, device)
+        measured += compare(options.model, data, *settings)
     if options.out:
-        options.out.write_text(json.dumps({**environment(), "rows": rows}, indent=2) + "\n")
+        records.write(options.out, measured)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,10 @@ def main() -> int:
             return 1
         print(f"   {model}\n")
     print("2. One training step, three ways, the same pairs", flush=True)
-    rows = {row["way"]: row for row in compare(model, options.data, 16, 2048, "bfloat16", 1, WAYS)}
+    rows = {row["implementation"]: row for row in compare(model, options.data, 16, 2048, "bfloat16", 1, WAYS)}
+    if failed := [row["failed"] for row in rows.values() if "failed" in row]:
+        print(failed[0], file=sys.stderr)
+        return 1
 
     print("\n3. The run", flush=True)
     command = ["train", "--model", model, "--data", options.data, "--output", options.output, "--overwrite"]
@@ -61,8 +64,8 @@ def main() -> int:
         f"{after['eval_rewards/margins']:.3f} (0 before training: policy and reference are the same model);\n"
         f"   chosen likelier than rejected per token {before['eval_logps/accuracies']:.2f} -> "
         f"{after['eval_logps/accuracies']:.2f}.\n"
-        f"   One step: {ours['seconds']:.1f} s and {ours['extra_mib'] / 1024:.2f} GiB fused and packed, "
-        f"{logits['seconds']:.1f} s and {logits['extra_mib'] / 1024:.2f} GiB with padding and full logits.\n"
+        f"   One step: {ours['median_s']:.1f} s and {ours['extra_mib'] / 1024:.2f} GiB fused and packed, "
+        f"{logits['median_s']:.1f} s and {logits['extra_mib'] / 1024:.2f} GiB with padding and full logits.\n"
         f"   Results: {options.output}/model (Hugging Face format), metrics.jsonl, summary.json, "
         f"tensorboard (tensorboard --logdir {options.output}/tensorboard)"
     )

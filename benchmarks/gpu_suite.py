@@ -1,10 +1,10 @@
 """Everything that needs a GPU, in one command of under 9 minutes, from a bare checkout with torch and triton alone.
 
-    python -m benchmarks.gpu_suite --out DIR [--minutes 9]
+    python -m benchmarks.gpu_suite --out DIR [--minutes 8.5] [--hidden FILE] [--model DIR]
 
-Checks first, then timings, the most telling cases first. A part that fails or finds no time left is recorded and the
-next one begins. DIR/gpu_suite.json, what each part said, and DIR/gpu_rows.json, the measurements as a results file for
-`benchmarks.report` and `benchmarks.compare`, are written anew after every part.
+Checks first, then timings, the most telling cases first. A part that fails, finds no time left or is cut short is
+recorded, and the next one begins. DIR/gpu_suite.json, what each part said, and DIR/gpu_rows.json, the measurements as
+a results file for `benchmarks.report` and `benchmarks.compare`, are written as they come.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from benchmarks.stages import stages_of  # noqa: E402
 
 NAMES = (BARE, *IMPLEMENTATIONS)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+RANDOM_MODEL = "random:llama-1b"
 Row = dict[str, Any]
 SUMMARISED = ("extra_mib", "share_of_bare", "worst_logp_error_nat", "dhidden_error", "dweight_error", "kept_fraction")
 
@@ -72,16 +73,14 @@ def median_seconds(function: Callable[[], Any]) -> float:
 
 def head_rows(
     case: Case, phase: str, hidden_file: Path | None, names: Sequence[str] = NAMES, **which: str
-) -> list[Row]:
+) -> Iterator[Row]:
     """A row an implementation: checked against float64, then memory and time; one that fails says why."""
     loaded = head.load(case, hidden_file, DEVICE)
     bare_run = head.bare_matmuls(case, phase, loaded.problem)
     bare = median_seconds(bare_run)
-    rows = []
     for name in names:
         row: Row = {"id": f"head/{case.name}/{phase}/{name}", "suite": "head", **which}
         row |= head.describe_row(name, case, phase, loaded)
-        rows.append(row)
         try:
             run = bare_run if name == BARE else head.checked(row, name, case, phase, hidden_file, DEVICE)
             row |= quantiles(seconds_of(run))
@@ -89,24 +88,32 @@ def head_rows(
             row["failed"] = str(reason)
         else:
             row |= {"tokens_per_s": case.N / row["median_s"], **head.rates(case, phase, row["median_s"], bare)}
+        yield row
         torch.cuda.empty_cache()
-    return rows
 
 
-def scaling_rows(axis: str, hidden_file: Path | None) -> list[Row]:
+def scaling_rows(axis: str, hidden_file: Path | None) -> Iterator[Row]:
     """Points of the curves along one axis."""
-    rows = []
     for case in scaling_cases(axis, full=True):
         for row in head_rows(case, TRAIN, hidden_file, SCALED, suite="scaling", axis=axis):
-            rows.append(row | {"id": f"scaling/{axis}/{getattr(case, axis)}/{row['implementation']}"})
-    return rows
+            yield row | {"id": f"scaling/{axis}/{getattr(case, axis)}/{row['implementation']}"}
 
 
-def stage_rows(hidden_file: Path | None) -> list[Row]:
+def stage_rows(hidden_file: Path | None) -> Iterator[Row]:
     """Seconds by kernel of the main case."""
     case, phase = head_cases(full=True)[0]
     loaded = head.load(case, hidden_file, DEVICE)
-    return [row for name in STAGED for row in stages_of(case.name, name, head.prepare(name, case, phase, loaded))]
+    for name in STAGED:
+        yield from stages_of(case.name, name, head.prepare(name, case, phase, loaded))
+
+
+def step_rows(model: str) -> Iterator[Row]:
+    """Whole steps of a model, a row a way."""
+    try:
+        from benchmarks.step import gpu_rows
+    except ImportError as missing:
+        raise NotHereError(f"the trainer's requirements are not installed: {missing}") from None
+    yield from gpu_rows(model)
 
 
 def sanitizer() -> dict[str, Any]:
@@ -131,7 +138,9 @@ def sanitizer() -> dict[str, Any]:
     return record
 
 
-def parts(scale: Scale, hidden_file: Path | None) -> Iterator[tuple[str, Callable[[], Any]]]:
+def parts(
+    scale: Scale, hidden_file: Path | None = None, model: str | None = None
+) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Name and work of every part, in order."""
     for name, check in CHECKS.items():
         yield f"check: {name}", lambda check=check: check(scale)
@@ -141,6 +150,8 @@ def parts(scale: Scale, hidden_file: Path | None) -> Iterator[tuple[str, Callabl
     (main, phase), *others = head_cases(full=True)
     yield f"head {main.name} {phase}", lambda: head_rows(main, phase, hidden_file)
     yield "stages", lambda: stage_rows(hidden_file)
+    for name in filter(None, (RANDOM_MODEL, model)):
+        yield f"step {name}", lambda name=name: step_rows(name)
     for case, phase in others:
         yield f"head {case.name} {phase}", lambda case=case, phase=phase: head_rows(case, phase, hidden_file)
     for axis in AXES:
@@ -158,24 +169,30 @@ def summary(row: Row) -> str:
     return f"{row['id']}: {1e3 * row['median_s']:.2f} ms " + " ".join(f"{k}={v:.4g}" for k, v in numbers.items())
 
 
-def run(out: Path, minutes: float, scale: Scale, hidden_file: Path | None = None) -> dict[str, Any]:
+def run(
+    out: Path, minutes: float, scale: Scale, hidden_file: Path | None = None, model: str | None = None
+) -> dict[str, Any]:
     """Run all parts within the time and write the record after each."""
     out.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {"environment": environment(), "parts": {}}
     rows: list[Row] = []
-    started = time.perf_counter()
-    for name, work in parts(scale, hidden_file):
-        if time.perf_counter() - started > 60 * minutes:
-            entry: dict[str, Any] = {"status": "no time left"}
-        else:
-            begun = time.perf_counter()
+    deadline = time.perf_counter() + 60 * minutes
+    for name, work in parts(scale, hidden_file, model):
+        begun = time.perf_counter()
+        entry: dict[str, Any] = {"status": "no time left"}
+        if begun < deadline:
             try:
                 result = work()
-                if isinstance(result, list):
-                    rows += result
-                    records.write(out / "gpu_rows.json", rows)
-                    result = [summary(row) for row in result]
                 entry = {"status": "ok", "result": result}
+                if isinstance(result, Iterator):
+                    entry["result"] = lines = []
+                    for row in result:
+                        rows.append(row)
+                        lines.append(summary(row))
+                        records.write(out / "gpu_rows.json", rows)
+                        if time.perf_counter() > deadline:
+                            entry["status"] = "cut short"
+                            break
             except NotHereError as reason:
                 entry = {"status": "skipped", "error": str(reason)}
             except Exception as error:
@@ -192,16 +209,18 @@ def main() -> int:
     """Command line of the module: exit status 0 if every part ran and passed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for gpu_suite.json")
-    parser.add_argument("--minutes", type=float, default=8.5, help="begin no part after so many minutes (default: 8.5)")
+    parser.add_argument("--minutes", type=float, default=8.5, help="begin nothing after so many minutes (default: 8.5)")
     parser.add_argument(
         "--hidden", type=Path, help="file of real hidden states (default: the shared one, else synthetic)"
     )
+    parser.add_argument("--model", help="model folder for the whole step, beside one of random weights (default: none)")
     parser.add_argument("--interpreter", action="store_true", help="the checks alone, small, in Triton's interpreter")
     options = parser.parse_args()
     if not options.interpreter and not torch.cuda.is_available():
         print("no CUDA device; --interpreter runs the checks without one", file=sys.stderr)
         return 2
-    record = run(options.out, options.minutes, SMALL if options.interpreter else Scale(), options.hidden)
+    scale = SMALL if options.interpreter else Scale()
+    record = run(options.out, options.minutes, scale, options.hidden, options.model)
     failed = [name for name, entry in record["parts"].items() if entry["status"] not in ("ok", "skipped")]
     skipped = [name for name, entry in record["parts"].items() if entry["status"] == "skipped"]
     passed = len(record["parts"]) - len(failed) - len(skipped)

@@ -91,7 +91,7 @@ def extra_mib(run: HeadRun, name: str, case: Case, hidden_file: Path | None) -> 
     """Peak memory beyond inputs and gradients: by CUDA's allocator, or resident in a process of its own."""
     if run.hidden.is_cuda:
         run.hidden.grad = run.weight.grad = run.logps = None
-        return cuda_growth_mib(run) - run.gradient_mib
+        return cuda_growth_mib(run)[1] - run.gradient_mib
     return isolated(_resident_mib, name, case, run.phase, hidden_file, run.ref_logps)
 
 

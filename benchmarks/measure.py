@@ -43,14 +43,14 @@ def peak_growth_mib(function: Callable[[], Result]) -> tuple[Result, float]:
     return result, _status_mib("VmHWM") - before
 
 
-def cuda_growth_mib(function: Callable[[], Any]) -> float:
+def cuda_growth_mib(function: Callable[[], Result]) -> tuple[Result, float]:
     """Run `function` and tell by how many MiB the memory of CUDA's allocator grew at its peak."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    function()
+    result = function()
     torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
+    return result, (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def timed(function: Callable[[], Result]) -> tuple[Result, float]:

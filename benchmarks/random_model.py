@@ -7,8 +7,6 @@ token gets follows from its id, so that it is the same in every layout, and ids 
 sequence get consecutive ones.
 """
 
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks.replay import replay
+from benchmarks.replay import LENGTHS, replay
 from fused_dpo_engine.attention import ATTENTION_NAME
 from fused_dpo_engine.attention_choice import available_backends, choose_backend
 from fused_dpo_engine.config import ModelOptions
@@ -68,10 +66,9 @@ def token_pairs(name: str, mix: str, count: int, max_length: int) -> list[TokenP
     Raises:
         ValueError: there is no such mix, or it has fewer pairs.
     """
-    mixes: dict[str, list[list[int]]] = json.loads((Path(__file__).parent / "lengths.json").read_text())
-    if mix not in mixes:
-        raise ValueError(f"pairs of a random model take their lengths from one of {', '.join(mixes)}, got {mix!r}.")
-    lengths = [row for row in mixes[mix] if row[0] + max(row[1:]) <= max_length][:count]
+    if mix not in LENGTHS:
+        raise ValueError(f"pairs of a random model take their lengths from one of {', '.join(LENGTHS)}, got {mix!r}.")
+    lengths = [row for row in LENGTHS[mix] if row[0] + max(row[1:]) <= max_length][:count]
     if len(lengths) < count:
         raise ValueError(f"{mix} has {len(lengths)} pairs of at most {max_length} tokens a sequence, not {count}.")
     vocabulary = model_config(name).vocab_size or 0

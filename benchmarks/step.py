@@ -20,7 +20,6 @@ given a time; these are also what the reference gives, as at the start of a trai
 """
 
 import argparse
-import ctypes
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -31,7 +30,7 @@ import transformers
 from torch import Tensor
 
 from benchmarks import records
-from benchmarks.measure import console, isolated, peak_growth_mib, quantiles, timed
+from benchmarks.measure import console, cuda_growth_mib, isolated, peak_growth_mib, quantiles, timed
 from benchmarks.random_model import MIX, PREFIX
 from benchmarks.step_ways import OURS, Case, Outcome, OwnStep, true_logps
 from benchmarks.trl_step import TRL, TrlStep, absent
@@ -86,18 +85,11 @@ def extra_memory(step: Step, device: str) -> tuple[Outcome, float]:
     memory stays with the process, so that only the first step shows what it takes.
     """
     if device == "cpu":
-        # What loading the model has freed goes back first: a step that reuses it would not show.
-        getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)(0)
         return peak_growth_mib(step)
     step()
     step.model.zero_grad()
     torch.cuda.empty_cache()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    outcome = step()
-    torch.cuda.synchronize()
-    return outcome, (torch.cuda.max_memory_allocated() - before) / 2**20
+    return cuda_growth_mib(step)
 
 
 def row_of(case: Case, way: str) -> dict[str, Any]:

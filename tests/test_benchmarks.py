@@ -1,6 +1,7 @@
 """The benchmarks measure what they say, on small problems, and give nothing that is wrong a time."""
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -325,4 +326,21 @@ class TestGpuSuite:
         names = [name for name, _ in gpu_suite.parts(gpu_suite.Scale(), None)]
         assert names.index("ceilings") == len(gpu_suite.CHECKS)
         assert names[len(gpu_suite.CHECKS) + 1] == "head Qwen3-8B-N8192 forward+backward"
-        assert {"stages", "scaling with N", "compute-sanitizer"} <= set(names)
+        assert {"stages", "step random:llama-1b", "scaling with N", "compute-sanitizer"} <= set(names)
+        assert "step my/model" in [name for name, _ in gpu_suite.parts(gpu_suite.Scale(), None, "my/model")]
+
+    def test_rows_are_kept_as_they_come_until_time_is_up(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        from benchmarks import gpu_suite
+
+        def work():
+            yield {"id": "a", "median_s": 0.5}
+            time.sleep(0.3)
+            yield {"id": "b", "failed": "too large"}
+            raise AssertionError("after the time was up")
+
+        parts = [("first", lambda: {"x": 1}), ("rows", work), ("last", lambda: None)]
+        monkeypatch.setattr(gpu_suite, "parts", lambda *_: iter(parts))
+        record = gpu_suite.run(tmp_path, 0.2 / 60, gpu_suite.Scale())
+        assert [entry["status"] for entry in record["parts"].values()] == ["ok", "cut short", "no time left"]
+        assert record["parts"]["rows"]["result"] == ["a: 500.00 ms ", "b: too large"]
+        assert list(records.read(tmp_path / "gpu_rows.json").rows) == ["a", "b"]

@@ -5,20 +5,24 @@ with the package. Evaluated in float64 it is the truth; evaluated in the dtype u
 error that the budget is made of.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import chain, combinations, pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fused_dpo import KernelOptions, LMHead, fused_dpo_logps
+from fused_dpo import KernelOptions, LMHead, TokenLogps, fused_dpo_logps, fused_token_logps
 
 IGNORE = -100
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DIFFERENTIABLE = ("hidden", "weight", "bias", "lora_a", "lora_b")
+SUBSETS = list(chain.from_iterable(combinations(DIFFERENTIABLE, k) for k in range(1, 6)))
+"""All that may be asked for, everything last."""
+EVERY_FEATURE = {"bias": True, "lora_rank": 3, "logit_scale": 1.7, "softcap": 9.0, "temperature": 0.7}
+"""Settings of `make_problem`."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +122,24 @@ def make_problem(
     return Problem(weight=3 * normal(V, D) / D**0.5, **settings)
 
 
+def dtype_id(dtype: torch.dtype) -> str:
+    """Its name as a test's id."""
+    return str(dtype).removeprefix("torch.")
+
+
 def cu_seqlens(lengths: Sequence[int]) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+def compose(problem: Problem, order: Sequence[int]) -> Problem:
+    """The packed batch of the sequences of `problem` in another order, with omissions and repetitions."""
+    spans = [problem.spans[i] for i in order]
+    return replace(
+        problem,
+        hidden=torch.cat([problem.hidden[a:b] for a, b in spans]),
+        labels=torch.cat([problem.labels[a:b] for a, b in spans]),
+        cu_seqlens=cu_seqlens([b - a for a, b in spans]).to(problem.hidden.device),
+    )
 
 
 def naive_logits(hidden: Tensor, problem: Problem) -> Tensor:
@@ -165,6 +185,27 @@ def fused(problem: Problem, impl: str | None = "streaming", grad_mode: str | Non
     )
 
 
+def tokens(
+    problem: Problem,
+    with_stats: Collection[str] = (),
+    impl: str | None = None,
+    grad_mode: str | None = None,
+    **options,
+) -> TokenLogps:
+    """The same per token, with statistics."""
+    return fused_token_logps(
+        problem.hidden,
+        problem.head,
+        problem.labels,
+        cu_seqlens=problem.cu_seqlens,
+        shift=problem.shift,
+        ignore_index=problem.ignore_index,
+        with_stats=with_stats,
+        grad_mode=grad_mode,
+        options=KernelOptions(impl=impl, **options),
+    )
+
+
 class Evaluation(NamedTuple):
     """Log-probs and the gradients of `(logps * upstream).sum()` by name."""
 
@@ -177,14 +218,20 @@ def upstream_like(logps: Tensor) -> Tensor:
     return torch.linspace(-1.5, 2.1, len(logps)).to(logps) if len(logps) > 1 else torch.full_like(logps, -1.3)
 
 
+def leaves(problem: Problem, needs: Sequence[str] = DIFFERENTIABLE) -> Problem:
+    """A copy whose tensors are fresh leaves of autograd; those of `needs` require a gradient."""
+    copies = {name: t.detach().clone().requires_grad_(name in needs) for name, t in problem.tensors.items()}
+    return replace(problem, **copies)
+
+
 def evaluate(
     function: Callable[[Problem], Tensor], problem: Problem, needs: Sequence[str] = DIFFERENTIABLE
 ) -> Evaluation:
     """Run `function` on fresh leaves and differentiate with respect to those of `needs`."""
-    leaves = {name: t.detach().clone().requires_grad_(name in needs) for name, t in problem.tensors.items()}
-    logps = function(replace(problem, **leaves))
+    fresh = leaves(problem, needs)
+    logps = function(fresh)
     (logps * upstream_like(logps)).sum().backward()
-    return Evaluation(logps.detach(), {name: leaf.grad for name, leaf in leaves.items()})
+    return Evaluation(logps.detach(), {name: leaf.grad for name, leaf in fresh.tensors.items()})
 
 
 def truth_of(problem: Problem, needs: Sequence[str] = DIFFERENTIABLE) -> Evaluation:

@@ -16,6 +16,7 @@ from tests.kernels.helpers import (
     assert_agrees,
     assert_close,
     cu_seqlens,
+    dtype_id,
     evaluate,
     fused,
     make_problem,
@@ -59,18 +60,14 @@ SHAPES = [
 ]
 
 
-def id_of(value: object) -> str | None:
-    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=id_of)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES.keys())
 def test_features(features: dict, dtype: torch.dtype) -> None:
     problem = make_problem((5, 63, 1, 190, 70), **features).to(dtype)
     assert_agrees(evaluate(fused, problem), problem)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=id_of)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize(("lengths", "V", "D", "workspace_mib"), SHAPES)
 def test_shapes(lengths: tuple[int, ...], V: int, D: int, workspace_mib: int, dtype: torch.dtype) -> None:
     problem = make_problem(lengths, V, D, shift=False).to(dtype)
@@ -83,7 +80,7 @@ def test_reference_is_the_truth(features: dict) -> None:
     assert_agrees(evaluate(lambda p: fused(p, impl="reference"), problem), problem)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=id_of)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_id)
 def test_reference_within_budget(dtype: torch.dtype) -> None:
     problem = make_problem(**FEATURES["everything"]).to(dtype)
     assert_agrees(evaluate(lambda p: fused(p, impl="reference"), problem), problem)
@@ -92,7 +89,7 @@ def test_reference_within_budget(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("dtype", "expected"),
     [(torch.float64, torch.float64)] + [(d, torch.float32) for d in DTYPES[1:]],
-    ids=id_of,
+    ids=dtype_id,
 )
 def test_dtypes_of_results(dtype: torch.dtype, expected: torch.dtype) -> None:
     logps, grads = evaluate(fused, make_problem(bias=True, lora_rank=2).to(dtype))

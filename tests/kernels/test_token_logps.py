@@ -1,6 +1,5 @@
 """`fused_token_logps`: per-token values, statistics, and the rows a caller names."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain, combinations
 from typing import get_type_hints
@@ -9,37 +8,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_dpo import KernelOptions, TokenLogps, fused_dpo_logps, fused_token_logps
+from fused_dpo import TokenLogps, fused_dpo_logps, fused_token_logps
 from tests.kernels.helpers import (
+    EVERY_FEATURE,
     IGNORE,
     Problem,
     assert_close,
     bits_equal,
     evaluate,
     fused,
+    leaves,
     make_problem,
     naive_logits,
     present,
+    tokens,
     upstream_like,
 )
 
 STATS = ("entropy", "mean_logit", "is_top1")
 FIELDS = (*STATS, "tail", "kept_fraction")
 SUBSETS = list(chain.from_iterable(combinations(FIELDS, k) for k in (0, 1, 2, 5)))
-EVERYTHING = {"bias": True, "lora_rank": 3, "logit_scale": 1.7, "softcap": 9.0, "temperature": 0.7}
-
-
-def tokens(problem: Problem, with_stats: Sequence[str] = (), **options) -> TokenLogps:
-    return fused_token_logps(
-        problem.hidden,
-        problem.head,
-        problem.labels,
-        cu_seqlens=problem.cu_seqlens,
-        shift=problem.shift,
-        ignore_index=problem.ignore_index,
-        with_stats=with_stats,
-        options=KernelOptions(**options),
-    )
 
 
 def truth(problem: Problem) -> TokenLogps:
@@ -63,7 +51,7 @@ def truth(problem: Problem) -> TokenLogps:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_against_the_truth(dtype: torch.dtype, padded: bool, shift: bool, impl: str) -> None:
     # No adapter in half precision: its inner product is rounded there, and so are the statistics (test_logps has it).
-    features = {**EVERYTHING, "lora_rank": 3 if dtype.itemsize > 2 else 0}
+    features = {**EVERY_FEATURE, "lora_rank": 3 if dtype.itemsize > 2 else 0}
     problem = make_problem((5, 63, 1, 200), V=1003, padded=padded, shift=shift, **features).to(dtype)
     problem.labels.view(-1)[1:9] = truth_argmax(problem)[:8] if shift else truth_argmax(problem)[1:9]  # some top-1
     got, expected = tokens(problem, STATS, impl=impl, workspace_mib=1), truth(problem)
@@ -111,7 +99,7 @@ def test_return_types_are_declared() -> None:
 
 
 def test_tokens_add_up_to_sequences() -> None:
-    problem = make_problem(**EVERYTHING)
+    problem = make_problem(**EVERY_FEATURE)
     parts = [tokens(problem).logps[a:b].sum() for a, b in problem.spans]
     assert_close("sums", torch.stack(parts), fused(problem), 1e-14)
 
@@ -128,13 +116,13 @@ def test_statistics_are_not_differentiable(impl: str) -> None:
 
 
 def test_gradient_of_tokens() -> None:
-    problem = make_problem((40, 30), **EVERYTHING)
+    problem = make_problem((40, 30), **EVERY_FEATURE)
     upstream = torch.randn(70, dtype=torch.float64)
-    leaves = problem.map(lambda t: t.detach().clone().requires_grad_())
-    got = torch.autograd.grad(tokens(leaves).logps, tuple(leaves.tensors.values()), upstream)
-    leaves = problem.map(lambda t: t.detach().clone().requires_grad_())
-    expected = torch.autograd.grad(truth_of_leaves(leaves), tuple(leaves.tensors.values()), upstream)
-    for name, ours, true in zip(leaves.tensors, got, expected, strict=True):
+    fresh = leaves(problem)
+    inputs = tuple(fresh.tensors.values())
+    got = torch.autograd.grad(tokens(fresh).logps, inputs, upstream)
+    expected = torch.autograd.grad(truth_of_leaves(fresh), inputs, upstream)
+    for name, ours, true in zip(fresh.tensors, got, expected, strict=True):
         assert_close(f"d{name}", ours, true, 1e-10)
 
 
@@ -184,7 +172,7 @@ def rows_of(problem: Problem) -> Tensor:
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("impl", ["streaming", "reference"])
 def test_row_index_of_all_scored_rows_changes_nothing(impl: str, padded: bool) -> None:
-    problem = make_problem((5, 63, 1, 200), padded=padded, **EVERYTHING)
+    problem = make_problem((5, 63, 1, 200), padded=padded, **EVERY_FEATURE)
     options = {"impl": impl, "row_index": rows_of(problem)}
     plain, indexed = tokens(problem, STATS, impl=impl), tokens(problem, STATS, **options)
     assert all(torch.equal(a, b) for a, b in zip(map(present, plain[:4]), map(present, indexed[:4]), strict=True))

@@ -35,7 +35,7 @@ from fused_dpo_engine.gather import gather_rows
 from fused_dpo_engine.packing import AttentionPlan, Segment, plan_attention
 from tests.engine import kernels_in_torch as kernels
 from tests.engine.helpers import eager_twin, gradients, own_logps, tiny_model, unshared_plan, worst_gradient_error
-from tests.engine.test_policy import BATCH, ORDERED, policy_of, relative
+from tests.engine.policy_helpers import BATCH, ORDERED, policy_of, relative
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 PLANS = {

@@ -13,7 +13,7 @@ from fused_dpo_engine.packing import PackedBatch, pack
 from fused_dpo_engine.policy import Policy
 from tests.engine.helpers import gradients, make_pairs, tiny_model, worst_gradient_error
 from tests.engine.kernels_in_torch import varlen_reference
-from tests.engine.test_policy import policy_of
+from tests.engine.policy_helpers import policy_of
 
 PAIRS = make_pairs(*[(5 + i, 7 + i % 3, 3 + i % 4) for i in range(15)])
 BATCHES = [pack(PAIRS, range(3 * i, 3 * i + 2 + i % 2)) for i in range(5)]

@@ -9,9 +9,8 @@ import torch
 from transformers import AutoTokenizer
 
 from examples.smollm2 import cache_folder
-from tests.engine.helpers import SHARED, largest_difference, read_weights, save_folder
+from tests.engine.helpers import PREFERENCES, TOKENIZERS, largest_difference, read_weights, save_folder
 
-PREFERENCES, TOKENIZERS = SHARED / "data" / "preferences", SHARED / "tokenizers"
 SMOLLM2 = cache_folder() / "SmolLM2-135M-Instruct"
 FILES = {
     "hh_helpful.conversational.jsonl": "qwen2.5",

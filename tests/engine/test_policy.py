@@ -60,7 +60,7 @@ class TestCheckpointing:
         assert plans == [BATCH.attention] * 4  # two layers, forward and again in the backward
         assert torch.equal(logps, plain)
         grads = {name: parameter.grad for name, parameter in model.named_parameters()}
-        assert worst_gradient_error(grads, plain_grads) < 1e-12
+        assert worst_gradient_error(grads, plain_grads) < 1e-12  # the same float64 ops again
 
 
 class TestPrecision:
@@ -149,7 +149,7 @@ class TestLora:
         policy_of(model)(BATCH).sum().backward()
         grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
         assert all(grad is not None for grad in grads.values())
-        assert worst_gradient_error(grads, expected) < 1e-12
+        assert worst_gradient_error(grads, expected) < 1e-12  # the same float64 ops again
 
     def test_dora_on_the_head_is_refused(self):
         """Instead of scored without its magnitude."""
@@ -183,7 +183,8 @@ class TestLengthDesensitization:
     def test_one_is_plain(self):
         model = tiny_model()
         plain = policy_of(model)(BATCH)
-        torch.testing.assert_close(policy_of(model, ld_alpha=1.0)(BATCH), plain, rtol=1e-6, atol=1e-6)
+        # float64: sums over weighted tokens beside those of the sequence op.
+        torch.testing.assert_close(policy_of(model, ld_alpha=1.0)(BATCH), plain, rtol=1e-12, atol=1e-12)
         assert (policy_of(model, ld_alpha=0.5)(BATCH) - plain).abs().max() > 0.1
 
 

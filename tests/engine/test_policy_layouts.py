@@ -37,8 +37,10 @@ from tests.engine.policy_helpers import (
     relative,
 )
 
-EXACT = {"gpt2": 1e-11}
-"""Families that stay in float64 throughout are held to more."""
+EXACT = {"gpt2": 1e-13}
+"""Families that stay in float64 throughout are held to some of its units."""
+FP32_VALUE_TOLERANCE, FP32_GRADIENT_TOLERANCE = 1e-5, 1e-4
+"""Where the whole model is in fp32: units of 1.2e-7 through two layers that enlarge them."""
 
 
 def merged(batch: PackedBatch) -> PackedBatch:
@@ -107,17 +109,19 @@ class TestEveryLayoutEqualsOneByOne:
         model = tiny_model(family, attention="sdpa" if exact else "eager", **settings)
         expected = own_logps(model, ORDERED)
         logps = policy_of(model)(pad(PAIRS, ORDER))
-        assert relative(logps, expected) < (VALUE_TOLERANCE if exact else 1e-5)
+        assert relative(logps, expected) < (VALUE_TOLERANCE if exact else FP32_VALUE_TOLERANCE)
         grads = gradients(model, logps.sum())
-        assert worst_gradient_error(grads, gradients(model, expected.sum())) < (GRADIENT_TOLERANCE if exact else 1e-4)
+        tolerance = GRADIENT_TOLERANCE if exact else FP32_GRADIENT_TOLERANCE
+        assert worst_gradient_error(grads, gradients(model, expected.sum())) < tolerance
 
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_attention_sinks(self, layout):
         model = tiny_model("gpt_oss", dtype=torch.float32, scale=3.0, **GPT_OSS)
         twin = eager_twin(model)
         logps, expected = policy_of(model)(LAYOUTS[layout]), own_logps(twin, ORDERED)
-        assert relative(logps, expected) < 1e-5  # all in fp32
-        assert worst_gradient_error(gradients(model, logps.sum()), gradients(twin, expected.sum())) < 1e-4
+        assert relative(logps, expected) < FP32_VALUE_TOLERANCE
+        error = worst_gradient_error(gradients(model, logps.sum()), gradients(twin, expected.sum()))
+        assert error < FP32_GRADIENT_TOLERANCE
 
     @pytest.mark.parametrize(
         ("layout", "mistake"),
@@ -161,7 +165,8 @@ class TestAnyShapes:
         with torch.no_grad():
             for share in (True, False):
                 logps = policy_of(model)(pack(pairs, indices, share=share))
-                torch.testing.assert_close(logps, expected, rtol=1e-9, atol=1e-9)
+                # float64; norms in fp32 take the same numbers on both sides. The largest seen is 4e-16.
+                torch.testing.assert_close(logps, expected, rtol=1e-12, atol=1e-12)
 
 
 @cache

@@ -18,6 +18,7 @@ def test_all_ways_score_the_same(rows):
     for row in rows.values():
         assert row["pairs"] == 8
         assert row["tokens"] == rows["shared"]["tokens"]
+        # fp32 log-probs, by other batches and other attention.
         assert row["loss"] == pytest.approx(rows["padded"]["loss"], rel=1e-5)
         for mine, theirs in zip(row["logps"], rows["padded"]["logps"], strict=True):
             assert mine == pytest.approx(theirs, rel=1e-5)

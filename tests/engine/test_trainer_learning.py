@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from fused_dpo.losses import LOSS_TYPES, needs_reference
 from fused_dpo_engine.policy import Policy
 from tests.engine.helpers import assert_same_weights, largest_difference, own_logps, read_weights, save_folder
-from tests.engine.run_helpers import FLAT, LN2, toy_pairs, toy_steps, without_clock
+from tests.engine.run_helpers import FIRST_LOSS, FLAT, LN2, toy_pairs, toy_steps, without_clock
 
 
 class TestSteps:
@@ -25,7 +25,7 @@ class TestSteps:
 class TestLearning:
     def test_loss_falls(self, train_tiny):
         run = train_tiny(max_steps=30, learning_rate=3e-3)
-        assert run.metrics[0]["loss"] == pytest.approx(LN2, abs=1e-6)
+        assert run.metrics[0]["loss"] == FIRST_LOSS
         assert run.metrics[-1]["loss"] < 0.1
         assert run.metrics[-1]["rewards/accuracies"] == 1
         assert run.metrics[-1]["rewards/margins"] > 3
@@ -64,18 +64,22 @@ class TestLearning:
             "eval_loss": -torch.nn.functional.logsigmoid(chosen - rejected).mean(),
         }
         for name, value in expected.items():
-            assert run.summary.eval_after[name] == pytest.approx(float(value), abs=1e-4), name
+            # fp32: log-probs of some tens, in units of 2e-6, by another attention.
+            assert run.summary.eval_after[name] == pytest.approx(float(value), abs=2e-5), name
 
         first = run.metrics[0]
         if kind == "ref_model":
             assert abs(first["rewards/margins"]) > 0.01
             assert abs(first["loss"] - LN2) > 1e-3
         else:
-            assert first["loss"] == pytest.approx(LN2, abs=1e-6)
+            assert first["loss"] == FIRST_LOSS
             assert first["rewards/chosen"] == first["rewards/rejected"] == 0
 
     def test_against_a_plain_loop(self, train_tiny, tiny_llama):
-        """DPO as the paper has it, a pair at a time with full logits, and torch's AdamW."""
+        """DPO as the paper has it, a pair at a time with full logits, and torch's AdamW.
+
+        Both round in fp32, and with a large epsilon Adam does not enlarge what is left of that.
+        """
         run = train_tiny(max_steps=6, adam_epsilon=1e-2, learning_rate=1e-2, max_grad_norm=2.0, beta=0.3, **FLAT)
 
         pairs = toy_pairs()
@@ -94,11 +98,11 @@ class TestLearning:
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 2.0)
             optimizer.step()
-            assert line["loss"] == pytest.approx(loss.item(), abs=1e-4)
-            assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
-            assert line["rewards/margins"] == pytest.approx(torch.stack(margins).mean().item(), abs=1e-3)
+            assert line["loss"] == pytest.approx(loss.item(), abs=1e-5)
+            assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+            assert line["rewards/margins"] == pytest.approx(torch.stack(margins).mean().item(), abs=1e-5)
         assert abs(run.metrics[-1]["loss"] - LN2) > 0.1  # the steps have done something
-        assert largest_difference(run.weights(), dict(model.state_dict())) < 1e-4
+        assert largest_difference(run.weights(), dict(model.state_dict())) < 1e-6
 
     def test_reference_sees_the_batches_of_training(self, train_tiny, monkeypatch):
         """In larger models another batch shape gives other last bits, and the first rewards were not exactly 0."""
@@ -133,15 +137,15 @@ class TestLearning:
             train_tiny(name, ld_alpha=alpha, max_steps=2)
             for name, alpha in (("plain", None), ("one", 1.0), ("half", 0.5))
         )
-        assert other.metrics[0]["loss"] == pytest.approx(LN2, abs=1e-6)
+        assert other.metrics[0]["loss"] == FIRST_LOSS
         assert other.metrics[0]["rewards/chosen"] == 0
-        assert same.metrics[1]["loss"] == pytest.approx(plain.metrics[1]["loss"], abs=1e-5)
+        assert same.metrics[1]["loss"] == pytest.approx(plain.metrics[1]["loss"], abs=1e-6)  # fp32
         assert abs(other.metrics[0]["logps/chosen"] - plain.metrics[0]["logps/chosen"]) > 0.1
 
     def test_sft_term(self, train_tiny):
         run = train_tiny(sft_weight=0.5, max_steps=1)
         (line,) = run.metrics
-        assert line["loss"] == pytest.approx(LN2 + 0.5 * line["nll_loss"], abs=1e-5)
+        assert line["loss"] == pytest.approx(LN2 + 0.5 * line["nll_loss"], abs=1e-6)  # fp32
         assert line["nll_loss"] > 0.1
 
     def test_bfloat16_keeps_fp32_weights(self, train_tiny, tiny_llama):
@@ -150,11 +154,14 @@ class TestLearning:
         weights = run.weights()
         assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
         assert 1e-6 < largest_difference(weights, read_weights(tiny_llama)) < 4e-6
-        assert run.metrics[0]["loss"] == pytest.approx(LN2, abs=1e-6)
+        assert run.metrics[0]["loss"] == FIRST_LOSS
         assert run.metrics[0]["rewards/chosen"] == 0
 
     def test_the_gradient_is_clipped(self, train_tiny, tiny_llama):
-        """With a large epsilon Adam's first update is the gradient itself, as much of it as is left."""
+        """With a large epsilon Adam's first update is the gradient itself, as much of it as is left.
+
+        Up to its own size, which Adam adds to epsilon: a thousandth.
+        """
         settings = {"adam_epsilon": 1e3, "learning_rate": 1e3, "max_steps": 1, **FLAT}
         moves = {}
         for limit in (0, 0.1, 1e6):

@@ -23,6 +23,8 @@ SUBSETS = list(chain.from_iterable(combinations(DIFFERENTIABLE, k) for k in rang
 """All that may be asked for, everything last."""
 EVERY_FEATURE = {"bias": True, "lora_rank": 3, "logit_scale": 1.7, "softcap": 9.0, "temperature": 0.7}
 """Settings of `make_problem`."""
+FLOAT64_LOGPS, FLOAT64_GRADIENTS = 1e-12, 1e-10
+"""Sums of up to 1e4 terms in float64 (eps 2e-16), in another order than the truth's; nothing else differs."""
 
 
 @dataclass(frozen=True)
@@ -265,7 +267,7 @@ def assert_within_budget(name: str, got: Tensor, eager: Tensor, truth: Tensor) -
 
 
 def assert_agrees(got: Evaluation, problem: Problem, needs: Sequence[str] = DIFFERENTIABLE) -> None:
-    """Log-probs and the gradients asked for, against the truth: 1e-10 in float64, within the budget otherwise."""
+    """Log-probs and the gradients asked for, against the truth: `FLOAT64_*`, within the budget in other dtypes."""
     truth = truth_of(problem, needs)
     exact = problem.hidden.dtype == torch.float64
     eager = truth if exact else evaluate(naive_logps, problem, needs)
@@ -276,8 +278,7 @@ def assert_agrees(got: Evaluation, problem: Problem, needs: Sequence[str] = DIFF
         if true_value is None:
             assert value is None, f"{name} was not asked for"
         elif exact:
-            # 1e-10: sums of up to 1e4 terms in float64 (eps 2e-16) in another order, nothing else differs.
-            assert_close(name, value, true_value, 1e-10)
+            assert_close(name, value, true_value, FLOAT64_LOGPS if name == "logps" else FLOAT64_GRADIENTS)
         else:
             assert_within_budget(name, value, eager_value, true_value)
 

@@ -153,6 +153,7 @@ def test_disjoint_tails_stay_within_the_theorem() -> None:
     errors = errors_of(problem)
     assert errors.filtered["hidden"] > 2 * errors.naive["hidden"]  # if not, the docstring above is out of date
     assert errors.filtered["weight"] > 2 * errors.naive["weight"]
+    # As measured, a third and a hundredth: no bound, but worth knowing when it changes.
     assert errors.filtered["hidden"] < 0.4
     assert errors.filtered["weight"] < 0.012
 
@@ -202,7 +203,7 @@ def test_coarse_row_whose_mass_is_all_in_the_tail() -> None:
     hidden[5, :2], weight[:, 1], weight[0, 1] = torch.tensor([0.0, 8.0]), 7, -7
     problem = one_sequence(hidden, weight, torch.zeros(64, dtype=torch.int64)).to(torch.bfloat16)
     logps, truth = filtered_tokens(problem).logps, naive_token_logps(problem.to(torch.float64))
-    assert float(truth[5]) == pytest.approx(-112 - math.log(8191), abs=1e-6)
+    assert float(truth[5]) == pytest.approx(-112 - math.log(8191), abs=1e-12)
     assert float(logps[5]) == pytest.approx(float(truth[5]), abs=0.2)  # bf16 logits of 56 are right to 0.125
 
 
@@ -215,8 +216,8 @@ def test_kept_logits_far_above_dropped_ones(dtype: torch.dtype) -> None:
     got, truth = evaluate(filter_of, problem), truth_of(problem)
     for name in ("hidden", "weight"):
         # What is dropped is below 1e-40: the rounding of logits of 60 and of the results is left.
-        tolerance = {torch.float64: 1e-12, torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 4e-3}[dtype]
-        assert relative_error(got.grads[name], truth.grads[name]) <= tolerance
+        rounding = {torch.float64: 1e-12, torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 4e-3}[dtype]
+        assert relative_error(got.grads[name], truth.grads[name]) <= rounding
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -22,6 +22,7 @@ from tests.kernels.helpers import (
     DIFFERENTIABLE,
     DTYPES,
     EVERY_FEATURE,
+    FLOAT64_LOGPS,
     IGNORE,
     SUBSETS,
     Evaluation,
@@ -86,10 +87,11 @@ def test_impossible_tokens_cost_nothing(mib: int, dtype: torch.dtype) -> None:
     # The truth's gradient of a bias of -inf is NaN with float64 code, too: the others are what is compared.
     needs = ["hidden", "weight", "lora_a", "lora_b"]
     truth, eager = truth_of(problem, needs), evaluate(naive_logps, problem, needs)
-    assert_close("logps", got.logps, truth.logps, 1e-12 if dtype == torch.float64 else 1e-6)
+    some_units = FLOAT64_LOGPS if dtype == torch.float64 else 1e-6
+    assert_close("logps", got.logps, truth.logps, some_units)
     for name in needs:
         error = relative_error(got.grads[name], truth.grads[name])
-        assert error <= max(1e-12, 4 * relative_error(eager.grads[name], truth.grads[name]))
+        assert error <= max(1e-12, 2 * relative_error(eager.grads[name], truth.grads[name]))
     assert (present(got.grads["bias"])[~possible] == 0).all()
 
 
@@ -111,7 +113,7 @@ def test_every_subset_of_gradients_has_the_same_bits(
     assert bits_equal(got.logps, expected.logps)
     assert {name for name, grad in got.grads.items() if grad is not None} == set(needs)
     for name in needs:
-        if name.startswith("lora"):  # BLAS multiplies the adapter's columns otherwise when they stand alone
+        if name.startswith("lora"):  # BLAS sums the adapter's columns otherwise when they stand alone: units of fp32
             assert relative_error(got.grads[name], present(expected.grads[name]).double()) <= 2e-6
         else:
             assert bits_equal(got.grads[name], expected.grads[name])
@@ -138,11 +140,11 @@ def test_odd_vocabularies(V: int, dtype: torch.dtype) -> None:
     problem = replace(problem, weight=4 * problem.weight)
     got, truth, eager = evaluate(filter_of, problem), truth_of(problem), evaluate(naive_logps, problem)
     assert got.logps[1] == 0
-    rounding = 1e-12 if dtype == torch.float64 else 1e-5
+    rounding = 1e-12 if dtype == torch.float64 else 1e-5  # sums of up to 1001 terms
     # Log-probs of a coarse screen: the tail, of an eps at most a column, is known up to its bf16 logits.
     assert (got.logps.double() - truth.logps).abs().max() <= 100 * rounding + 131 * V * EPS * 0.01
     for name, grad in truth.grads.items():
-        if grad is not None and grad.norm() > 1e-10:
+        if grad is not None and grad.norm() > 1e-10:  # with one column there is nothing but rounding
             bound = rounding + math.sqrt(2 * EPS) + relative_error(eager.grads[name], grad)
             assert relative_error(got.grads[name], grad) <= bound
 
@@ -218,7 +220,7 @@ def test_upstream_that_is_not_finite_comes_out(bad: float, dtype: torch.dtype) -
     assert not exact_dweight.isfinite().any()
     others = [*range(100), *range(130, 330)]
     assert dhidden[others].isfinite().all()
-    assert_close("dhidden", dhidden[others], exact_dhidden[others], 2 * torch.finfo(dtype).eps)
+    assert_close("dhidden", dhidden[others], exact_dhidden[others], 2 * torch.finfo(dtype).eps)  # rounded twice
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -17,7 +17,7 @@ from tests.kernels.filtered_helpers import (
     one_sequence,
     vocabulary_problem,
 )
-from tests.kernels.helpers import IGNORE, assert_close, make_problem, naive_logits, present, tokens
+from tests.kernels.helpers import FLOAT64_LOGPS, IGNORE, assert_close, make_problem, naive_logits, present, tokens
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -61,7 +61,8 @@ def test_blocks_at_the_guard(dtype: torch.dtype) -> None:
     tail, fraction = present(got.tail), present(got.kept_fraction)
     assert (tail[:128] == 0).all()
     assert (fraction[:128] == 1).all()
-    assert_close("tail", tail[128:], tails[128:], 1e-4)
+    # In fp32 8191 equal terms are added up, whose roundings do not average out.
+    assert_close("tail", tail[128:], tails[128:], FLOAT64_LOGPS if dtype == torch.float64 else 1e-4)
     assert (fraction[128:] == 1 / 8192).all()
 
 
@@ -87,8 +88,9 @@ def test_tail_and_kept_fraction(dtype: torch.dtype) -> None:
             exact_blocks.append(exact)
             tail[rows], fraction[rows] = (0.0, 1.0) if exact else (mass, int(keep.sum()) / 3000)
     assert sorted(exact_blocks) == [False, False, False, False, True]
-    assert_close("tail", present(got.tail), tail, 1e-12 if dtype == torch.float64 else 1e-4)
-    assert_close("kept fraction", present(got.kept_fraction), fraction, 1e-6)
+    # In fp32 a probability has the rounding of its logit of up to 40, 4e-6.
+    assert_close("tail", present(got.tail), tail, FLOAT64_LOGPS if dtype == torch.float64 else 1e-5)
+    assert_close("kept fraction", present(got.kept_fraction), fraction, 1e-7)  # a quotient in fp32
     ignored = problem.labels == IGNORE
     assert (present(got.tail)[ignored] == 0).all()
     assert (present(got.kept_fraction)[ignored] == 0).all()
@@ -121,6 +123,7 @@ def test_statistics_under_a_coarse_screen() -> None:
     tail = present(got.tail).double()
     assert tail.min() > 1e-4
     bound = 0.16 * tail * (49152 / tail).log()
+    # 1e-5: fp32 at the size of the logits.
     assert ((present(got.entropy) - entropy).abs() <= bound + 1e-5).all()
     assert (present(got.entropy) - entropy).abs().max() < 0.01
     assert (present(got.mean_logit) - logits.mean(1)).abs().max() <= 0.0016

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from fused_dpo import fused_dpo_logps
 from tests.kernels.helpers import (
     DTYPES,
+    FLOAT64_LOGPS,
     IGNORE,
     Problem,
     assert_agrees,
@@ -104,7 +105,7 @@ def test_default_implementation_is_streaming_on_cpu() -> None:
 
 def test_workspace_changes_memory_only() -> None:
     problem = make_problem((40, 30), V=5003, D=64)
-    assert_close("logps", fused(problem, workspace_mib=1), fused(problem, workspace_mib=256), 1e-12)  # float64
+    assert_close("logps", fused(problem, workspace_mib=1), fused(problem, workspace_mib=256), FLOAT64_LOGPS)
 
 
 def test_bare_weight_is_a_head_without_extras() -> None:
@@ -123,7 +124,7 @@ def test_head_is_applied_in_the_documented_order() -> None:
     logits = p.weight @ p.hidden[0] + p.bias + 1.5 * p.lora_b @ (p.lora_a @ p.hidden[0])
     logits = 4.0 * torch.tanh(1.7 * logits / 4.0) / 0.7
     expected = logits[4] - logits.exp().sum().log()
-    assert_close("logps", fused(p), expected[None], 1e-12)
+    assert_close("logps", fused(p), expected[None], FLOAT64_LOGPS)
 
 
 def test_shift_stays_within_packed_sequences() -> None:
@@ -133,7 +134,7 @@ def test_shift_stays_within_packed_sequences() -> None:
     crossing = torch.cat((problem.labels[1:], torch.tensor([IGNORE])))
     wrong = naive_logps(replace(problem, labels=crossing, shift=False))
     right = naive_logps(problem)
-    assert_close("logps", fused(problem), right, 1e-12)
+    assert_close("logps", fused(problem), right, FLOAT64_LOGPS)
     assert ((wrong - right).abs() > 0.1)[:2].all()  # nats: one unrelated token's log-prob each
     first_token_changed = replace(problem, labels=problem.labels.clone())
     first_token_changed.labels[[0, 3, 7]] = 11
@@ -165,4 +166,4 @@ def test_any_packing(sequences: list[list[int]], shift: bool, average: bool) -> 
     got = fused(problem)
     assert got.shape == (len(sequences),)
     if sequences:
-        assert_close("logps", got, naive_logps(problem), 1e-12)
+        assert_close("logps", got, naive_logps(problem), FLOAT64_LOGPS)

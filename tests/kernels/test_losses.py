@@ -20,6 +20,9 @@ from tests.kernels.loss_helpers import (
     sigma,
 )
 
+FLOAT64 = 1e-12
+"""Relative, of a dozen operations (eps 2e-16) with exponentials and logarithms of numbers of order 10 among them."""
+
 
 class TestEquations:
     def test_every_loss_has_an_equation(self):
@@ -30,18 +33,19 @@ class TestEquations:
     def test_value(self, loss_type, beta):
         got = run(DPOLoss(beta, loss_type=loss_type).eval(), example())
         expected = by_hand(loss_type, beta)
-        assert got.losses.tolist() == pytest.approx(expected, rel=1e-12, abs=1e-12)
-        assert got.loss.item() == pytest.approx(sum(expected) / 5, rel=1e-12)
+        assert got.losses.tolist() == pytest.approx(expected, rel=FLOAT64, abs=FLOAT64)
+        assert got.loss.item() == pytest.approx(sum(expected) / 5, rel=FLOAT64)
 
     @pytest.mark.parametrize("loss_type", sorted(SMOOTHED))
     def test_value_with_label_smoothing(self, loss_type):
         got = run(DPOLoss(0.3, 0.2, loss_type), example()).losses
-        assert got.tolist() == pytest.approx(by_hand(loss_type, 0.3, 0.2), rel=1e-12)
+        assert got.tolist() == pytest.approx(by_hand(loss_type, 0.3, 0.2), rel=FLOAT64)
 
     @pytest.mark.parametrize("loss_type", LOSS_TYPES)
     def test_fp32_stays_fp32_and_close(self, loss_type):
         got = run(DPOLoss(0.3, loss_type=loss_type).eval(), example(torch.float32))
         assert got.loss.dtype == got.losses.dtype == got.chosen_rewards.dtype == torch.float32
+        # Some units (1.2e-7) of what is subtracted, which may exceed the loss.
         assert got.losses.tolist() == pytest.approx(by_hand(loss_type, 0.3), rel=2e-6, abs=1e-6)
 
     def test_worked_by_hand(self):
@@ -65,7 +69,7 @@ class TestEquations:
         lengths = {"chosen_lengths": torch.tensor([2, 3]), "rejected_lengths": torch.tensor([2, 3])}
         got = DPOLoss(loss_type=loss_type)(*logps, *logps, **lengths)
         expected = 0.5 * (math.log(2) + 1) if loss_type == "discopop" else math.log(2)
-        assert got.losses.tolist() == pytest.approx([expected, expected], rel=1e-6)
+        assert got.losses.tolist() == pytest.approx([expected, expected], rel=1e-6)  # fp32
         assert got.chosen_rewards.tolist() == got.rejected_rewards.tolist() == [0.0, 0.0]
         assert got.metrics["rewards/accuracies"].item() == 0.0
 
@@ -75,13 +79,13 @@ class TestEquations:
             -math.log(sigma(0.5 * a - 0.25)) - math.log(sigma(-(0.5 * b - 0.25)))
             for a, b in zip(CHOSEN_LOGRATIOS, REJECTED_LOGRATIOS, strict=True)
         ]
-        assert got.tolist() == pytest.approx(expected, rel=1e-12)
+        assert got.tolist() == pytest.approx(expected, rel=FLOAT64)
 
     def test_discopop_tau(self):
         """Far below any margin, tau turns the blend into a switch at 0."""
         margins = [0.4 * (a - b) for a, b in zip(CHOSEN_LOGRATIOS, REJECTED_LOGRATIOS, strict=True)]
         expected = [math.exp(-x) if x > 0 else -math.log(sigma(x)) for x in margins]
-        assert losses.discopop_loss(example(), 0.4, tau=1e-4).tolist() == pytest.approx(expected, rel=1e-12)
+        assert losses.discopop_loss(example(), 0.4, tau=1e-4).tolist() == pytest.approx(expected, rel=FLOAT64)
 
 
 class TestPaper:
@@ -109,13 +113,14 @@ class TestPaper:
         inside = self.beta * torch.log(pi_w / ref_w) - self.beta * torch.log(pi_l / ref_l)
         equation_7 = -torch.log(1 / (1 + torch.exp(-inside)))
         got = DPOLoss(self.beta)(*(p.log().reshape(1) for p in (pi_w, pi_l, ref_w, ref_l)))
-        torch.testing.assert_close(got.loss, equation_7, rtol=1e-13, atol=0)
+        torch.testing.assert_close(got.loss, equation_7, rtol=1e-13, atol=0)  # float64, four logarithms
 
         # grad L = -beta * sigmoid(r_l - r_w) * (grad log pi(y_w) - grad log pi(y_l))
         (grad_w,) = torch.autograd.grad(pi_w.log(), theta, retain_graph=True)
         (grad_l,) = torch.autograd.grad(pi_l.log(), theta, retain_graph=True)
         weight = self.beta * sigma(-inside.item())
         (grad,) = torch.autograd.grad(got.loss, theta)
+        # float64; of a token in neither response the two gradients cancel.
         torch.testing.assert_close(grad, -weight * (grad_w - grad_l), rtol=1e-12, atol=1e-14)
 
     def test_common_slips_differ(self):

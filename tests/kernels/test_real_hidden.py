@@ -109,6 +109,7 @@ def test_real_hidden_states() -> None:
     assert (got.logps - truth).abs().max() <= (naive - truth).abs().max() / 10
     assert present(got.kept_fraction).max() < 0.2
     assert present(got.tail).mean() < GUARD
+    # Of the tail, a tenth at most, the logits are rounded to bf16: by up to 0.125 at 46, on average by far less.
     assert (present(got.entropy) - -(log_p.exp() * log_p).sum(1)).abs().max() < 0.02
     assert (present(got.mean_logit) - logits.mean(1)).abs().max() < 0.002
 

@@ -149,7 +149,9 @@ class TestReport:
             "rejected tokens: mean 1.5, p95 2, max 2",
         ]
         plain = tokenize_pairs(rows[:1], bpe_tokenizer(), max_length=100).report.summary()
-        assert len(plain.splitlines()) == 4 + ("merge" in plain)
+        # Nothing skipped and nothing cut: no lines about that.
+        assert len(plain.splitlines()) == 5
+        assert "1 prompts merge" in plain
 
     def test_progress_bar(self, capsys):
         tokenize_pairs(make_rows(strings("ef", "g", "h")), letter_tokenizer(), max_length=9)

@@ -104,7 +104,7 @@ class TestLayouts:
                 assert (line["packing/padding"] > 0.05) == (name == "padded")
                 assert 0 < line["packing/fill"] <= 1
             summary = run.summary
-            assert summary.shared == pytest.approx(0 if name != "shared" else summary.shared, abs=1e-9)
+            assert summary.shared > 0.2 if name == "shared" else summary.shared == 0
             # Real tokens whatever the layout, and the slots that follow from them.
             slots = summary.fill * 96 * sum(run.column("micro_batches"))
             assert slots == pytest.approx(summary.tokens * (1 - summary.shared) / (1 - summary.padding))

@@ -181,15 +181,20 @@ class TestLearning:
 class TestHeadGradients:
     """`--grad-mode`: what the head keeps of the vocabulary is logged, and hardly changes the training."""
 
-    def test_filtered_beside_exact(self, train_tiny):
-        common = {"max_steps": 4, "learning_rate": 1e-2, "adam_epsilon": 1e-2}
+    def test_filtered_beside_exact(self, train_tiny, tmp_path):
+        model = save_folder(tmp_path / "peaked", scale=60.0)  # of flat distributions everything is kept
+        common = {"model": model, "max_steps": 4, "learning_rate": 1e-2, "adam_epsilon": 1e-2}
         exact = train_tiny("exact", grad_mode="exact", **common)
         filtered = train_tiny("filtered", grad_mode="filtered", **common)
         assert exact.column("head/kept") == [1.0] * 4
         assert exact.column("head/tail") == [0.0] * 4
-        assert all(0 < kept <= 1 for kept in filtered.column("head/kept"))
-        assert filtered.column("loss")[0] == pytest.approx(exact.column("loss")[0], abs=1e-6)
-        assert filtered.column("loss") == pytest.approx(exact.column("loss"), abs=1e-3)
+        assert all(0 < kept < 0.5 for kept in filtered.column("head/kept"))
+        assert all(0 < tail < 0.01 for tail in filtered.column("head/tail"))
+        assert filtered.column("loss")[0] == FIRST_LOSS
+        assert exact.column("loss")[0] == FIRST_LOSS
+        assert filtered.column("loss") != exact.column("loss")
+        # Gradients are off by 2.2 % at most (see `fused_dpo.filtered`), which moves the loss by 1.5e-5 in four steps.
+        assert filtered.column("loss") == pytest.approx(exact.column("loss"), abs=1e-4)
         assert max(exact.column("loss")) - min(exact.column("loss")) > 0.01, "the steps do something"
 
     def test_auto_is_exact_in_float32(self, train_tiny):

@@ -9,7 +9,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-pytest.register_assert_rewrite("tests.kernels.helpers")
+pytest.register_assert_rewrite("tests.kernels", "tests.engine")  # assertions in helpers show their values as well
 
 # The problems are small, and two threads waiting for each other on a busy machine take thirty times as long (measured).
 torch.set_num_threads(1)

@@ -6,11 +6,9 @@ from typing import Any
 
 import pytest
 
-pytest.register_assert_rewrite("tests.engine.helpers")
-
-from fused_dpo_engine.cli import parse_train  # noqa: E402
-from fused_dpo_engine.run import train  # noqa: E402
-from tests.engine.helpers import Run, options, save_folder, toy_rows, write_rows  # noqa: E402
+from fused_dpo_engine.cli import parse_train
+from fused_dpo_engine.run import train
+from tests.engine.helpers import Run, options, save_folder, toy_rows, write_rows
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
@@ -23,6 +24,7 @@ from fused_dpo_engine.trainer import Summary
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared"
+PREFERENCES, TOKENIZERS = SHARED / "data" / "preferences", SHARED / "tokenizers"
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
@@ -160,6 +162,23 @@ def make_pairs(*shapes: tuple[int, int, int]) -> list[TokenPair]:
     return [make_pair(*shape, seed=i, where=f"pairs.jsonl:{i}") for i, shape in enumerate(shapes, start=1)]
 
 
+few = st.lists(st.integers(0, 1), min_size=1, max_size=5)
+"""Tokens of two kinds, so that prompts are equal, responses begin alike and one extends the other."""
+
+
+@st.composite
+def any_pairs(draw) -> list[TokenPair]:
+    """Pairs of all shapes; a rare one whose sequences have not even the first token in common."""
+    pairs = []
+    for prompt, chosen, rejected, odd in draw(
+        st.lists(st.tuples(few, few, few, st.integers(0, 9)), min_size=1, max_size=6)
+    ):
+        other = [1 - prompt[0], *prompt[1:]] if odd == 0 else prompt
+        sides = (np.array(prompt + chosen, np.int32), np.array(other + rejected, np.int32))
+        pairs.append(TokenPair(len(prompt), *sides, f"x:{len(pairs) + 1}"))
+    return pairs
+
+
 def unshared_plan(*offsets: int) -> AttentionPlan:
     """Segments between the offsets that share nothing."""
     return plan_attention([Segment(*edges, at, 0) for at, edges in enumerate(pairwise(offsets))])
@@ -194,6 +213,14 @@ def save_folder(folder: Path, family: str = "llama", *, tokenizer: Any = "bytes"
     if tokenizer is not None:
         (byte_tokenizer() if tokenizer == "bytes" else tokenizer).save_pretrained(folder)
     return folder
+
+
+def user(content: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": content}
 
 
 def toy_rows(count: int) -> list[dict[str, str]]:

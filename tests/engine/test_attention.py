@@ -19,6 +19,8 @@ PLAN = unshared_plan(0, 5, 6, 17, 20)
 SHARED = plan_attention([Segment(0, 8, 0, 0), Segment(8, 9, 0, 7), Segment(9, 13, 0, 2), Segment(13, 20, 3, 0)])
 PLANS = {"unshared": PLAN, "shared": SHARED}
 LAYER = nn.Identity()
+FLOAT64: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-13}
+"""Softmaxes over up to 20 keys and sums of 8 or 20 terms of order 1, in another order."""
 
 
 def inputs(kv_heads: int = 2, tokens: int = 20, batch: int = 1) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,14 +70,14 @@ class TestAgainstMaskedSoftmax:
         tensors += () if sinks is None else (sinks,)
         assert weights is None
         assert got.shape == (1, 20, 4, 8)
-        torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(got, expected, **FLOAT64)
         upstream = torch.randn_like(got)
         for mine, true in zip(
             torch.autograd.grad(got, tensors, upstream),
             torch.autograd.grad(expected, tensors, upstream),
             strict=True,
         ):
-            torch.testing.assert_close(mine, true, rtol=1e-10, atol=1e-11)
+            torch.testing.assert_close(mine, true, **FLOAT64)
 
     @pytest.mark.parametrize("softcap", [None, 1.5])
     def test_values_of_another_width(self, softcap):

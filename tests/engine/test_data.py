@@ -11,8 +11,8 @@ import pyarrow.parquet
 import pytest
 
 from fused_dpo_engine.data import DataError, Row, bad_row, parse_row, read_rows
+from tests.engine.helpers import PREFERENCES, assistant, user
 
-PREFERENCES = Path(__file__).parents[3] / "shared" / "data" / "preferences"
 REAL_FILES = {
     "dpo_en.conversational.jsonl": 300,
     "dpo_zh.conversational.jsonl": 300,
@@ -21,14 +21,6 @@ REAL_FILES = {
     "qa_long_prompts.strings.jsonl": 200,
 }
 STRINGS = {"prompt": "天空是什么颜色", "chosen": "蓝色。", "rejected": "绿色。"}
-
-
-def user(content):
-    return {"role": "user", "content": content}
-
-
-def assistant(content):
-    return {"role": "assistant", "content": content}
 
 
 def parse(values):

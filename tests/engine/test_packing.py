@@ -14,23 +14,7 @@ from torch import Tensor
 from fused_dpo_engine.packing import PackedBatch, Segment, pack, plan_attention
 from fused_dpo_engine.padding import IGNORED, pad
 from fused_dpo_engine.pairs import TokenPair
-from tests.engine.helpers import make_pairs
-
-few = st.lists(st.integers(0, 1), min_size=1, max_size=5)
-"""Tokens of two kinds, so that prompts are equal, responses begin alike and one extends the other."""
-
-
-@st.composite
-def any_pairs(draw) -> list[TokenPair]:
-    """Pairs of all shapes; a rare one whose sequences have not even the first token in common."""
-    pairs = []
-    for prompt, chosen, rejected, odd in draw(
-        st.lists(st.tuples(few, few, few, st.integers(0, 9)), min_size=1, max_size=6)
-    ):
-        other = [1 - prompt[0], *prompt[1:]] if odd == 0 else prompt
-        sides = (np.array(prompt + chosen, np.int32), np.array(other + rejected, np.int32))
-        pairs.append(TokenPair(len(prompt), *sides, f"x:{len(pairs) + 1}"))
-    return pairs
+from tests.engine.helpers import any_pairs, make_pairs
 
 
 def seen_by(batch: PackedBatch, row: int) -> list[int]:

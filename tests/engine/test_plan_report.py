@@ -17,9 +17,8 @@ from fused_dpo_engine.padding import pad
 from fused_dpo_engine.pairs import TokenPair
 from fused_dpo_engine.plan_report import histogram, padded_slots, plan_statistics
 from fused_dpo_engine.tokenization import tokenize_pairs
-from tests.engine.helpers import SHARED, make_pairs, options, write_rows
+from tests.engine.helpers import PREFERENCES, SHARED, TOKENIZERS, make_pairs, options, write_rows
 
-PREFERENCES, TOKENIZERS = SHARED / "data" / "preferences", SHARED / "tokenizers"
 RUN = RunOptions(output="")
 ROWS = [{"prompt": "is it 1? ", "chosen": "yes", "rejected": "no"}, {"prompt": "it? ", "chosen": "y", "rejected": "n"}]
 

@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from fused_dpo_engine.config import PackingOptions
 from fused_dpo_engine.pairs import TokenPair
 from fused_dpo_engine.planning import build_batch, count_slots, plan_batches, plan_pairs, share_units
-from tests.engine.helpers import make_pair, make_pairs
-from tests.engine.test_packing import any_pairs
+from tests.engine.helpers import any_pairs, make_pair, make_pairs
 
 LAYOUTS = [{}, {"prefix_sharing": False}, {"packing": False}]
 

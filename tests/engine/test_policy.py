@@ -1,221 +1,41 @@
-"""The policy: shared = packed = padded = one-by-one forwards with full logits, values and gradients; its reference."""
+"""The policy's features against the model's own full logits, its reference, and how it is built."""
 
-import dataclasses
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from torch import Tensor
 from transformers import AttentionInterface
 
 from fused_dpo_engine.attention import ATTENTION_NAME, packed_attention
 from fused_dpo_engine.config import LoraOptions, ModelOptions, PackingOptions
 from fused_dpo_engine.errors import UserError
-from fused_dpo_engine.packing import PackedBatch, pack, plan_attention
+from fused_dpo_engine.packing import pack
 from fused_dpo_engine.padding import pad
-from fused_dpo_engine.pairs import TokenPair
 from fused_dpo_engine.policy import Policy, build_policy
 from fused_dpo_engine.reference import score_reference
 from fused_dpo_engine.self_test import self_test
 from tests.engine.helpers import (
-    FAMILIES,
-    GPT_OSS,
     eager_twin,
     gradients,
-    make_pairs,
     own_logps,
     save_folder,
     set_attention,
     tiny_model,
-    unshared_plan,
     worst_gradient_error,
 )
-from tests.engine.test_packing import any_pairs
-
-CPU = torch.device("cpu")
-
-
-def more_pairs(first: TokenPair) -> list[TokenPair]:
-    """Another pair on the prompt of `first`, and one on a prompt of its own whose rejected response goes on."""
-    start = first.rejected_ids[: first.prompt_length + 4]  # beyond the prompt it begins as another response does
-    sides = np.append(start, [50, 51]).astype(np.int32), np.append(start[:-1], [52]).astype(np.int32)
-    chosen = np.arange(100, 111, dtype=np.int32)
-    longer = np.append(chosen, [60, 61, 62]).astype(np.int32)
-    return [TokenPair(first.prompt_length, *sides, "pairs.jsonl:5"), TokenPair(6, chosen, longer, "pairs.jsonl:6")]
-
-
-PAIRS = make_pairs((5, 7, 3), (12, 1, 16), (1, 9, 9), (20, 2, 1))  # beyond and below the windows of 8, one-token sides
-PAIRS += more_pairs(PAIRS[1])
-ORDER = [2, 4, 0, 5, 3, 1]
-BATCH, UNSHARED = pack(PAIRS, ORDER), pack(PAIRS, ORDER, share=False)
-LAYOUTS = {"shared": BATCH, "packed": UNSHARED}
-ORDERED = [PAIRS[i] for i in BATCH.pair_indices]
-
-VALUE_TOLERANCE, GRADIENT_TOLERANCE = 1e-6, 2e-5
-"""Relative, in float64: eager attention and RMSNorm go through fp32 inside the models."""
-EXACT = {"gpt2": 1e-11}
-"""Families that stay in float64 throughout are held to more."""
-
-
-def policy_of(model: Any, **settings: Any) -> Policy:
-    """No autocast, so everything is computed in the dtype of the weights."""
-    return Policy(model, torch.float32, **settings)
-
-
-def relative(got: Tensor, expected: Tensor) -> float:
-    """Largest error of a sequence's log-prob."""
-    return float(((got - expected) / expected).detach().abs().max())
-
-
-def replaced(batch: PackedBatch, **changes: Any) -> PackedBatch:
-    return dataclasses.replace(batch, **changes)
-
-
-def merged(batch: PackedBatch) -> PackedBatch:
-    """Sequences see each other."""
-    return replaced(batch, attention=unshared_plan(0, batch.num_slots))
-
-
-def rows_before(batch: PackedBatch) -> PackedBatch:
-    """Every response token is predicted from one row too early, the first of a sequence from its neighbour."""
-    return replaced(batch, scored_rows=(batch.scored_rows - 1) % batch.num_slots)
-
-
-def rows_after(batch: PackedBatch) -> PackedBatch:
-    """Every token "predicts" itself: labels were not shifted."""
-    return replaced(batch, scored_rows=batch.scored_rows + 1)
-
-
-def positions_running_on(batch: PackedBatch) -> PackedBatch:
-    """Positions not reset. Rotary embeddings see distances only, so without shared prefixes only learned positions
-    notice."""
-    return replaced(batch, position_ids=torch.arange(batch.num_slots)[None])
-
-
-def another_prefix(batch: PackedBatch) -> PackedBatch:
-    """Branches see the beginning of another pair."""
-    segments = list(batch.attention.segments)
-    trunks = [at for at, segment in enumerate(segments) if segment.trunk == at]
-    for at, segment in enumerate(segments):
-        if segment.shared:
-            other = trunks[(trunks.index(segment.trunk) + 1) % len(trunks)]
-            length = segments[other].stop - segments[other].start
-            segments[at] = segment._replace(trunk=other, shared=min(segment.shared, length))
-    return replaced(batch, attention=plan_attention(segments))
-
-
-def no_prefix(batch: PackedBatch) -> PackedBatch:
-    """Branches see themselves alone."""
-    return replaced(batch, attention=unshared_plan(*batch.attention.cu_q.tolist()))
-
-
-def positions_stuck(batch: PackedBatch) -> PackedBatch:
-    return replaced(batch, position_ids=torch.zeros_like(batch.position_ids))
-
-
-MISTAKES: list[Callable[[PackedBatch], PackedBatch]] = [merged, rows_before, rows_after, positions_stuck]
-MISTAKES_OF_SHARING = [another_prefix, no_prefix, positions_running_on]
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request) -> str:
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def case(family):
-    """A model, and the truth about `BATCH`: log-probs, a direction, and all gradients along it."""
-    model = tiny_model(family)
-    twin = eager_twin(model)
-    expected = own_logps(twin, ORDERED)
-    upstream = torch.randn(len(expected), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    grads = gradients(twin, expected @ upstream)
-    return family, model, expected.detach(), upstream, grads
-
-
-class TestEveryLayoutEqualsOneByOne:
-    @pytest.mark.parametrize("layout", LAYOUTS)
-    def test_values_and_every_gradient(self, case, layout):
-        family, model, expected, upstream, expected_grads = case
-        logps = policy_of(model)(LAYOUTS[layout])
-        assert relative(logps, expected) < EXACT.get(family, VALUE_TOLERANCE)
-        grads = gradients(model, logps @ upstream)
-        assert worst_gradient_error(grads, expected_grads) < EXACT.get(family, GRADIENT_TOLERANCE)
-
-    def test_padded_through_the_models_own_attention(self, family):
-        # In float64 eager's bound of masked scores overflows its fp32 softmax: padding beyond a window becomes NaN.
-        exact = family != "gemma2"
-        settings: dict[str, Any] = {} if exact else {"dtype": torch.float32, "scale": 3.0}
-        model = tiny_model(family, attention="sdpa" if exact else "eager", **settings)
-        expected = own_logps(model, ORDERED)
-        logps = policy_of(model)(pad(PAIRS, ORDER))
-        assert relative(logps, expected) < (VALUE_TOLERANCE if exact else 1e-5)
-        grads = gradients(model, logps.sum())
-        assert worst_gradient_error(grads, gradients(model, expected.sum())) < (GRADIENT_TOLERANCE if exact else 1e-4)
-
-    @pytest.mark.parametrize("layout", LAYOUTS)
-    def test_attention_sinks(self, layout):
-        model = tiny_model("gpt_oss", dtype=torch.float32, scale=3.0, **GPT_OSS)
-        twin = eager_twin(model)
-        logps, expected = policy_of(model)(LAYOUTS[layout]), own_logps(twin, ORDERED)
-        assert relative(logps, expected) < 1e-5  # all in fp32
-        assert worst_gradient_error(gradients(model, logps.sum()), gradients(twin, expected.sum())) < 1e-4
-
-    @pytest.mark.parametrize(
-        ("layout", "mistake"),
-        [(layout, mistake) for layout in LAYOUTS for mistake in MISTAKES]
-        + [("shared", mistake) for mistake in MISTAKES_OF_SHARING],
-        ids=lambda value: value if isinstance(value, str) else value.__name__,
-    )
-    def test_mistakes_show(self, case, layout, mistake):
-        """Negative control: the comparison above would notice."""
-        _, model, expected, upstream, expected_grads = case
-        logps = policy_of(model)(mistake(LAYOUTS[layout]))
-        assert relative(logps, expected) > 1000 * VALUE_TOLERANCE
-        assert worst_gradient_error(gradients(model, logps @ upstream), expected_grads) > 1000 * GRADIENT_TOLERANCE
-
-    def test_positions_that_run_on_show(self, case):
-        family, model, expected, *_ = case
-        few = pack(PAIRS, ORDER[:3], share=False)  # as many tokens as models have positions
-        error = relative(policy_of(model)(positions_running_on(few)), expected[:6])
-        assert error > 0.01 if family in ("gpt2", "opt") else error < VALUE_TOLERANCE
-
-    def test_the_company_does_not_matter(self, case):
-        _, model, expected, *_ = case
-        policy = policy_of(model)
-        alone = torch.cat([policy(pack(PAIRS, [i])) for i in ORDER])
-        assert relative(alone, expected) < VALUE_TOLERANCE
-
-    def test_sharing_computes_less(self):
-        assert BATCH.num_slots < 0.7 * UNSHARED.num_slots == 0.7 * BATCH.num_tokens
-
-
-class TestAnyShapes:
-    """Small alphabets make equal prompts, equal responses, responses that extend others, and rarely nothing shared."""
-
-    @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
-    @settings(deadline=None, max_examples=30)
-    @given(pairs=any_pairs(), order=st.randoms(use_true_random=False))
-    def test_shared_equals_packed_equals_one_by_one(self, family, pairs, order):
-        model = model_for_shapes(family)
-        indices = order.sample(range(len(pairs)), len(pairs))
-        expected = own_logps(model, [pairs[i] for i in indices])
-        with torch.no_grad():
-            for share in (True, False):
-                logps = policy_of(model)(pack(pairs, indices, share=share))
-                torch.testing.assert_close(logps, expected, rtol=1e-9, atol=1e-9)
-
-
-@cache
-def model_for_shapes(family: str) -> Any:
-    """Attention of its own on one side and no other rounding: `own_logps` runs it without a plan."""
-    return tiny_model(family, num_hidden_layers=2, sliding_window=3).requires_grad_(False)
+from tests.engine.policy_helpers import (
+    BATCH,
+    CPU,
+    GRADIENT_TOLERANCE,
+    LAYOUTS,
+    ORDER,
+    ORDERED,
+    PAIRS,
+    VALUE_TOLERANCE,
+    policy_of,
+    relative,
+)
 
 
 class TestCheckpointing:
@@ -240,7 +60,7 @@ class TestCheckpointing:
         assert plans == [BATCH.attention] * 4  # two layers, forward and again in the backward
         assert torch.equal(logps, plain)
         grads = {name: parameter.grad for name, parameter in model.named_parameters()}
-        assert worst_gradient_error(grads, plain_grads) < 1e-12
+        assert worst_gradient_error(grads, plain_grads) < 1e-12  # the same float64 ops again
 
 
 class TestPrecision:
@@ -329,7 +149,7 @@ class TestLora:
         policy_of(model)(BATCH).sum().backward()
         grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
         assert all(grad is not None for grad in grads.values())
-        assert worst_gradient_error(grads, expected) < 1e-12
+        assert worst_gradient_error(grads, expected) < 1e-12  # the same float64 ops again
 
     def test_dora_on_the_head_is_refused(self):
         """Instead of scored without its magnitude."""
@@ -363,7 +183,8 @@ class TestLengthDesensitization:
     def test_one_is_plain(self):
         model = tiny_model()
         plain = policy_of(model)(BATCH)
-        torch.testing.assert_close(policy_of(model, ld_alpha=1.0)(BATCH), plain, rtol=1e-6, atol=1e-6)
+        # float64: sums over weighted tokens beside those of the sequence op.
+        torch.testing.assert_close(policy_of(model, ld_alpha=1.0)(BATCH), plain, rtol=1e-12, atol=1e-12)
         assert (policy_of(model, ld_alpha=0.5)(BATCH) - plain).abs().max() > 0.1
 
 

@@ -9,9 +9,9 @@ import torch
 from transformers import AutoTokenizer
 
 from examples.smollm2 import cache_folder
-from tests.engine.helpers import SHARED, largest_difference, read_weights, save_folder
+from tests.engine.helpers import PREFERENCES, TOKENIZERS, largest_difference, read_weights, save_folder
+from tests.engine.run_helpers import FIRST_LOSS
 
-PREFERENCES, TOKENIZERS = SHARED / "data" / "preferences", SHARED / "tokenizers"
 SMOLLM2 = cache_folder() / "SmolLM2-135M-Instruct"
 FILES = {
     "hh_helpful.conversational.jsonl": "qwen2.5",
@@ -50,9 +50,9 @@ def test_smollm2_on_real_pairs(train_tiny):
     moved = largest_difference(run.weights(), {n: t.float() for n, t in read_weights(SMOLLM2).items()})
     shutil.rmtree(run.output / "model")  # half a gigabyte
     first, second = run.metrics
-    assert first["loss"] == pytest.approx(math.log(2), abs=1e-3)
+    assert first["loss"] == FIRST_LOSS
     for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
-        assert first[name] == pytest.approx(0, abs=1e-3)
+        assert first[name] == 0
         assert math.isfinite(second[name])
     # A trained model: 1 to 5 nats a token, where chance has log(49152) = 10.8.
     tokens = first["tokens"] / 4
@@ -96,7 +96,7 @@ def test_every_kind_of_real_data(train_tiny, folder_with, tmp_path, name):
         truncate_prompts=True,
     )
     assert run.column("pairs") == [4, 4, 4]
-    assert run.metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert run.metrics[0]["loss"] == FIRST_LOSS
     assert run.metrics[0]["rewards/chosen"] == run.metrics[0]["rewards/rejected"] == 0
     assert all(math.isfinite(value) for line in run.metrics for value in line.values())
     assert max(run.column("tokens")) <= 4 * 2 * 256

@@ -13,7 +13,7 @@ from fused_dpo_engine.packing import pack
 from fused_dpo_engine.policy import Policy, build_policy
 from fused_dpo_engine.self_test import pairs_to_test, self_test
 from tests.engine.helpers import FAMILIES, GPT_OSS, REFUSED, make_pairs, save_folder, set_attention, tiny_model
-from tests.engine.test_policy import CPU, PAIRS, another_prefix, policy_of
+from tests.engine.policy_helpers import CPU, PAIRS, another_prefix, policy_of
 
 LAYOUTS: list[dict[str, Any]] = [{}, {"prefix_sharing": False}]
 

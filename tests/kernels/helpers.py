@@ -5,20 +5,26 @@ with the package. Evaluated in float64 it is the truth; evaluated in the dtype u
 error that the budget is made of.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import chain, combinations, pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fused_dpo import KernelOptions, LMHead, fused_dpo_logps
+from fused_dpo import KernelOptions, LMHead, TokenLogps, fused_dpo_logps, fused_token_logps
 
 IGNORE = -100
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DIFFERENTIABLE = ("hidden", "weight", "bias", "lora_a", "lora_b")
+SUBSETS = list(chain.from_iterable(combinations(DIFFERENTIABLE, k) for k in range(1, 6)))
+"""All that may be asked for, everything last."""
+EVERY_FEATURE = {"bias": True, "lora_rank": 3, "logit_scale": 1.7, "softcap": 9.0, "temperature": 0.7}
+"""Settings of `make_problem`."""
+FLOAT64_LOGPS, FLOAT64_GRADIENTS = 1e-12, 1e-10
+"""Sums of up to 1e4 terms in float64 (eps 2e-16), in another order than the truth's; nothing else differs."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +124,24 @@ def make_problem(
     return Problem(weight=3 * normal(V, D) / D**0.5, **settings)
 
 
+def dtype_id(dtype: torch.dtype) -> str:
+    """Its name as a test's id."""
+    return str(dtype).removeprefix("torch.")
+
+
 def cu_seqlens(lengths: Sequence[int]) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+def compose(problem: Problem, order: Sequence[int]) -> Problem:
+    """The packed batch of the sequences of `problem` in another order, with omissions and repetitions."""
+    spans = [problem.spans[i] for i in order]
+    return replace(
+        problem,
+        hidden=torch.cat([problem.hidden[a:b] for a, b in spans]),
+        labels=torch.cat([problem.labels[a:b] for a, b in spans]),
+        cu_seqlens=cu_seqlens([b - a for a, b in spans]).to(problem.hidden.device),
+    )
 
 
 def naive_logits(hidden: Tensor, problem: Problem) -> Tensor:
@@ -165,6 +187,27 @@ def fused(problem: Problem, impl: str | None = "streaming", grad_mode: str | Non
     )
 
 
+def tokens(
+    problem: Problem,
+    with_stats: Collection[str] = (),
+    impl: str | None = None,
+    grad_mode: str | None = None,
+    **options,
+) -> TokenLogps:
+    """The same per token, with statistics."""
+    return fused_token_logps(
+        problem.hidden,
+        problem.head,
+        problem.labels,
+        cu_seqlens=problem.cu_seqlens,
+        shift=problem.shift,
+        ignore_index=problem.ignore_index,
+        with_stats=with_stats,
+        grad_mode=grad_mode,
+        options=KernelOptions(impl=impl, **options),
+    )
+
+
 class Evaluation(NamedTuple):
     """Log-probs and the gradients of `(logps * upstream).sum()` by name."""
 
@@ -177,14 +220,20 @@ def upstream_like(logps: Tensor) -> Tensor:
     return torch.linspace(-1.5, 2.1, len(logps)).to(logps) if len(logps) > 1 else torch.full_like(logps, -1.3)
 
 
+def leaves(problem: Problem, needs: Sequence[str] = DIFFERENTIABLE) -> Problem:
+    """A copy whose tensors are fresh leaves of autograd; those of `needs` require a gradient."""
+    copies = {name: t.detach().clone().requires_grad_(name in needs) for name, t in problem.tensors.items()}
+    return replace(problem, **copies)
+
+
 def evaluate(
     function: Callable[[Problem], Tensor], problem: Problem, needs: Sequence[str] = DIFFERENTIABLE
 ) -> Evaluation:
     """Run `function` on fresh leaves and differentiate with respect to those of `needs`."""
-    leaves = {name: t.detach().clone().requires_grad_(name in needs) for name, t in problem.tensors.items()}
-    logps = function(replace(problem, **leaves))
+    fresh = leaves(problem, needs)
+    logps = function(fresh)
     (logps * upstream_like(logps)).sum().backward()
-    return Evaluation(logps.detach(), {name: leaf.grad for name, leaf in leaves.items()})
+    return Evaluation(logps.detach(), {name: leaf.grad for name, leaf in fresh.tensors.items()})
 
 
 def truth_of(problem: Problem, needs: Sequence[str] = DIFFERENTIABLE) -> Evaluation:
@@ -218,7 +267,7 @@ def assert_within_budget(name: str, got: Tensor, eager: Tensor, truth: Tensor) -
 
 
 def assert_agrees(got: Evaluation, problem: Problem, needs: Sequence[str] = DIFFERENTIABLE) -> None:
-    """Log-probs and the gradients asked for, against the truth: 1e-10 in float64, within the budget otherwise."""
+    """Log-probs and the gradients asked for, against the truth: `FLOAT64_*`, within the budget in other dtypes."""
     truth = truth_of(problem, needs)
     exact = problem.hidden.dtype == torch.float64
     eager = truth if exact else evaluate(naive_logps, problem, needs)
@@ -229,8 +278,7 @@ def assert_agrees(got: Evaluation, problem: Problem, needs: Sequence[str] = DIFF
         if true_value is None:
             assert value is None, f"{name} was not asked for"
         elif exact:
-            # 1e-10: sums of up to 1e4 terms in float64 (eps 2e-16) in another order, nothing else differs.
-            assert_close(name, value, true_value, 1e-10)
+            assert_close(name, value, true_value, FLOAT64_LOGPS if name == "logps" else FLOAT64_GRADIENTS)
         else:
             assert_within_budget(name, value, eager_value, true_value)
 

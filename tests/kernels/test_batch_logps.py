@@ -7,6 +7,9 @@ import torch
 
 from fused_dpo.batch_logps import get_batch_logps
 
+FLOAT64, FLOAT32 = 1e-12, 1e-6
+"""Some units of the dtype (2e-16, 1.2e-7): log-softmax of logits below 16, sums of six log-probs."""
+
 
 class TestGetBatchLogps:
     B, S, V = 3, 7, 11
@@ -35,7 +38,7 @@ class TestGetBatchLogps:
         assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         expected = self.naive(logits, labels)
         weights = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
-        tolerance = 1e-12 if dtype == torch.float64 else 2e-6
+        tolerance = FLOAT64 if dtype == torch.float64 else FLOAT32
         torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
         (grad,) = torch.autograd.grad(got @ weights.to(got.dtype), logits)
         (expected_grad,) = torch.autograd.grad(expected @ weights, logits)
@@ -83,7 +86,7 @@ class TestGetBatchLogps:
         logits, labels = self.inputs(torch.float32)
         shifted = get_batch_logps((logits.detach() + 1024).float(), labels)
         rounded = (logits.detach() + 1024).double() - 1024
-        torch.testing.assert_close(shifted.double(), self.naive(rounded, labels), rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(shifted.double(), self.naive(rounded, labels), rtol=FLOAT32, atol=FLOAT32)
 
     def test_other_labels(self):
         logits, labels = self.inputs()

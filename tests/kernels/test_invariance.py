@@ -1,6 +1,6 @@
 """Bits: the same from run to run, and for one sequence the same whatever else is in the batch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
@@ -9,27 +9,27 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_dpo import fused_token_logps
+from fused_dpo.streaming import slice_bounds
 from tests.kernels.helpers import (
     DTYPES,
+    EVERY_FEATURE,
     IGNORE,
     Problem,
     assert_same_bits,
     bits_equal,
+    compose,
     cu_seqlens,
+    dtype_id,
     evaluate,
     fused,
     make_problem,
+    tokens,
 )
 
 LENGTHS = (1, 63, 130, 2, 64, 300, 0, 257, 65)  # scored rows and their sums lie around multiples of 64 and 256
-EVERYTHING = {"bias": True, "lora_rank": 8, "logit_scale": 1.7, "softcap": 9.0, "temperature": 0.7}
+EVERYTHING = {**EVERY_FEATURE, "lora_rank": 8}
 HEADS = {"plain": {}, "everything": EVERYTHING}
 SIZES = {"one slice": (1000, 64), "many slices": (5003, 48)}  # V, D
-
-
-def id_of(value: object) -> str:
-    return str(value).removeprefix("torch.")
 
 
 @contextmanager
@@ -40,17 +40,6 @@ def two_threads() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def compose(problem: Problem, order: Sequence[int]) -> Problem:
-    """The packed batch of the sequences of `problem` in another order, with omissions and repetitions."""
-    spans = [problem.spans[i] for i in order]
-    return replace(
-        problem,
-        hidden=torch.cat([problem.hidden[a:b] for a, b in spans]),
-        labels=torch.cat([problem.labels[a:b] for a, b in spans]),
-        cu_seqlens=cu_seqlens([b - a for a, b in spans]),
-    )
 
 
 def padded(problem: Problem, extra: int, filler: float) -> Problem:
@@ -67,7 +56,7 @@ def logps_of(problem: Problem) -> Tensor:
     return fused(problem, workspace_mib=1)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=id_of)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_run_to_run(dtype: torch.dtype) -> None:
     problem = make_problem(LENGTHS, V=2003, D=48, **EVERYTHING).to(dtype)
     first = evaluate(logps_of, problem)
@@ -75,7 +64,7 @@ def test_run_to_run(dtype: torch.dtype) -> None:
         assert_same_bits(evaluate(logps_of, problem.map(Tensor.clone)), first, "again")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=id_of)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 def test_two_threads(dtype: torch.dtype) -> None:
     """The rest of the suite runs on one thread; with two, run to run and batch composition hold as well."""
     problem = make_problem((1, 130, 64), V=1000, D=64).to(dtype)
@@ -88,7 +77,7 @@ def test_two_threads(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS.keys())
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES.keys())
-@pytest.mark.parametrize("dtype", DTYPES, ids=id_of)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_batch_composition(dtype: torch.dtype, size: tuple[int, int], head: dict) -> None:
     """Alone, in any order, beside any other sequence, packed or padded, with or without gradient."""
     V, D = size
@@ -105,7 +94,7 @@ def test_batch_composition(dtype: torch.dtype, size: tuple[int, int], head: dict
     assert bits_equal(evaluate(logps_of, problem, ["hidden"]).logps, together), "with a frozen head"
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=id_of)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize(("V", "D"), [(7, 33), (11, 65), (2, 17), (5, 4), (33, 576), (100, 33), (257, 65)])
 def test_batch_composition_of_odd_heads(V: int, D: int, dtype: torch.dtype) -> None:
     """BLAS picks other inner loops by shape and by a row's place in the tile: any head, and any token on its own."""
@@ -113,7 +102,7 @@ def test_batch_composition_of_odd_heads(V: int, D: int, dtype: torch.dtype) -> N
     assert_tokens_do_not_depend_on_company(problem)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=id_of)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("rank", [1, 4, 13])
 def test_batch_composition_with_odd_adapters(rank: int, dtype: torch.dtype) -> None:
     assert_tokens_do_not_depend_on_company(make_problem((700,), 257, 33, lora_rank=rank, shift=False).to(dtype))
@@ -122,20 +111,19 @@ def test_batch_composition_with_odd_adapters(rank: int, dtype: torch.dtype) -> N
 def assert_tokens_do_not_depend_on_company(problem: Problem) -> None:
     """Of the exact path: the filtered one promises it for whole sequences."""
 
-    def tokens(rows: Tensor) -> Tensor:
-        part = replace(problem, hidden=problem.hidden[rows], labels=problem.labels[rows])
-        return fused_token_logps(
-            part.hidden, part.head, part.labels, cu_seqlens=cu_seqlens([len(rows)]), shift=False, grad_mode="exact"
-        ).logps
+    def logps_of_rows(rows: Tensor) -> Tensor:
+        offsets = cu_seqlens([len(rows)])
+        part = replace(problem, hidden=problem.hidden[rows], labels=problem.labels[rows], cu_seqlens=offsets)
+        return tokens(part, grad_mode="exact").logps
 
-    together = tokens(torch.arange(700))
+    together = logps_of_rows(torch.arange(700))
     for count in (1, 2, 63, 65, 130, 200, 257, 321, 513):
         rows = torch.randperm(700)[:count]
-        differing = int((tokens(rows) != together[rows]).sum())
+        differing = int((logps_of_rows(rows) != together[rows]).sum())
         assert differing == 0, f"{differing} of {count} token log-probs differ from those among 700"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=id_of)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 def test_hidden_gradient_of_a_sequence_is_its_own(dtype: torch.dtype) -> None:
     """Not promised for the gradient, but worth knowing when it changes: dH has the same bits in any company too."""
     problem = make_problem(LENGTHS, V=1000, D=64).to(dtype).map(Tensor.requires_grad_)
@@ -157,8 +145,6 @@ def test_policy_and_reference_agree_to_the_bit() -> None:
 
 def test_slices_do_not_depend_on_tokens() -> None:
     """The mechanism behind it: the vocabulary is cut by V, D, dtype and workspace alone."""
-    from fused_dpo.streaming import slice_bounds
-
     bounds = slice_bounds(5003, 48, 1, torch.bfloat16, torch.device("cpu"))
     assert len(bounds) > 5
     assert bounds[0][0] == 0

@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from fused_dpo import fused_dpo_logps
 from tests.kernels.helpers import (
     DTYPES,
+    FLOAT64_LOGPS,
     IGNORE,
     Problem,
     assert_agrees,
     assert_close,
     cu_seqlens,
+    dtype_id,
     evaluate,
     fused,
     make_problem,
@@ -59,18 +61,14 @@ SHAPES = [
 ]
 
 
-def id_of(value: object) -> str | None:
-    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=id_of)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES.keys())
 def test_features(features: dict, dtype: torch.dtype) -> None:
     problem = make_problem((5, 63, 1, 190, 70), **features).to(dtype)
     assert_agrees(evaluate(fused, problem), problem)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=id_of)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize(("lengths", "V", "D", "workspace_mib"), SHAPES)
 def test_shapes(lengths: tuple[int, ...], V: int, D: int, workspace_mib: int, dtype: torch.dtype) -> None:
     problem = make_problem(lengths, V, D, shift=False).to(dtype)
@@ -83,7 +81,7 @@ def test_reference_is_the_truth(features: dict) -> None:
     assert_agrees(evaluate(lambda p: fused(p, impl="reference"), problem), problem)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=id_of)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_id)
 def test_reference_within_budget(dtype: torch.dtype) -> None:
     problem = make_problem(**FEATURES["everything"]).to(dtype)
     assert_agrees(evaluate(lambda p: fused(p, impl="reference"), problem), problem)
@@ -92,7 +90,7 @@ def test_reference_within_budget(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("dtype", "expected"),
     [(torch.float64, torch.float64)] + [(d, torch.float32) for d in DTYPES[1:]],
-    ids=id_of,
+    ids=dtype_id,
 )
 def test_dtypes_of_results(dtype: torch.dtype, expected: torch.dtype) -> None:
     logps, grads = evaluate(fused, make_problem(bias=True, lora_rank=2).to(dtype))
@@ -107,7 +105,7 @@ def test_default_implementation_is_streaming_on_cpu() -> None:
 
 def test_workspace_changes_memory_only() -> None:
     problem = make_problem((40, 30), V=5003, D=64)
-    assert_close("logps", fused(problem, workspace_mib=1), fused(problem, workspace_mib=256), 1e-12)  # float64
+    assert_close("logps", fused(problem, workspace_mib=1), fused(problem, workspace_mib=256), FLOAT64_LOGPS)
 
 
 def test_bare_weight_is_a_head_without_extras() -> None:
@@ -126,7 +124,7 @@ def test_head_is_applied_in_the_documented_order() -> None:
     logits = p.weight @ p.hidden[0] + p.bias + 1.5 * p.lora_b @ (p.lora_a @ p.hidden[0])
     logits = 4.0 * torch.tanh(1.7 * logits / 4.0) / 0.7
     expected = logits[4] - logits.exp().sum().log()
-    assert_close("logps", fused(p), expected[None], 1e-12)
+    assert_close("logps", fused(p), expected[None], FLOAT64_LOGPS)
 
 
 def test_shift_stays_within_packed_sequences() -> None:
@@ -136,7 +134,7 @@ def test_shift_stays_within_packed_sequences() -> None:
     crossing = torch.cat((problem.labels[1:], torch.tensor([IGNORE])))
     wrong = naive_logps(replace(problem, labels=crossing, shift=False))
     right = naive_logps(problem)
-    assert_close("logps", fused(problem), right, 1e-12)
+    assert_close("logps", fused(problem), right, FLOAT64_LOGPS)
     assert ((wrong - right).abs() > 0.1)[:2].all()  # nats: one unrelated token's log-prob each
     first_token_changed = replace(problem, labels=problem.labels.clone())
     first_token_changed.labels[[0, 3, 7]] = 11
@@ -168,4 +166,4 @@ def test_any_packing(sequences: list[list[int]], shift: bool, average: bool) -> 
     got = fused(problem)
     assert got.shape == (len(sequences),)
     if sequences:
-        assert_close("logps", got, naive_logps(problem), 1e-12)
+        assert_close("logps", got, naive_logps(problem), FLOAT64_LOGPS)

@@ -155,12 +155,12 @@ def test_backward_outside_of_autocast() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_logits_are_never_rounded(dtype: torch.dtype) -> None:
-    """Half-precision inputs are exact numbers: log-probs have fp32's error, a thousandth of eager's."""
+    """Half-precision inputs are exact numbers: log-probs have fp32's error, hundreds of times below eager's."""
     problem = make_problem((300,), V=1000, D=256).to(dtype)
     truth = naive_logps(problem.to(torch.float64))
     error, eager_error = relative_error(fused(problem), truth), relative_error(naive_logps(problem), truth)
     assert error < 1e-7  # fp32 rounding of the sum over 200 tokens; their own errors average out
-    assert error < eager_error / 10
+    assert error < eager_error / 100
 
 
 def test_weight_gradient_does_not_drift_over_tokens() -> None:
@@ -185,4 +185,4 @@ def test_sums_over_long_sequences(dtype: torch.dtype) -> None:
     hidden, weight = torch.ones(T, 1, dtype=dtype), torch.tensor([[0.25], [-1.0], [0.5]], dtype=dtype)
     logps = fused_dpo_logps(hidden, LMHead(weight), torch.zeros(T).long(), cu_seqlens=cu_seqlens([T]), shift=False)
     one = fused_dpo_logps(hidden[:1], LMHead(weight), torch.zeros(1).long(), cu_seqlens=cu_seqlens([1]), shift=False)
-    assert_close("sum", logps, (one.double() * T).float(), 1e-7)
+    assert_close("sum", logps, (one.double() * T).float(), 1e-7)  # one unit is 6e-8 at least

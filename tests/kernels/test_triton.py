@@ -1,7 +1,7 @@
 """The Triton kernels: on a GPU where there is one, else in Triton's interpreter (see tests/conftest.py).
 
-The interpreter multiplies fp32 and fp16 alone, so bf16 is left to GPUs. Sizes cross every edge of the interpreter's
-small tiles (16 rows x 32 columns x 16 dimensions): one below, one above, exactly, and 1.
+Sizes cross every edge of the interpreter's small tiles (16 rows x 32 columns x 16 dimensions): one below, one above,
+exactly, and 1.
 """
 
 import itertools
@@ -12,7 +12,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import chain, combinations
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fused_dpo import KernelOptions, LMHead, fused_dpo_logps, fused_token_logps, triton_autotune
+from fused_dpo import KernelOptions, LMHead, fused_dpo_logps, triton_autotune
 from fused_dpo.triton_backward import slice_width
 from fused_dpo.triton_configs import (
     INTERPRETER_CONFIG,
@@ -35,28 +34,25 @@ from fused_dpo.triton_configs import (
 )
 from tests.kernels.helpers import (
     DIFFERENTIABLE,
+    EVERY_FEATURE,
     IGNORE,
+    SUBSETS,
     Problem,
     assert_agrees,
     assert_same_bits,
     bits_equal,
+    compose,
     cu_seqlens,
     evaluate,
     fused,
+    leaves,
     make_problem,
+    tokens,
     uninitialized_memory_is_nan,
 )
+from tests.kernels.triton_helpers import DEVICE, TRITON_DTYPES, on_device
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = (torch.float32, torch.float16) + ((torch.bfloat16,) if DEVICE == "cuda" else ())
-EVERYTHING = {"bias": True, "lora_rank": 3, "logit_scale": 1.7, "softcap": 4.0, "temperature": 0.7}
-SUBSETS = list(chain.from_iterable(combinations(DIFFERENTIABLE, k) for k in range(1, 6)))
-
-
-def on_device(problem: Problem) -> Problem:
-    offsets = None if problem.cu_seqlens is None else problem.cu_seqlens.to(DEVICE)
-    moved = problem.map(lambda tensor: tensor.to(DEVICE))
-    return replace(moved, labels=problem.labels.to(DEVICE), cu_seqlens=offsets)
+EVERYTHING = {**EVERY_FEATURE, "softcap": 4.0}
 
 
 def by_triton(problem: Problem, **options: Any) -> Tensor:
@@ -69,7 +65,7 @@ def check(problem: Problem, dtype: torch.dtype, needs: Sequence[str] = DIFFERENT
     assert_agrees(evaluate(lambda p: by_triton(p, **options), problem, needs), problem, needs)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
 @pytest.mark.parametrize("D", [1, 15, 16, 33])
 @pytest.mark.parametrize("V", [1, 31, 32, 65])
 def test_shapes(V: int, D: int, dtype: torch.dtype) -> None:
@@ -81,7 +77,7 @@ def test_row_counts(lengths: tuple[int, ...]) -> None:
     check(make_problem(lengths, V=50, D=17), torch.float32)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
 @pytest.mark.parametrize(
     "settings",
     [
@@ -119,10 +115,7 @@ def test_several_splits_and_slices() -> None:
 @pytest.mark.parametrize("with_stats", [("entropy",), ("mean_logit", "is_top1"), ("entropy", "mean_logit", "is_top1")])
 def test_stats(with_stats: tuple[str, ...]) -> None:
     problem = on_device(make_problem((9, 30), V=70, D=12, bias=True, softcap=5.0).to(torch.float32))
-    arguments: Any = (problem.hidden, problem.head, problem.labels)
-    settings: Any = {"cu_seqlens": problem.cu_seqlens, "with_stats": with_stats}
-    got = fused_token_logps(*arguments, **settings, options=KernelOptions(impl="triton"))
-    true = fused_token_logps(*arguments, **settings, options=KernelOptions(impl="reference"))
+    got, true = (tokens(problem, with_stats, impl) for impl in ("triton", "reference"))
     for name in ("logps", *with_stats):
         # fp32 sums of 70 terms in another order.
         torch.testing.assert_close(getattr(got, name), getattr(true, name), rtol=2e-5, atol=2e-5)
@@ -140,17 +133,12 @@ def test_run_to_run_and_batch_invariance() -> None:
     assert bits_equal(by_triton(others)[:2], first.logps[:2]), "other sequences changed"
     if DEVICE == "cpu":
         return  # NumPy's vector loops round by an element's place in the array; a GPU's do not
-    for index, (start, stop) in enumerate(problem.spans):
-        alone = replace(
-            problem,
-            hidden=problem.hidden[start:stop],
-            labels=problem.labels[start:stop],
-            cu_seqlens=cu_seqlens([stop - start]).to(DEVICE),
-        )
-        assert bits_equal(by_triton(alone), first.logps[index : index + 1]), f"sequence {index} alone"
+    for index in range(len(problem.spans)):
+        alone = by_triton(compose(problem, [index]))
+        assert bits_equal(alone, first.logps[index : index + 1]), f"sequence {index} alone"
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
 def test_no_uninitialised_memory_is_read(dtype: torch.dtype) -> None:
     problem = on_device(make_problem((5, 23), V=67, D=20, **EVERYTHING).to(dtype))
     expected = evaluate(by_triton, problem)
@@ -171,18 +159,18 @@ def test_rows_and_tiles_without_upstream_gradient() -> None:
     upstream = torch.tensor([1.0, 0.0, -2.0], device=DEVICE)
 
     def grads(impl: str) -> tuple[Tensor, ...]:
-        leaves = problem.map(lambda tensor: tensor.detach().clone().requires_grad_())
-        return torch.autograd.grad(fused(leaves, impl=impl), (leaves.hidden, leaves.weight), upstream)
+        fresh = leaves(problem)
+        return torch.autograd.grad(fused(fresh, impl=impl), (fresh.hidden, fresh.weight), upstream)
 
     for ours, true in zip(grads("triton"), grads("reference"), strict=True):
-        torch.testing.assert_close(ours, true, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours, true, rtol=1e-5, atol=1e-5)  # fp32 sums of up to 110 terms of order 1
     assert grads("triton")[0][30:90].abs().max() == 0
 
 
 def test_nan_in_the_upstream_gradient_comes_out() -> None:
     problem = on_device(make_problem((5,), V=40, D=9).to(torch.float32))
-    leaves = problem.map(lambda tensor: tensor.detach().clone().requires_grad_())
-    (dweight,) = torch.autograd.grad(by_triton(leaves), leaves.weight, torch.tensor([torch.nan], device=DEVICE))
+    fresh = leaves(problem)
+    (dweight,) = torch.autograd.grad(by_triton(fresh), fresh.weight, torch.tensor([torch.nan], device=DEVICE))
     assert dweight.isnan().all()
 
 
@@ -218,6 +206,7 @@ def test_minus_infinity_in_the_bias() -> None:
     labels = torch.where(labels >= 0, SPLIT_COLUMNS + labels % 40, labels)
     problem = replace(problem, bias=bias, labels=labels)
     got, true = evaluate(by_triton, problem), evaluate(lambda p: fused(p, impl="reference"), problem)
+    # fp32 sums in another order, of terms of order 1.
     torch.testing.assert_close(got.logps, true.logps, rtol=1e-5, atol=1e-5)
     for name in ("hidden", "weight"):
         torch.testing.assert_close(got.grads[name], true.grads[name], rtol=1e-4, atol=1e-5)
@@ -226,13 +215,13 @@ def test_minus_infinity_in_the_bias() -> None:
 def test_fp16_gradients_do_not_underflow() -> None:
     """Upstream gradients of 1e-6, as a large batch has them: dz in plain fp16 would be 0."""
     problem = on_device(make_problem((30,), V=40, D=9).to(torch.float16))
-    leaves = problem.map(lambda tensor: tensor.detach().clone().requires_grad_())
-    (dweight,) = torch.autograd.grad(by_triton(leaves).sum() * 1e-3, leaves.weight)
-    (true,) = torch.autograd.grad(fused(leaves.to(torch.float64), impl="reference").sum() * 1e-3, leaves.weight)
+    fresh = leaves(problem)
+    (dweight,) = torch.autograd.grad(by_triton(fresh).sum() * 1e-3, fresh.weight)
+    (true,) = torch.autograd.grad(fused(fresh.to(torch.float64), impl="reference").sum() * 1e-3, fresh.weight)
     assert (dweight - true).norm() < 0.02 * true.norm()  # fp16 results near 1e-3 have 4e-4 relative precision
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
 def test_strided_inputs(dtype: torch.dtype) -> None:
     """Transposed weight and every other row of hidden states, without a copy by the caller."""
     problem = on_device(make_problem((5, 20), V=40, D=20).to(dtype))

@@ -71,12 +71,15 @@ def head(model: str, N: int) -> Case:
     return Case(model, N, *HEADS[model])
 
 
-def head_cases(full: bool) -> list[tuple[Case, str]]:
-    """Cases and phases of the head benchmark, the most telling first; `full` for a GPU, else small enough for a CPU."""
-    main = head("Qwen3-8B", 8192) if full else head("SmolLM2", 2048)
+def head_cases(gpu: bool) -> list[tuple[Case, str]]:
+    """Cases and phases of the head benchmark, the most telling first; for a GPU, or small enough for a CPU."""
+    if not gpu:
+        small = head("SmolLM2", 1024)
+        cases = [(head("SmolLM2", 2048), TRAIN), (small, FORWARD), (small, LOSS)]
+        cases += [(replace(small, trainable=False), TRAIN), (replace(small, logits="random"), TRAIN)]
+        return [*cases, (head("Gemma-3-270M", 512), TRAIN)]
+    main = head("Qwen3-8B", 8192)
     cases = [(main, TRAIN), (main, FORWARD), (main, LOSS), (replace(main, trainable=False), TRAIN)]
-    if not full:
-        return [*cases, (replace(main, logits="random"), TRAIN), (head("Gemma-3-270M", 1024), TRAIN)]
     cases += [(replace(main, lengths="dpo_en"), TRAIN), (replace(main, logits="random"), TRAIN)]
     others = [("Llama-3-8B", 16384), ("Gemma-2-2B", 8192), ("Gemma-3-270M", 32768), ("SmolLM2", 4096)]
     return cases + [(head(*other), TRAIN) for other in others]
@@ -89,12 +92,12 @@ STAGED = ("fused filtered", "fused exact", "naive fp32-upcast")
 """What is split into stages."""
 
 
-def scaling_cases(axis: str, full: bool) -> list[Case]:
+def scaling_cases(axis: str, gpu: bool) -> list[Case]:
     """Cases that differ along one axis."""
-    middle = Case("scaling", 8192, 4096, 151936) if full else Case("scaling", 1024, 576, 49152)
+    middle = Case("scaling", 8192, 4096, 151936) if gpu else Case("scaling", 1024, 576, 49152)
     values = {
-        "N": (1024, 2048, 4096, 8192, 16384, 32768) if full else (256, 512, 1024, 2048, 4096, 8192),
-        "D": (1024, 2048, 4096, 8192) if full else (576, 1152, 2304, 4608),
-        "V": (32768, 65536, 131072, 262144) if full else (16384, 32768, 65536, 131072, 262144),
+        "N": (1024, 2048, 4096, 8192, 16384, 32768) if gpu else (256, 512, 1024, 2048, 4096, 8192),
+        "D": (1024, 2048, 4096, 8192) if gpu else (576, 1152, 2304, 4608),
+        "V": (32768, 65536, 131072, 262144) if gpu else (16384, 32768, 65536, 131072, 262144),
     }
     return [replace(middle, **{axis: value}) for value in values[axis]]

@@ -28,7 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Options beside those of pytest-benchmark."""
     group = parser.getgroup("fused-dpo benchmarks")
     group.addoption("--results", type=Path, help="write the rows to this JSON file")
-    group.addoption("--full", action="store_true", help="the large heads too on a CPU: hours, and tens of gigabytes")
+    group.addoption("--full", action="store_true", help="scaling curves and a larger step on a CPU too: half an hour")
     group.addoption("--hidden", type=Path, help="file of real hidden states (default: the shared one, else synthetic)")
     group.addoption("--model", help="model of the whole step (default: the one `make demo` fetched)")
     group.addoption("--data", help="preference pairs of the whole step (default: examples/preferences.jsonl)")
@@ -44,11 +44,6 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     path, rows = session.config.getoption("--results"), session.config.stash[ROWS]
     if path and rows:
         records.write(path, rows)
-
-
-def large(config: pytest.Config) -> bool:
-    """Whether the cases are those for a GPU."""
-    return DEVICE == "cuda" or bool(config.getoption("--full"))
 
 
 @pytest.fixture

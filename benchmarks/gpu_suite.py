@@ -94,14 +94,14 @@ def head_rows(
 
 def scaling_rows(axis: str, hidden_file: Path | None) -> Iterator[Row]:
     """Points of the curves along one axis."""
-    for case in scaling_cases(axis, full=True):
+    for case in scaling_cases(axis, gpu=True):
         for row in head_rows(case, TRAIN, hidden_file, SCALED, suite="scaling", axis=axis):
             yield row | {"id": f"scaling/{axis}/{getattr(case, axis)}/{row['implementation']}"}
 
 
 def stage_rows(hidden_file: Path | None) -> Iterator[Row]:
     """Seconds by kernel of the main case."""
-    case, phase = head_cases(full=True)[0]
+    case, phase = head_cases(gpu=True)[0]
     loaded = head.load(case, hidden_file, DEVICE)
     for name in STAGED:
         yield from stages_of(case.name, name, head.prepare(name, case, phase, loaded))
@@ -147,7 +147,7 @@ def parts(
     if scale.device != "cuda":
         return
     yield "ceilings", ceilings
-    (main, phase), *others = head_cases(full=True)
+    (main, phase), *others = head_cases(gpu=True)
     yield f"head {main.name} {phase}", lambda: head_rows(main, phase, hidden_file)
     yield "stages", lambda: stage_rows(hidden_file)
     for name in filter(None, (RANDOM_MODEL, model)):

@@ -6,17 +6,20 @@ import pytest
 
 from benchmarks import head
 from benchmarks.cases import AXES, SCALED, STAGED, TRAIN, Case, head_cases, scaling_cases
-from benchmarks.conftest import DEVICE, MeasureHead, large
+from benchmarks.conftest import DEVICE, MeasureHead
 from benchmarks.stages import stages_of
+
+GPU = DEVICE == "cuda"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test a case along an axis and implementation."""
     if "axis" in metafunc.fixturenames:
+        few = pytest.mark.skipif(not (GPU or metafunc.config.getoption("--full")), reason="on a CPU with --full only")
         arguments = [
-            pytest.param(axis, case, name, id=f"{axis}={getattr(case, axis)}/{name}")
+            pytest.param(axis, case, name, id=f"{axis}={getattr(case, axis)}/{name}", marks=few)
             for axis in AXES
-            for case in scaling_cases(axis, large(metafunc.config))
+            for case in scaling_cases(axis, gpu=GPU)
             for name in SCALED
         ]
         metafunc.parametrize(("axis", "case", "name"), arguments)
@@ -31,7 +34,7 @@ def test_scaling(measure_head: MeasureHead, axis: str, case: Case, name: str) ->
 @pytest.mark.parametrize("name", STAGED)
 def test_stages(request: pytest.FixtureRequest, record_rows: list[dict[str, Any]], name: str) -> None:
     """Seconds of each stage of the main case."""
-    case, phase = head_cases(large(request.config))[0]
+    case, phase = head_cases(gpu=GPU)[0]
     loaded = head.load(case, request.config.getoption("--hidden"), DEVICE)
     rows = stages_of(case.name, name, head.prepare(name, case, phase, loaded))
     assert sum(row["seconds"] for row in rows) > 0

@@ -86,23 +86,23 @@ class TestRecords:
 
 
 class TestCases:
-    @pytest.mark.parametrize("full", [False, True])
-    def test_names_tell_cases_apart(self, full: bool) -> None:
-        cases = head_cases(full)
+    @pytest.mark.parametrize("gpu", [False, True])
+    def test_names_tell_cases_apart(self, gpu: bool) -> None:
+        cases = head_cases(gpu)
         assert len({(case.name, phase) for case, phase in cases}) == len(cases)
         assert {phase for _, phase in cases} == set(PHASES)
         assert {case.trainable for case, _ in cases} == {True, False}
         assert {case.logits for case, _ in cases} == {"real", "random"}
 
     def test_all_models_and_lengths_on_a_gpu(self) -> None:
-        cases = [case for case, _ in head_cases(full=True)]
+        cases = [case for case, _ in head_cases(gpu=True)]
         assert {case.model for case in cases} == set(HEADS)
         assert {case.lengths for case in cases} == {"hh_helpful", "dpo_en"}
-        assert {case.N for case in scaling_cases("N", full=True)} >= {1024, 32768}
+        assert {case.N for case in scaling_cases("N", gpu=True)} >= {1024, 32768}
 
     @pytest.mark.parametrize("axis", AXES)
     def test_scaling_changes_one_thing(self, axis: str) -> None:
-        cases = scaling_cases(axis, full=False)
+        cases = scaling_cases(axis, gpu=False)
         assert len({getattr(case, axis) for case in cases}) == len(cases) >= 4
         assert len({replace(case, **{axis: 1}) for case in cases}) == 1
 

@@ -75,7 +75,7 @@ def head_cases(gpu: bool) -> list[tuple[Case, str]]:
     """Cases and phases of the head benchmark, the most telling first; for a GPU, or small enough for a CPU."""
     if not gpu:
         small = head("SmolLM2", 1024)
-        cases = [(head("SmolLM2", 2048), TRAIN), (small, FORWARD), (small, LOSS)]
+        cases = [(head("SmolLM2", 4096), TRAIN), (small, FORWARD), (small, LOSS)]
         cases += [(replace(small, trainable=False), TRAIN), (replace(small, logits="random"), TRAIN)]
         return [*cases, (head("Gemma-3-270M", 512), TRAIN)]
     main = head("Qwen3-8B", 8192)

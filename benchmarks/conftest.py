@@ -108,6 +108,7 @@ def measure_head(request: pytest.FixtureRequest, time_row: TimeRow, refuse: Refu
                 refuse(row, str(reason))
             rounds = max(1, min(ROUNDS, int(SECONDS / timed(run)[1])))
             time_row(row, run, rounds=rounds, warmup=0)
-        row |= head.rates(case, phase, row["median_s"], head.bare_seconds(case, phase, hidden_file, DEVICE))
+        # A machine's speed drifts in the minutes between rows: the ratio is taken side by side.
+        row |= head.rates(case, phase, row["median_s"], head.bare_seconds(case, phase, loaded.problem))
 
     return measure

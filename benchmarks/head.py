@@ -148,18 +148,17 @@ def bare_matmuls(case: Case, phase: str, problem: Replay) -> Callable[[], None]:
     return run
 
 
-@lru_cache(maxsize=4)
-def bare_seconds(case: Case, phase: str, hidden_file: Path | None, device: str) -> float:
-    """Time of the bare products: the best of three, after one to warm up."""
-    run = bare_matmuls(case, phase, load(case, hidden_file, device).problem)
+def bare_seconds(case: Case, phase: str, problem: Replay) -> float:
+    """Time of the bare products now, the better of two after one to warm up: the speed of this moment's machine."""
+    run = bare_matmuls(case, phase, problem)
 
     def finished() -> None:
         run()
-        if device == "cuda":
+        if problem.hidden.is_cuda:
             torch.cuda.synchronize()
 
     finished()
-    return min(timed(finished)[1] for _ in range(3))
+    return min(timed(finished)[1] for _ in range(2))
 
 
 def rates(case: Case, phase: str, seconds: float, bare: float) -> dict[str, float]:

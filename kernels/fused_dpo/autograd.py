@@ -4,6 +4,7 @@ A fast implementation is chosen by name inside the op, so that autograd, fake te
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -98,7 +99,7 @@ def _exact(impl: str) -> tuple[Callable[..., Any], Callable[..., HeadGrads]]:
 def _filtered(impl: str) -> tuple[Callable[..., Any], Callable[..., HeadGrads]]:
     """Filtered forward and backward by name."""
     if impl == "streaming":
-        return filtered_forward, filtered_backward
+        return filtered_forward, partial(filtered_backward, exact_backward=streaming_backward)
     from fused_dpo.triton_filtered import triton_filtered_backward, triton_filtered_forward
 
     return triton_filtered_forward, triton_filtered_backward

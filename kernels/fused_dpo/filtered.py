@@ -39,6 +39,8 @@ Source of the idea to skip small softmax entries in the backward: Wijmans et al.
 Vocabulary Language Models, arXiv 2411.09009, section 4.3 (whole tiles, threshold 2^-12, no correction).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -169,6 +171,7 @@ def filtered_backward(
     screen: Tensor,
     filter_eps: float,
     needs: tuple[bool, bool, bool, bool, bool],
+    exact_backward: Callable[..., HeadGrads],
 ) -> HeadGrads:
     """Gradients of `sum(dlogps * logps)`, only those asked for, within the error budget of this module.
 
@@ -176,6 +179,7 @@ def filtered_backward(
         dlogps, hidden, target, rows, head, workspace_mib, needs: as in `streaming_backward`.
         state, screen: from the forward.
         cu_seqlens, filter_eps: as there.
+        exact_backward: `streaming_backward`, for a batch that is flat throughout.
 
     Numerics: as in `streaming_backward`, on the kept columns.
     """
@@ -190,6 +194,8 @@ def filtered_backward(
     block_of_row = torch.repeat_interleave(torch.arange(len(spans), device=hidden.device), sizes)
     judgement = Judgement(block_of_row, len(spans), upstream, surprise, row_target, filter_eps)
     keep = judgement.columns(screen[: len(spans), 0])
+    if bool(keep.all()):  # all of it flat, as at random initialisation: nothing to choose
+        return exact_backward(dlogps, hidden, target, rows, state[:2], head, workspace_mib, needs=needs)
     log_sum_exp = upstream.new_zeros(len(spans)).scatter_reduce(
         0, block_of_row, peak + total.log(), "mean", include_self=False
     )

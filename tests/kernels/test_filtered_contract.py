@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fused_dpo import filtered
 from fused_dpo.kept import Kept
 from tests.kernels.filtered_helpers import (
     EPS,
@@ -16,6 +17,7 @@ from tests.kernels.filtered_helpers import (
     filtered_tokens,
     gradients,
     judgements,
+    one_sequence,
     vocabulary_problem,
 )
 from tests.kernels.helpers import (
@@ -281,3 +283,20 @@ def test_saturated_pairs_cost_next_to_nothing() -> None:
         assert relative_error(value, truth.double()) <= math.sqrt(2 * EPS)
     none, _, _ = run([1.0, -1e-5, 1.0, -1e-5])
     assert none[1] == none[3] == 0
+
+
+def test_what_is_flat_throughout_is_not_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exact backward takes over where every block keeps everything, and only there."""
+    flat = one_sequence(torch.randn(200, 16), 0.02 * torch.randn(3000, 16), torch.randint(3000, (200,)))
+    peaked = replace(flat, weight=100 * flat.weight)
+    upstream = torch.rand(200)
+    expected = gradients(flat, upstream, "exact")
+
+    def gathers(*_: object) -> None:
+        raise AssertionError("columns were gathered")
+
+    monkeypatch.setattr(filtered, "_add_products", gathers)
+    for got, exact in zip(gradients(flat, upstream), expected, strict=True):
+        torch.testing.assert_close(got, exact)
+    with pytest.raises(AssertionError, match="columns were gathered"):
+        gradients(peaked, upstream)

@@ -9,9 +9,12 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.head import HeadRun
 
 CPU_STAGES = {
-    "matrix products": ("mm", "addmm", "bmm", "baddbmm"),
-    "exponentials and softmax": ("exp", "log", "_log_softmax", "_log_softmax_backward_data"),
-    "gathers and scatters": ("index_select", "gather", "scatter_add", "index_add", "nonzero", "index_fill"),
+    "matrix products": ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "addr"),
+    "exponentials and softmax": ("exp", "expm1", "log", "_softmax", "_log_softmax", "_log_softmax_backward_data"),
+    "gathers and scatters": (
+        *("index_select", "gather", "scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy"),
+        *("index_fill", "nonzero", "searchsorted"),
+    ),
     "reductions": ("sum", "amax", "max", "all", "any", "mean"),
     "copies and casts": ("copy", "fill"),
     "elementwise": (

@@ -172,10 +172,18 @@ def sizes(rows: Sequence[Row], axes: Iterable[str] = AXES) -> str:
     """The sizes and kind of a head's problem, as far as its rows tell."""
     known = merged(rows)
     parts = [f"{axis} = {known[axis]:,}" for axis in axes if axis in known]
-    parts += [str(known["logits"])] if "logits" in known else []
+    parts += [str(known["logits"]) + likeness(known)] if "logits" in known else []
     parts += [f"sequence lengths of {known['lengths']}"] if isinstance(known.get("lengths"), str) else []
     parts += ["weight frozen"] if known.get("trainable") is False else []
     return ", ".join(parts)
+
+
+def likeness(known: Row) -> str:
+    """What the logits of a case are like, as far as its rows tell."""
+    if not {"entropy_nats", "kept_fraction_of_block"} <= set(known):
+        return ""
+    kept = 100 * known["kept_fraction_of_block"]
+    return f" of {known['entropy_nats']:.1f} nats with {kept:.1f} % of the columns above 2^-12 in a block of 128 rows"
 
 
 def counts(rows: Sequence[Row]) -> str:

@@ -11,8 +11,9 @@ import pytest
 
 from benchmarks import records
 from benchmarks.quantities import significant
-from benchmarks.report import BEGIN, END, main
+from benchmarks.report import BEGIN, END, PROJECT, main
 from benchmarks.selection import is_ours
+from benchmarks.tables import sizes
 
 SIZES = {"N": 2048, "D": 576, "V": 49152}
 REASON = "log-probs off by 3 nat | twice\nthe budget"
@@ -244,3 +245,24 @@ def test_three_significant_digits(value: float, text: str) -> None:
 def test_ours() -> None:
     assert all(map(is_ours, ("fused exact", "fused filtered", "shared", "shared, exact", "packed", "padded")))
     assert not any(map(is_ours, ("naive bf16", "packed logits", "padded logits", "TRL", "bare matmuls")))
+
+
+def test_cases_say_what_their_logits_are_like() -> None:
+    rows = [head_row("naive bf16", 1.0, entropy_nats=1.893, kept_fraction_of_block=0.0655)]
+    assert sizes(rows).endswith("replay of 1.9 nats with 6.5 % of the columns above 2^-12 in a block of 128 rows")
+    assert sizes([head_row("naive bf16", 1.0)]).endswith("real-logit replay")
+
+
+class TestProject:
+    """What the repository says of itself."""
+
+    def test_tables_and_plots_are_those_of_the_results(self) -> None:
+        assert main(["--check"]) == 0
+
+    def test_times_in_the_text_are_those_of_their_rows(self) -> None:
+        text = (PROJECT / "README.md").read_text()
+        links = re.findall(r"\[([\d.,]+) s\]\((benchmarks/results/\w+\.json)#L(\d+)\)", text)
+        assert len(links) >= 3
+        for seconds, path, line in links:
+            row = json.loads((PROJECT / path).read_text().splitlines()[int(line) - 1].rstrip(","))
+            assert seconds == significant(row["median_s"])

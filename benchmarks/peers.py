@@ -88,7 +88,7 @@ def torch_linear_cross_entropy(chunked: bool) -> Logps:
 
 def trl_logps(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     """TRL's fused head, with the chunk its trainer takes."""
-    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction  # pyright: ignore[reportMissingImports]
 
     outputs: Any = ChunkedLogProbFunction.apply(hidden, weight, None, target, 1.0, 32768, None, 1.0, ())
     return outputs[0]
@@ -96,7 +96,7 @@ def trl_logps(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
 def liger_logps(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     """Liger's fused linear cross-entropy with a loss a token."""
-    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction  # pyright: ignore[reportMissingImports]
 
     losses: Any = LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, target)
     return -(losses[0] if isinstance(losses, tuple) else losses)
@@ -104,7 +104,7 @@ def liger_logps(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
 def liger_dpo_loss(problem: Replay, hidden: Tensor, weight: Tensor) -> Tensor:
     """Liger's fused linear DPO loss: padded pairs, and the reference scored in the same call (it takes no numbers)."""
-    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss  # pyright: ignore[reportMissingImports]
 
     lengths = problem.cu_seqlens.diff().long()
     sequences, length = len(lengths), int(lengths.max())
@@ -122,7 +122,7 @@ def cut_cross_entropy(**settings: Any) -> Logps:
     """Cut Cross-Entropy (Wijmans et al., 2024, arXiv 2411.09009): its kernels on CUDA, inductor's elsewhere."""
 
     def logps(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        from cut_cross_entropy import linear_cross_entropy
+        from cut_cross_entropy import linear_cross_entropy  # pyright: ignore[reportMissingImports]
 
         impl = "cce" if hidden.is_cuda else "torch_compile"
         return -linear_cross_entropy(hidden, weight, target, reduction="none", impl=impl, **settings)

@@ -56,8 +56,8 @@ class TrlStep:
 
     def __init__(self, case: Case, checkpointed: bool, pairs: list[TokenPair], ref_logps: Tensor) -> None:
         from datasets import Dataset
-        from trl.trainer.dpo_config import DPOConfig
-        from trl.trainer.dpo_trainer import DPOTrainer
+        from trl.trainer.dpo_config import DPOConfig  # pyright: ignore[reportMissingImports]
+        from trl.trainer.dpo_trainer import DPOTrainer  # pyright: ignore[reportMissingImports]
 
         class Trainer(DPOTrainer):
             """Takes pairs and reference log-probs as they come."""

@@ -195,7 +195,8 @@ def filtered_backward(
     judgement = Judgement(block_of_row, len(spans), upstream, surprise, row_target, filter_eps)
     keep = judgement.columns(screen[: len(spans), 0])
     if bool(keep.all()):  # all of it flat, as at random initialisation: nothing to choose
-        return exact_backward(dlogps, hidden, target, rows, state[:2], head, workspace_mib, needs=needs)
+        exact = {"needs": needs, "surprise": state[4]}
+        return exact_backward(dlogps, hidden, target, rows, state[:2], head, workspace_mib, **exact)
     log_sum_exp = upstream.new_zeros(len(spans)).scatter_reduce(
         0, block_of_row, peak + total.log(), "mean", include_self=False
     )

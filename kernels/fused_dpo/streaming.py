@@ -167,6 +167,7 @@ def streaming_backward(
     workspace_mib: int,
     *,
     needs: tuple[bool, bool, bool, bool, bool],
+    surprise: Tensor | None = None,
 ) -> HeadGrads:
     """Exact gradients of `sum(dlogps * logps)`, only those asked for.
 
@@ -178,6 +179,8 @@ def streaming_backward(
         hidden, target, rows, head, workspace_mib: as in `streaming_forward`.
         state: [2, T] from the forward, peak and total.
         needs: which of hidden, weight, bias, lora a, lora b to compute.
+        surprise: the target's 1 - p [T], where the state comes from another forward, whose logits differ in their last
+            bits: where p is close to 1 those are all of it.
 
     Numerics: for bf16 inputs the two products take dz in bf16 (as matrix units need it; relative error 2^-9 an entry,
         of the size of the rounding of the returned gradient); for fp16, fp32 and float64 inputs in fp32 or float64.
@@ -192,6 +195,7 @@ def streaming_backward(
     peak = tiles.of_rows(state[0], torch.inf)  # padded rows: exp(z - inf) is 0 whatever their logits
     total = tiles.of_rows(state[1], 1.0)
     upstream = tiles.of_rows(dlogps, 0.0)
+    surprise = None if surprise is None else tiles.of_rows(surprise, 0.0)
 
     for cut in tiles.slices():
         sums.begin_slice(cut.stop - cut.start)
@@ -199,7 +203,8 @@ def streaming_backward(
             span = block.span
             z = tiles.logits(block, cut)
             at_targets = cut.targets(row_target[span])
-            dz = logits_gradient(z, *at_targets, peak[span], total[span], upstream[span], tiles.scratch(z))
+            known = None if surprise is None else surprise[span]
+            dz = logits_gradient(z, *at_targets, peak[span], total[span], upstream[span], tiles.scratch(z), known)
             operands.through_logits(dz, z)
             with matmul_precision(operands.dtype):
                 if sums.hidden.shape[1]:

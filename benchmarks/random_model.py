@@ -16,12 +16,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.replay import LENGTHS, replay
 from fused_dpo_engine.attention import ATTENTION_NAME
-from fused_dpo_engine.attention_choice import available_backends, choose_backend
 from fused_dpo_engine.config import ModelOptions
 from fused_dpo_engine.loading import choose_dtype
 from fused_dpo_engine.pairs import TokenPair
-from fused_dpo_engine.policy import Policy
-from fused_dpo_engine.support import attention_needs
+from fused_dpo_engine.policy import Policy, attention_for
 
 PREFIX = "random:"
 MIX = "hh_helpful"
@@ -121,11 +119,7 @@ def build_random_policy(options: ModelOptions, device: torch.device, *, packing:
     model.lm_head.weight.data.copy_(problem.weight)
     model.base_model.register_forward_hook(_replace_hidden(problem.hidden), with_kwargs=True)
     compute_dtype = choose_dtype(options, device)
-    attention_name = "sdpa"
-    if packing:
-        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-        available = available_backends()
-        attention_name = choose_backend(attention_needs(model), device, compute_dtype, capability, available, "auto")
+    attention_name = attention_for(model, device, compute_dtype, options.attention) if packing else "sdpa"
     return Policy(
         model.train(),
         compute_dtype,

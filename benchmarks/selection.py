@@ -20,10 +20,7 @@ def is_ours(name: str) -> bool:
 
 def failure(row: Row) -> str | None:
     """Why a row has no numbers, or None if it has them."""
-    for key in ("failed", "not_installed"):
-        if row.get(key):
-            return "not installed" if row[key] is True else str(row[key])
-    return None
+    return row.get("failed")
 
 
 def number(row: Row, key: str) -> float | None:

@@ -146,6 +146,12 @@ class Policy(nn.Module):
         return self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else nullcontext()
 
 
+def attention_for(model: Any, device: torch.device, dtype: torch.dtype, wanted: str) -> str:
+    """Name of the attention backend for a model's packed rows on this device; `wanted` as in `ModelOptions`."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    return choose_backend(attention_needs(model), device, dtype, capability, available_backends(), wanted)
+
+
 def build_policy(
     options: ModelOptions,
     lora: LoraOptions,
@@ -158,13 +164,7 @@ def build_policy(
     compute_dtype = choose_dtype(options, device)
     weights_dtype = compute_dtype if lora.lora_rank else torch.float32
     model: Any = load_model(options.model, options, weights_dtype, device, packing=packing)
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    attention_name = "sdpa"
-    if packing:
-        needs = attention_needs(model)
-        attention_name = choose_backend(
-            needs, device, compute_dtype, capability, available_backends(), options.attention
-        )
+    attention_name = attention_for(model, device, compute_dtype, options.attention) if packing else "sdpa"
     if options.liger:
         apply_liger(model, device)
     if options.gradient_checkpointing:

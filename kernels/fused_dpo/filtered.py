@@ -184,7 +184,6 @@ def filtered_backward(
     Numerics: as in `streaming_backward`, on the kept columns.
     """
     operands = Operands(hidden, rows, head)
-    kept = Kept(operands, workspace_mib)
     block_rows = min(rows_screened(hidden, head, workspace_mib), BLOCK_ROWS)
     spans = block_spans(rows, cu_seqlens, block_rows)
     R, V = rows.numel(), operands.V
@@ -197,6 +196,7 @@ def filtered_backward(
     if bool(keep.all()):  # all of it flat, as at random initialisation: nothing to choose
         exact = {"needs": needs, "surprise": state[4]}
         return exact_backward(dlogps, hidden, target, rows, state[:2], head, workspace_mib, **exact)
+    kept = Kept(operands, workspace_mib)
     log_sum_exp = upstream.new_zeros(len(spans)).scatter_reduce(
         0, block_of_row, peak + total.log(), "mean", include_self=False
     )

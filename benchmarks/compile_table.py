@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from triton.compiler import ASTSource
 from benchmarks.measure import console
 from fused_dpo.triton_backward import _dlogits_kernel
 from fused_dpo.triton_configs import (
+    LIBRARY_CONFIGS,
     NARROW_COLUMNS,
     PLAIN,
     PRODUCT_CONFIGS,
@@ -36,7 +38,7 @@ from fused_dpo.triton_configs import (
     TileConfig,
 )
 from fused_dpo.triton_filtered import COMPACT_BLOCK
-from fused_dpo.triton_forward import MERGE_ROWS, _logps_forward_kernel, _merge_splits_kernel
+from fused_dpo.triton_forward import MERGE_ROWS, MERGE_SPLITS, _logps_forward_kernel, _merge_splits_kernel
 from fused_dpo.triton_kept import _compact_kernel, _gathered_product_kernel, _kept_dlogits_kernel
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
@@ -68,14 +70,14 @@ class Compiled:
             found.append(f"spills {self.stack} bytes")
         if self.shared > SHARED_LIMIT[self.architecture]:
             found.append(f"takes {self.shared} bytes of shared memory")
-        multiplies = self.kernel not in ("_merge_splits_kernel", "_compact_kernel")
+        multiplies = self.kernel not in ("_merge_splits_kernel", "_compact_kernel") and "given" not in self.options
         if self.architecture == 90 and self.dtype in HALF and multiplies and not self.wgmma:
             found.append("multiplies without wgmma")
         return found
 
 
 # Options of the kernels, by the epilogue they make (see `epilogue_of`).
-ALL = {"HAS_BIAS": True, "HAS_SOFTCAP": True, "RANK": 16}
+ALL = {"HAS_SCALE": True, "HAS_BIAS": True, "HAS_SOFTCAP": True, "RANK": 16}
 OPTIONS: dict[int, dict[str, dict[str, Any]]] = {
     PLAIN: {"plain": {}, "bias": {"HAS_BIAS": True}},
     RICH: {"stats": {"WANT_STATS": True}, "softcap": {"HAS_SOFTCAP": True}, "all": {"WANT_STATS": True, **ALL}},
@@ -85,6 +87,7 @@ SCREENED: dict[int, dict[str, dict[str, Any]]] = {
     RICH: {"screen, softcap": {"HAS_SOFTCAP": True}, "screen, lora": ALL},
     RICHEST: {"screen, stats": {"WANT_STATS": True}, "screen, all": {"WANT_STATS": True, **ALL}},
 }
+KEPT: dict[int, dict[str, dict[str, Any]]] = {RICH: {"plain": {}}, RICHEST: {"all": ALL}}
 
 
 def compile_kernel(kernel: Any, architecture: int, dtype: str, options: str, tile: str, constants: dict[str, Any],
@@ -125,6 +128,7 @@ def compile_kernel(kernel: Any, architecture: int, dtype: str, options: str, til
         return "fp32" if name in ("logit_scale", "softcap", "inverse_temperature", "filter_eps") else "i32"
 
     aligned = {"D", "stride_ht", "stride_wv", "stride_z", "stride_bk", "capacity", "stride_om", "stride_tb", "N"}
+    aligned |= {"stride_pv", "stride_pt", "product_first", "first_v"}
     attributes = {
         (position,): [["tt.divisibility", 16]]
         for position, name in enumerate(names)
@@ -158,7 +162,8 @@ def resource_usage(cubin: bytes) -> tuple[int, int]:
 def compile_all() -> Iterator[Compiled]:
     """Every kernel, shipped configuration and set of options."""
     base = {"stride_hd": 1, "stride_wd": 1, "stride_br": 1, "SPLIT_COLUMNS": SPLIT_COLUMNS, "SCREEN": False}
-    base |= {"RANK": 0, "BLOCK_R": 16, "HAS_BIAS": False, "HAS_SOFTCAP": False, "WANT_STATS": False}
+    base |= {"RANK": 0, "BLOCK_R": 16, "HAS_SCALE": False, "HAS_BIAS": False}
+    base |= {"HAS_SOFTCAP": False, "WANT_STATS": False, "GIVEN": False}
 
     def of_tile(kernel: Any, architecture: int, dtype: str, tile: TileConfig, options: str, constants: dict[str, Any]):
         label = f"{tile.block_t}x{tile.block_v}x{tile.block_d} w{tile.num_warps} s{tile.num_stages}"
@@ -173,12 +178,19 @@ def compile_all() -> Iterator[Compiled]:
                     yield of_tile(kernel, architecture, dtype, config, label, chosen)
             for label, chosen in SCREENED[epilogue].items():
                 yield of_tile(_logps_forward_kernel, architecture, dtype, config, label, chosen | {"SCREEN": True})
-            if epilogue == RICH:
-                for by_columns, tile in ((True, config), (False, config.of_rows)):
-                    way = "by columns" if by_columns else "by rows"
-                    for label, chosen in (("plain", {}), ("all", ALL)):
-                        constants = {**chosen, "BY_COLUMNS": by_columns}
-                        yield of_tile(_kept_dlogits_kernel, architecture, dtype, tile, f"{way}, {label}", constants)
+            for label, chosen in KEPT.get(epilogue, {}).items():
+                for way, tile in (("by columns", config), ("by rows", config.of_rows)):
+                    constants = {**chosen, "BY_COLUMNS": way == "by columns"}
+                    yield of_tile(_kept_dlogits_kernel, architecture, dtype, tile, f"{way}, {label}", constants)
+    for architecture, (itemsize, library) in product((80, 90), LIBRARY_CONFIGS.items()):
+        for dtype in ("bf16", "fp16") if itemsize == 2 else ("fp32",):
+            for label, chosen in (("given", {}), ("given, all", {"WANT_STATS": True, **ALL})):
+                constants = {**chosen, "GIVEN": True, "SPLIT_COLUMNS": library.split_columns}
+                for screen in (False, True):
+                    which, screened = label + ", screen" * screen, constants | {"SCREEN": screen, "stride_pt": 1}
+                    yield of_tile(_logps_forward_kernel, architecture, dtype, library.tile, which, screened)
+                of_rows = constants | {"stride_pv": 1}
+                yield of_tile(_dlogits_kernel, architecture, dtype, library.dz_tile, label, of_rows)
     for (architecture, itemsize), shape in PRODUCT_CONFIGS.items():
         block_t = TILE_CONFIGS[architecture, itemsize, RICH].block_t
         for dtype in ("bf16", "fp16") if itemsize == 2 else ("fp32",):
@@ -201,7 +213,7 @@ def compile_all() -> Iterator[Compiled]:
                 )  # fmt: skip
     for architecture in (80, 90):
         for stats in (False, True):
-            constants = {"SPLITS": 32, "WANT_STATS": stats, "SCREEN": stats, "BLOCK_T": MERGE_ROWS}
+            constants = {"WANT_STATS": stats, "SCREEN": stats, "BLOCK_T": MERGE_ROWS, "BLOCK_S": MERGE_SPLITS}
             label, tile = "stats, screen" if stats else "plain", f"{MERGE_ROWS} rows"
             yield compile_kernel(_merge_splits_kernel, architecture, "fp32", label, tile, constants, 4, 3)
         constants = {"BLOCK_N": COMPACT_BLOCK}

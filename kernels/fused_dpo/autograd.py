@@ -93,6 +93,10 @@ def _exact(impl: str) -> tuple[Callable[..., Any], Callable[..., HeadGrads]]:
     from fused_dpo.triton_backward import triton_backward
     from fused_dpo.triton_forward import triton_forward
 
+    if impl == "library":
+        from fused_dpo.triton_library import library_dlogits, library_scan
+
+        return partial(triton_forward, scan=library_scan), partial(triton_backward, form_dlogits=library_dlogits)
     return triton_forward, triton_backward
 
 
@@ -102,6 +106,10 @@ def _filtered(impl: str) -> tuple[Callable[..., Any], Callable[..., HeadGrads]]:
         return filtered_forward, partial(filtered_backward, exact_backward=streaming_backward)
     from fused_dpo.triton_filtered import triton_filtered_backward, triton_filtered_forward
 
+    if impl == "library":
+        from fused_dpo.triton_library import library_scan
+
+        return partial(triton_filtered_forward, scan=library_scan), triton_filtered_backward
     return triton_filtered_forward, triton_filtered_backward
 
 

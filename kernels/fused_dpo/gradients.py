@@ -7,8 +7,9 @@ from fused_dpo.head import HeadGrads
 from fused_dpo.operands import Operands
 from fused_dpo.precision import matmul_precision
 
-ROWS_AT_ONCE = 256
-"""Rows that are brought through the adapter and rounded at a time: nothing there is as large as the batch."""
+ROWS_AT_ONCE, ROWS_AT_ONCE_ON_CUDA = 256, 2048
+"""Rows that are brought through the adapter and rounded at a time: nothing there is as large as the batch. On CUDA each
+time costs its launches."""
 
 
 class GradientSums:
@@ -73,12 +74,13 @@ class GradientSums:
         through_b = self.hidden[:, self.hidden.shape[1] - rank :] if rank else None
         dlora_a = self._zeros(rank, D) if head.lora is not None and self.need_a else None
         dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if self.need_hidden else None
-        for start in range(0, rows.numel(), ROWS_AT_ONCE):
-            block = rows[start : start + ROWS_AT_ONCE]
-            grad = self.hidden[start : start + ROWS_AT_ONCE, :D]
+        at_once = ROWS_AT_ONCE_ON_CUDA if hidden.is_cuda else ROWS_AT_ONCE
+        for start in range(0, rows.numel(), at_once):
+            block = rows[start : start + at_once]
+            grad = self.hidden[start : start + at_once, :D]
             if through_b is not None and head.lora is not None and (self.need_hidden or self.need_a):
                 a, _, scale = head.lora
-                dthrough_a = scale * through_b[start : start + ROWS_AT_ONCE]
+                dthrough_a = scale * through_b[start : start + at_once]
                 with matmul_precision(operands.acc_dtype):
                     if dlora_a is not None:
                         dlora_a.addmm_(dthrough_a.T, hidden[block].to(operands.acc_dtype))

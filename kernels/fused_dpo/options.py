@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-IMPLEMENTATIONS = ("reference", "streaming", "triton")
+IMPLEMENTATIONS = ("reference", "streaming", "triton", "library")
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,8 @@ class KernelOptions:
     """
 
     impl: str | None = None
-    """`"triton"` (CUDA), `"streaming"` (vocabulary slices in torch, any device), `"reference"` (full logits, the
+    """`"triton"` (CUDA), `"library"` (CUDA: the same kernels on products that the library's matmul computes 32 MiB at a
+    time), `"streaming"` (vocabulary slices in torch, any device), `"reference"` (full logits, the
     oracle, differentiable any number of times), or None: triton on CUDA, streaming elsewhere and for float64. A named
     implementation is never replaced silently."""
     workspace_mib: int = 128

@@ -52,6 +52,18 @@ def matmul_precision(operand_dtype: torch.dtype) -> Iterator[None]:
             switch.fp32_precision = value
 
 
+@contextmanager
+def fp32_partial_sums() -> Iterator[None]:
+    """Within the block, a product of half-precision tensors that cuBLAS splits adds its parts up in fp32."""
+    matmul: Any = torch.backends.cuda.matmul
+    before = matmul.allow_bf16_reduced_precision_reduction
+    matmul.allow_bf16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction = before
+
+
 def as_operand(tensor: Tensor, compute_dtype: torch.dtype) -> Tensor:
     """`tensor` rounded to `compute_dtype` and held in the dtype that the products here take.
 
@@ -74,3 +86,12 @@ def accumulate_product(accumulator: Tensor, a: Tensor, b: Tensor) -> Tensor:
     if b.dtype == torch.bfloat16:
         return accumulator.add_(torch.mm(a.to(b.dtype), b, out_dtype=torch.float32))
     return accumulator.addmm_(a, b)
+
+
+def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` of plain tensors accumulated and returned in fp32; `b` is taken in the dtype of `a`."""
+    b = b.to(a.dtype)
+    if a.dtype == torch.float32 or not a.is_cuda:  # CPUs have no half-precision product with a fp32 result
+        with matmul_precision(torch.float32):
+            return a.float() @ b.float()
+    return torch.mm(a, b, out_dtype=torch.float32)

@@ -6,6 +6,7 @@ rounding, not bit for bit.
 """
 
 import os
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ def choose_config(architecture: int, hidden: Tensor, head: LMHead, *, want_stats
 
 def fastest(hidden: Tensor, head: LMHead, *, want_stats: bool) -> TileConfig:
     """Time the forward with every candidate on random rows; one that does not compile or fit is passed over."""
-    from fused_dpo.triton_forward import triton_forward
+    from fused_dpo.triton_forward import fused_scan, triton_forward
 
     V, D = head.weight.shape
     states = torch.randn(TUNING_ROWS, D, device=hidden.device).to(hidden.dtype)
@@ -63,7 +64,8 @@ def fastest(hidden: Tensor, head: LMHead, *, want_stats: bool) -> TileConfig:
     for config in CANDIDATES[hidden.dtype.itemsize]:
 
         def forward(config: TileConfig = config) -> object:
-            return triton_forward(states, target, rows, head, 0, want_stats=want_stats, config=config)
+            scan = partial(fused_scan, config=config)
+            return triton_forward(states, target, rows, head, 0, want_stats=want_stats, scan=scan)
 
         try:
             median: Any = triton.testing.do_bench(forward, warmup=20, rep=100, return_mode="median")

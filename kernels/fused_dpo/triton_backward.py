@@ -5,6 +5,7 @@ dz of a slice goes through a bounded workspace, as both gradients contract it ov
 cannot hold an `[rows, D]` accumulator in registers, and recomputing dz for each of them would cost a fifth pass.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,13 +14,28 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_dpo.head import HeadGrads, LMHead
-from fused_dpo.precision import matmul_precision
+from fused_dpo.operands import ceil_div
+from fused_dpo.precision import fp32_partial_sums, matmul_fp32, matmul_precision
 from fused_dpo.triton_autotune import choose_config
-from fused_dpo.triton_tile import architecture, interpreted, logits_tile, on_device, surprise_of, tile_arguments
+from fused_dpo.triton_configs import TileConfig
+from fused_dpo.triton_tile import (
+    Product,
+    architecture,
+    exp,
+    grouped_block,
+    grouped_other,
+    logits_tile,
+    on_device,
+    product_arguments,
+    surprise_of,
+    through_adapter,
+    tile_arguments,
+)
 
 
 @triton.jit
 def _dlogits_kernel(
+    product_ptr,
     hidden_ptr,
     row_index_ptr,
     target_ptr,
@@ -33,10 +49,14 @@ def _dlogits_kernel(
     first_v,
     width,
     stride_z,
+    group,
     T,
     R,
+    product_first,
     V,
     D,
+    stride_pt,
+    stride_pv,
     stride_ht,
     stride_hd,
     stride_wv,
@@ -46,8 +66,10 @@ def _dlogits_kernel(
     logit_scale,
     softcap,
     inverse_temperature,
+    GIVEN: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -56,13 +78,15 @@ def _dlogits_kernel(
 ):
     """`dz = upstream * (onehot(target) - exp(z - peak) / total)` times the derivative of what happens to the logits.
 
-    Grid: (row blocks, column blocks of the slice). Writes `[R, width]` in the hidden states' dtype. A row block whose
-    upstream gradient is 0 throughout writes zeros and multiplies nothing.
+    Grid: row blocks x column blocks of the slice, in the order of `grouped_block`. Writes `[R, width]` in the hidden
+    states' dtype. A row block whose upstream gradient is 0 throughout writes zeros and multiplies nothing.
 
-    Roofline: one pass (2·R·D·width FLOP), bound by the matrix units; writes R·width numbers.
+    Roofline: one pass (2·R·D·width FLOP), bound by the matrix units; writes R·width numbers. With a product that is
+    GIVEN: 4·R·width bytes in, 2·R·width out.
     """
-    pid_t = tl.program_id(0)
-    pid_v = tl.program_id(1)
+    blocks = tl.cdiv(R, BLOCK_T)
+    pid_t = grouped_block(blocks, group)
+    pid_v = grouped_other(blocks, group)
     offs_t = pid_t * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_t = offs_t < R
     columns = pid_v * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -73,6 +97,7 @@ def _dlogits_kernel(
         target = tl.load(target_ptr + rows, mask=mask_t, other=-1)
         offs_v = first_v + columns
         z = logits_tile(
+            product_ptr,
             hidden_ptr,
             rows,
             mask_t,
@@ -82,8 +107,11 @@ def _dlogits_kernel(
             lora_h_ptr,
             offs_t,
             lora_b_ptr,
+            product_first,
             V,
             D,
+            stride_pt,
+            stride_pv,
             stride_ht,
             stride_hd,
             stride_wv,
@@ -93,8 +121,10 @@ def _dlogits_kernel(
             logit_scale,
             softcap,
             inverse_temperature,
+            GIVEN,
             RANK,
             BLOCK_R,
+            HAS_SCALE,
             HAS_BIAS,
             HAS_SOFTCAP,
             BLOCK_T,
@@ -105,13 +135,54 @@ def _dlogits_kernel(
         total = tl.load(state_ptr + T + rows, mask=mask_t, other=1.0)
         hit = offs_v[None, :] == target[:, None]
         at_target = surprise_of(tl.sum(tl.where(hit, z, 0.0), axis=1) - peak - tl.log(total))
-        dz = tl.where(hit, at_target[:, None], -tl.exp(z - peak[:, None]) / total[:, None])
+        dz = tl.where(hit, at_target[:, None], exp(z - peak[:, None]) * (-1.0 / total)[:, None])
         if HAS_SOFTCAP:  # d tanh(u) = 1 - tanh(u)^2
-            ratio = z / (softcap * inverse_temperature)
+            ratio = z * (1.0 / (softcap * inverse_temperature))
             dz *= 1.0 - ratio * ratio
         dz *= (upstream * (logit_scale * inverse_temperature))[:, None]
     out = dz_ptr + offs_t.to(tl.int64)[:, None] * stride_z + columns[None, :]
     tl.store(out, dz.to(dz_ptr.dtype.element_ty), mask=mask_t[:, None] & (columns < width)[None, :])
+
+
+class DLogits:
+    """Launches of the kernel for some rows, all of them scored: `hidden` [R, D], `target` and `upstream` [R], `state`
+    [2, R]."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        target: Tensor,
+        state: Tensor,
+        upstream: Tensor,
+        head: LMHead,
+        config: TileConfig | None = None,
+    ) -> None:
+        R, D = hidden.shape
+        rows = torch.arange(R, device=hidden.device)
+        self._config = config or choose_config(architecture(hidden.device), hidden, head, want_stats=False)
+        self._arguments: dict[str, Any] = {
+            **tile_arguments(hidden, rows, head),
+            **self._config.constants,
+            "row_index_ptr": rows,
+            "target_ptr": target,
+            "state_ptr": state.contiguous(),
+            "upstream_ptr": upstream,
+            "T": R,
+            "R": R,
+            "group": self._config.blocks_in_cache(D * hidden.element_size()),
+        }
+
+    def __call__(self, dz: Tensor, start: int, product: Product | None = None) -> None:
+        """Fill `dz` [R, columns] for the columns from `start` on: of a product that holds them, or by multiplying."""
+        arguments = {**self._arguments, **product_arguments(product, dz)}
+        arguments |= {"dz_ptr": dz, "first_v": start, "width": dz.shape[1], "stride_z": dz.stride(0)}
+        grid = ceil_div(dz.shape[0], self._config.block_t) * ceil_div(dz.shape[1], self._config.block_v)
+        with on_device(dz):
+            _dlogits_kernel[(grid,)](**arguments)
+
+
+FormDLogits = Callable[[Tensor, Tensor, Tensor, Tensor, LMHead], Callable[[Tensor, int], None]]
+"""What fills dz, for hidden states, target, state, upstream gradient (as in `DLogits`) and head."""
 
 
 def slice_width(R: int, V: int, itemsize: int, workspace_mib: int) -> int:
@@ -134,6 +205,7 @@ def triton_backward(
     workspace_mib: int,
     *,
     needs: tuple[bool, bool, bool, bool, bool],
+    form_dlogits: FormDLogits = DLogits,
 ) -> HeadGrads:
     """Exact gradients of `sum(dlogps * logps)`, only those asked for: `streaming_backward` on CUDA.
 
@@ -144,21 +216,11 @@ def triton_backward(
     """
     need_hidden, need_weight, need_bias, need_a, need_b = needs
     R, (V, D) = rows.numel(), head.weight.shape
-    config = choose_config(architecture(hidden.device), hidden, head, want_stats=False)
     upstream = dlogps[rows].float()
-    unit = torch.ones((), device=hidden.device)
+    unit = None
     if hidden.dtype == torch.float16 and R:
         unit = upstream.abs().amax().clamp_(min=torch.finfo(torch.float32).tiny)
         upstream = upstream / unit
-    arguments: dict[str, Any] = {
-        **tile_arguments(hidden, rows, head),
-        "row_index_ptr": rows,
-        "target_ptr": target,
-        "state_ptr": state,
-        "T": hidden.shape[0],
-        "upstream_ptr": upstream,
-        "R": R,
-    }
     h = hidden if hidden.shape[0] == R else hidden[rows]
 
     def zeros(*shape: int) -> Tensor:
@@ -173,47 +235,54 @@ def triton_backward(
     if head.lora is not None and need_b:
         dlora_b = torch.zeros_like(head.lora[1], memory_format=torch.contiguous_format)
 
+    fill = form_dlogits(h, target[rows], state[:, rows], upstream, head)
+    lora_h = None if dlora_b is None or head.lora is None else through_adapter(h, head.lora)
     width = slice_width(R, V, hidden.element_size(), workspace_mib)
     workspace = torch.empty(R, width, dtype=hidden.dtype, device=hidden.device)
-    block_rows = max(workspace_mib * 2**20 // 4 // (4 * D), 256)
-    dz_blocks = [slice(first, first + block_rows) for first in range(0, R, block_rows)]
+    at_once = max(workspace_mib * 2**20 // 4 // (4 * D), 256)  # rows of fp32 products on their way into a result
+    row_blocks = [slice(first, first + at_once) for first in range(0, R, at_once)]
     for start in range(0, V if R else 0, width):
         stop = min(start + width, V)
         dz = workspace[:, : stop - start]
-        grid = (triton.cdiv(R, config.block_t), triton.cdiv(stop - start, config.block_v))
-        slice_arguments: dict[str, Any] = {"dz_ptr": dz, "first_v": start, "width": stop - start, "stride_z": width}
-        with on_device(hidden):
-            _dlogits_kernel[grid](**arguments, **slice_arguments, **config.constants)
+        fill(dz, start)
         if dhidden_rows is not None:
-            for block in dz_blocks:
+            for block in row_blocks:
                 dhidden_rows[block] += matmul_fp32(dz[block], head.weight[start:stop])
         if dweight is not None:
-            dweight[start:stop] = unit * matmul_fp32(dz.T, h)
+            write_product(dz.T, h, unit, at_once, out=dweight[start:stop])
         if dbias is not None:
-            dbias[start:stop] = unit * dz.sum(0, dtype=torch.float32)
+            dbias[start:stop] = times(dz.sum(0, dtype=torch.float32), unit)
         if head.lora is not None:
             if through_a is not None:
                 through_a += head.lora[2] * matmul_fp32(dz, head.lora[1][start:stop])
-            if dlora_b is not None:
-                dlora_b[start:stop] = unit * matmul_fp32(dz.T, arguments["lora_h_ptr"])
+            if dlora_b is not None and lora_h is not None:
+                write_product(dz.T, lora_h, unit, at_once, out=dlora_b[start:stop])
 
     dlora_a = dhidden = None
     if head.lora is not None and through_a is not None:
         a = head.lora[0]
         if need_a:
-            dlora_a = (unit * (through_a.T @ h.float())).to(a.dtype)
+            dlora_a = times(through_a.T @ h.float(), unit).to(a.dtype)
         if dhidden_rows is not None:
             dhidden_rows += through_a @ a.to(hidden.dtype).float()
     if dhidden_rows is not None:
         dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
-        dhidden.index_copy_(0, rows, (unit * dhidden_rows).to(hidden.dtype))
+        for block in row_blocks:
+            dhidden.index_copy_(0, rows[block], times(dhidden_rows[block], unit).to(hidden.dtype))
     return HeadGrads(dhidden, dweight, dbias, dlora_a, dlora_b)
 
 
-def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b` accumulated and returned in fp32; `b` is taken in the dtype of `a`."""
-    b = b.to(a.dtype)
-    if a.dtype == torch.float32 or interpreted():  # CPUs have no half-precision product with a fp32 result
-        with matmul_precision(torch.float32):
-            return a.float() @ b.float()
-    return torch.mm(a, b, out_dtype=torch.float32)
+def times(values: Tensor, unit: Tensor | None) -> Tensor:
+    """`values` in the unit that they are counted in, if it is not 1."""
+    return values if unit is None else values * unit
+
+
+def write_product(a: Tensor, b: Tensor, unit: Tensor | None, at_once: int, out: Tensor) -> None:
+    """`a @ b` in `unit` into `out`, accumulated in fp32 and rounded once: by the library or by `at_once` rows."""
+    if unit is None and out.dtype == a.dtype:
+        with matmul_precision(torch.float32), fp32_partial_sums():
+            torch.mm(a, b, out=out)
+        return
+    for first in range(0, out.shape[0], at_once):
+        here = slice(first, first + at_once)
+        out[here] = times(matmul_fp32(a[here], b), unit)

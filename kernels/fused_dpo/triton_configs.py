@@ -36,6 +36,10 @@ class TileConfig:
         """The tile of rows gathered for a narrow block of columns."""
         return replace(self, block_v=self.narrow)
 
+    def blocks_in_cache(self, row_bytes: int) -> int:
+        """Row blocks whose hidden states, of so many bytes a row, share the L2 cache with the weight's stream."""
+        return max(1, GROUP_MIB * 2**20 // (self.block_t * row_bytes))
+
     @property
     def constants(self) -> dict[str, Any]:
         """As keyword arguments of a kernel launch."""
@@ -70,10 +74,28 @@ class ProductConfig:
         }
 
 
+@dataclass(frozen=True)
+class LibraryConfig:
+    """Shape of the products that a library's matmul computes, and of the programs that read them."""
+
+    chunk_rows: int
+    """Scored rows: several blocks of a screen."""
+    slice_columns: int
+    """Vocabulary columns: several splits."""
+    split_columns: int
+    """Vocabulary columns that one program of the forward walks: several tiles."""
+    tile: TileConfig
+    """Of the forward; its rows are those of a screen's blocks. Nothing is multiplied, so `block_d` is not used."""
+    dz_tile: TileConfig
+    """Of the exact backward."""
+
+
 NARROW_COLUMNS = 64
 """Columns that share the list of rows kept for the weight's gradient."""
 HOT_SPLITS = 1
 """Splits that the filtered forward runs once before, to bound the log-sum-exp from below."""
+GROUP_MIB = 16
+"""Hidden states that programs at work together read, in MiB: a third of the L2 cache of an A100 or H100."""
 SPLIT_COLUMNS = 4096
 """Vocabulary columns that one program of the forward walks. Fixes the number of partial results per row by V alone."""
 
@@ -103,8 +125,14 @@ PRODUCT_CONFIGS: dict[tuple[int, int], ProductConfig] = {
     (80, 2): ProductConfig(128, 32, num_warps=8, num_stages=3),
     (80, 4): ProductConfig(64, 32, num_warps=4, num_stages=3),
 }
+LIBRARY_CONFIGS: dict[int, LibraryConfig] = {
+    # bytes an element; 1024 x 8192 is 256 tiles of 128x256, two waves on 132 multiprocessors, and 32 MiB in fp32
+    2: LibraryConfig(1024, 8192, 128, TileConfig(128, 32, 16, 4, 1), TileConfig(128, 64, 16, 8, 1)),
+    4: LibraryConfig(1024, 8192, 128, TileConfig(64, 32, 16, 4, 1), TileConfig(64, 64, 16, 8, 1)),
+}
 INTERPRETER_CONFIG = TileConfig(16, 32, 16, num_warps=1, num_stages=1)
 INTERPRETER_PRODUCT = ProductConfig(16, 16, num_warps=1, num_stages=1)
+INTERPRETER_LIBRARY = LibraryConfig(32, 128, 64, INTERPRETER_CONFIG, INTERPRETER_CONFIG)
 """Small tiles, so that small tests cross every edge."""
 
 
@@ -130,3 +158,8 @@ def product_config(architecture: int, dtype: torch.dtype) -> ProductConfig:
     if architecture == 0:
         return INTERPRETER_PRODUCT
     return PRODUCT_CONFIGS[90 if architecture >= 90 else 80, dtype.itemsize]
+
+
+def library_config(architecture: int, dtype: torch.dtype) -> LibraryConfig:
+    """The same for products of the library, on any architecture."""
+    return INTERPRETER_LIBRARY if architecture == 0 else LIBRARY_CONFIGS[dtype.itemsize]

@@ -24,15 +24,16 @@ from fused_dpo.screen import BIAS, EVERYTHING, Judgement
 from fused_dpo.stats import TokenStats
 from fused_dpo.tail import Tail
 from fused_dpo.triton_configs import (
-    HOT_SPLITS,
+    PLAIN,
     RICH,
+    RICHEST,
     ProductConfig,
     TileConfig,
     epilogue_of,
     product_config,
     tile_config,
 )
-from fused_dpo.triton_forward import Partials
+from fused_dpo.triton_forward import Scan, empty_results, fused_scan
 from fused_dpo.triton_kept import _compact_kernel, _gathered_product_kernel, _kept_dlogits_kernel
 from fused_dpo.triton_tile import architecture, on_device, tile_arguments
 
@@ -46,14 +47,15 @@ TAIL_SCALE = 4096.0
 """Factor on mean probabilities, and divisor of what they are multiplied with: fp16 ends at 6e-8."""
 
 
-def _backward_config(hidden: Tensor) -> TileConfig:
+def _backward_config(hidden: Tensor, head: LMHead) -> TileConfig:
     """The reviewed tile shape, never a tuned one: its rows are the blocks of the screen."""
-    return tile_config(architecture(hidden.device), hidden.dtype, RICH)
+    epilogue = RICH if epilogue_of(head) == PLAIN else RICHEST
+    return tile_config(architecture(hidden.device), hidden.dtype, epilogue)
 
 
 def triton_screen_shape(hidden: Tensor, head: LMHead, rows: int) -> tuple[int, int, int]:
     """Shape of the screen for `rows` rows at most."""
-    return ceil_div(rows, _backward_config(hidden).block_t), 2, head.weight.shape[0]
+    return ceil_div(rows, _backward_config(hidden, head).block_t), 2, head.weight.shape[0]
 
 
 def triton_filtered_forward(
@@ -68,32 +70,20 @@ def triton_filtered_forward(
     tail_guard: float,
     screen_shape: tuple[int, int, int],
     want_stats: bool,
+    scan: Scan = fused_scan,
 ) -> tuple[Tensor, Tensor, TokenStats | None, Tensor]:
     """Log-prob, softmax state and screen: `filtered_forward` on CUDA, its log-probs and stats those of the exact path.
 
     Memory: as `triton_forward`, 4 bytes more a scored row and split, and the screen, 2·V bytes a block of rows.
     """
     del cu_seqlens  # the screen is exact here, so what a row's block holds beside it has no part in its log-prob
-    T, R, V = hidden.shape[0], rows.numel(), head.weight.shape[0]
-    device = hidden.device
-    epilogue = epilogue_of(head, want_stats=want_stats, screen=True)
-    config = tile_config(architecture(hidden.device), hidden.dtype, epilogue)
-    logps = torch.zeros(T, dtype=torch.float32, device=device)
-    state = torch.zeros(5, T, dtype=torch.float32, device=device)
-    stats = torch.zeros(3, T, dtype=torch.float32, device=device) if want_stats else None
-    screen = torch.zeros(screen_shape, dtype=torch.uint8, device=device)
-    if R:
-        partials = Partials(hidden, target, rows, head, want_stats=want_stats)
+    results = empty_results(hidden, want_stats=want_stats, screen_shape=screen_shape)
+    logps, state, _, screen = results
+    assert screen is not None
+    if rows.numel():
+        scan(hidden, target, rows, head, results, filter_eps)
+        R, V, config, device = rows.numel(), head.weight.shape[0], _backward_config(hidden, head), hidden.device
         blocks = ceil_div(R, config.block_t)
-        tail = torch.empty_like(partials.total)
-        arguments: dict[str, Any] = {"screen_ptr": screen, "tail_ptr": tail, "SCREEN": True, "filter_eps": filter_eps}
-        hot = min(HOT_SPLITS, partials.splits)
-        partials.forward(config, hot)
-        arguments["hot_splits"] = hot
-        arguments["bound_ptr"] = (partials.peak[:hot] + partials.total[:hot].log()).logsumexp(0)
-        partials.forward(config, partials.splits, arguments)
-        partials.merge(logps, state, stats, tail)
-
         columns = (screen[:blocks, 0] >= math.floor(BIAS + math.log2(filter_eps))).sum(1)
         mean_tail = _of_blocks(state[2, rows], blocks, config.block_t).sum(1) / _block_sizes(R, blocks, config, device)
         flat = ~(mean_tail <= tail_guard) | (columns > V // 2)  # NaN is not below the guard
@@ -102,7 +92,7 @@ def triton_filtered_forward(
         fraction = torch.where(flat, 1.0, columns / V).repeat_interleave(config.block_t)[:R]
         state[2].index_copy_(0, rows, state[2, rows].masked_fill(flat_rows, 0.0))
         state[3].index_copy_(0, rows, fraction)
-    return logps, state, None if stats is None else TokenStats(*stats.unbind(0)), screen
+    return logps, state, results.token_stats, screen
 
 
 def _of_blocks(values: Tensor, blocks: int, block_t: int) -> Tensor:
@@ -182,11 +172,12 @@ class _KeptLists:
         hidden, rows, head = operands.hidden, operands.rows, operands.head
         self.operands, self.device = operands, hidden.device
         self.R, self.V = rows.numel(), operands.V
-        self.config = _backward_config(hidden)
+        self.config = _backward_config(hidden, head)
         self.product: ProductConfig = product_config(architecture(hidden.device), hidden.dtype)
         self.blocks = ceil_div(self.R, self.config.block_t)
         multiple = max(self.config.block_v, self.config.narrow)
-        fits = workspace_mib * 2**20 * 3 // 4 // (self.R * hidden.element_size()) // multiple * multiple
+        # The rest of the workspace is for what is judged and listed.
+        fits = workspace_mib * 2**20 * 5 // 8 // (self.R * hidden.element_size()) // multiple * multiple
         self.width = min(max(fits, multiple), round_up(self.V, multiple))
         self._tile: dict[str, Any] = {
             **tile_arguments(hidden, rows, head),

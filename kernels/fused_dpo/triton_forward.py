@@ -1,6 +1,7 @@
 """Triton forward: per-token log-probs by online softmax over vocabulary splits, logits never leaving the registers."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -8,17 +9,32 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_dpo.head import LMHead
+from fused_dpo.operands import ceil_div
 from fused_dpo.stats import TokenStats
 from fused_dpo.triton_autotune import choose_config
-from fused_dpo.triton_configs import SPLIT_COLUMNS, TileConfig
-from fused_dpo.triton_tile import architecture, logits_tile, on_device, surprise_of, tile_arguments
+from fused_dpo.triton_configs import HOT_SPLITS, SPLIT_COLUMNS, TileConfig, epilogue_of, tile_config
+from fused_dpo.triton_tile import (
+    Product,
+    architecture,
+    exp,
+    grouped_block,
+    grouped_other,
+    logits_tile,
+    on_device,
+    product_arguments,
+    surprise_of,
+    tile_arguments,
+)
 
-MERGE_ROWS = 128
+MERGE_ROWS = 32
 """Rows a program of the merge takes."""
+MERGE_SPLITS = 64
+"""Splits it takes at a time."""
 
 
 @triton.jit
 def _logps_forward_kernel(
+    product_ptr,
     hidden_ptr,
     row_index_ptr,
     target_ptr,
@@ -36,9 +52,14 @@ def _logps_forward_kernel(
     bound_ptr,
     filter_eps,
     hot_splits,
+    first_split,
+    group,
     R,
+    product_first,
     V,
     D,
+    stride_pt,
+    stride_pv,
     stride_ht,
     stride_hd,
     stride_wv,
@@ -49,8 +70,10 @@ def _logps_forward_kernel(
     softcap,
     inverse_temperature,
     SPLIT_COLUMNS: tl.constexpr,
+    GIVEN: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     WANT_STATS: tl.constexpr,
@@ -61,10 +84,10 @@ def _logps_forward_kernel(
 ):
     """Online softmax of BLOCK_T scored rows over one split of the vocabulary.
 
-    Grid: (row blocks, splits), row blocks fastest, so that programs at work together share a split of the weight in the
-    L2 cache and the hidden states stay there. Each program writes, at `[split, row]`, the maximum of its logits and the
-    sum of their exponentials above it (and for the stats the exponential-weighted and the plain sum of the logits), and
-    at `[row]` the target's logit if the target lies in its columns: every entry has one writer.
+    Grid: row blocks x splits from `first_split` on, in the order of `grouped_block`. Each program writes, at
+    `[split, row]`, the maximum of its logits and the sum of their exponentials above it (and for the stats the
+    exponential-weighted and the plain sum of the logits), and at `[row]` the target's logit if the target lies in its
+    columns: every entry has one writer. The product of hidden states and weight is formed here, or read if GIVEN.
 
     SCREEN adds what filtered gradients need, from tiles that are in registers anyway. Probabilities are known from
     above, by a bound on the log-sum-exp from below: `bound` [R], the log-sum-exp over the first `hot_splits`, which
@@ -72,11 +95,13 @@ def _logps_forward_kernel(
     column's largest and mean in the block (see `fused_dpo.screen`), `tail`, like `total`, the sum of what is at most
     `filter_eps` in its own row.
 
-    Roofline: 2·R·D·V FLOP; bytes are the weight once (V·D) plus the hidden states once from memory (R·D), everything
-    else from L2. Bound by the matrix units from a few hundred rows on.
+    Roofline: 2·R·D·V FLOP; bytes from memory are the weight once a group of row blocks (V·D) and the hidden states once
+    (R·D), everything else comes from L2. Bound by the matrix units from a few hundred rows on. GIVEN: 4·R·V bytes, from
+    L2 where the product still lies there.
     """
-    pid_t = tl.program_id(0)
-    split = tl.program_id(1)
+    blocks = tl.cdiv(R, BLOCK_T)
+    pid_t = grouped_block(blocks, group)
+    split = first_split + grouped_other(blocks, group)
     offs_t = pid_t * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_t = offs_t < R
     rows = tl.load(row_index_ptr + offs_t, mask=mask_t, other=0).to(tl.int64)
@@ -90,10 +115,12 @@ def _logps_forward_kernel(
     tail = tl.zeros([BLOCK_T], dtype=tl.float32)
     if SCREEN:
         bound = tl.load(bound_ptr + offs_t, mask=mask_t, other=0.0)
+        one_of_block = 1.0 / tl.minimum(R - pid_t * BLOCK_T, BLOCK_T)
     first_v = split * SPLIT_COLUMNS
     for start_v in range(first_v, tl.minimum(first_v + SPLIT_COLUMNS, V), BLOCK_V):
         offs_v = start_v + tl.arange(0, BLOCK_V)
         z = logits_tile(
+            product_ptr,
             hidden_ptr,
             rows,
             mask_t,
@@ -103,8 +130,11 @@ def _logps_forward_kernel(
             lora_h_ptr,
             offs_t,
             lora_b_ptr,
+            product_first,
             V,
             D,
+            stride_pt,
+            stride_pv,
             stride_ht,
             stride_hd,
             stride_wv,
@@ -114,20 +144,22 @@ def _logps_forward_kernel(
             logit_scale,
             softcap,
             inverse_temperature,
+            GIVEN,
             RANK,
             BLOCK_R,
+            HAS_SCALE,
             HAS_BIAS,
             HAS_SOFTCAP,
             BLOCK_T,
             BLOCK_V,
             BLOCK_D,
         )
-        hit = offs_v[None, :] == target[:, None]
-        picked += tl.sum(tl.where(hit, z, 0.0), axis=1)
+        if tl.max(((target >= start_v) & (target < start_v + BLOCK_V)).to(tl.int32)) > 0:
+            picked += tl.sum(tl.where(offs_v[None, :] == target[:, None], z, 0.0), axis=1)
         new_peak = tl.maximum(peak, tl.max(z, axis=1))
         shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # a row of -inf alone stays a sum of zeros
-        weights = tl.exp(z - shift[:, None])
-        rescale = tl.exp(peak - shift)
+        weights = exp(z - shift[:, None])
+        rescale = exp(peak - shift)
         total = total * rescale + tl.sum(weights, axis=1)
         if WANT_STATS:
             finite = tl.where(z == float("-inf"), 0.0, z)
@@ -135,14 +167,14 @@ def _logps_forward_kernel(
             plain += tl.sum(tl.where(offs_v[None, :] < V, z, 0.0), axis=1)
         if SCREEN:
             own = tl.where(split < hot_splits, 0.0, total)  # is in the bound already
-            above = own + tl.exp(tl.minimum(bound - shift, 80.0))
+            above = own + exp(tl.minimum(bound - shift, 80.0))
             p = weights * tl.where(mask_t, 1.0 / tl.maximum(above, 1e-30), 0.0)[:, None]
             tail = tail * rescale + tl.sum(tl.where(p <= filter_eps, p, 0.0), axis=1) * above
             screen = screen_ptr + pid_t.to(tl.int64) * 2 * V + offs_v
-            largest = tl.max(p, axis=0).to(tl.int32, bitcast=True) >> 23
-            tl.store(screen, largest.to(tl.uint8), mask=offs_v < V)
-            mean = tl.sum(p, axis=0) / tl.minimum(R - pid_t * BLOCK_T, BLOCK_T)
+            mean = tl.sum(p, axis=0) * one_of_block
             tl.store(screen + V, (mean.to(tl.int32, bitcast=True) >> 23).to(tl.uint8), mask=offs_v < V)
+            largest = tl.max(p, axis=0)
+            tl.store(screen, (largest.to(tl.int32, bitcast=True) >> 23).to(tl.uint8), mask=offs_v < V)
         peak = new_peak
 
     at = split.to(tl.int64) * R + offs_t
@@ -170,38 +202,43 @@ def _merge_splits_kernel(
     state_ptr,
     stats_ptr,
     tail_ptr,
+    splits,
     T,
     R,
     V,
-    SPLITS: tl.constexpr,
     WANT_STATS: tl.constexpr,
     SCREEN: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Merge the splits of each row, in ascending order, into the softmax's state and the log-prob.
+    """Merge the splits of each row, BLOCK_S at a time, into the softmax's state and the log-prob.
 
-    Grid: row blocks. Reads 2·SPLITS numbers a row and writes 3 into the rows' places among all T; bound by latency.
+    Grid: row blocks. Reads 2·splits numbers a row and writes 3 into the rows' places among all T; bound by latency.
     """
     offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_t = offs_t < R
     peak = tl.full([BLOCK_T], float("-inf"), dtype=tl.float32)
-    for split in range(SPLITS):
-        at = tl.full([BLOCK_T], split, dtype=tl.int64) * R + offs_t
-        peak = tl.maximum(peak, tl.load(peak_ptr + at, mask=mask_t, other=float("-inf")))
+    for start in range(0, splits, BLOCK_S):
+        offs_s = start + tl.arange(0, BLOCK_S)
+        at = offs_s.to(tl.int64)[:, None] * R + offs_t[None, :]
+        mask = (offs_s < splits)[:, None] & mask_t[None, :]
+        peak = tl.maximum(peak, tl.max(tl.load(peak_ptr + at, mask=mask, other=float("-inf")), axis=0))
     shift = tl.where(peak == float("-inf"), 0.0, peak)
     total = tl.zeros([BLOCK_T], dtype=tl.float32)
     weighted = tl.zeros([BLOCK_T], dtype=tl.float32)
     plain = tl.zeros([BLOCK_T], dtype=tl.float32)
     tail = tl.zeros([BLOCK_T], dtype=tl.float32)
-    for split in range(SPLITS):
-        at = tl.full([BLOCK_T], split, dtype=tl.int64) * R + offs_t
-        rescale = tl.exp(tl.load(peak_ptr + at, mask=mask_t, other=float("-inf")) - shift)
-        total += tl.load(total_ptr + at, mask=mask_t, other=0.0) * rescale
+    for start in range(0, splits, BLOCK_S):
+        offs_s = start + tl.arange(0, BLOCK_S)
+        at = offs_s.to(tl.int64)[:, None] * R + offs_t[None, :]
+        mask = (offs_s < splits)[:, None] & mask_t[None, :]
+        rescale = exp(tl.load(peak_ptr + at, mask=mask, other=float("-inf")) - shift[None, :])
+        total += tl.sum(tl.load(total_ptr + at, mask=mask, other=0.0) * rescale, axis=0)
         if WANT_STATS:
-            weighted += tl.load(weighted_ptr + at, mask=mask_t, other=0.0) * rescale
-            plain += tl.load(sum_ptr + at, mask=mask_t, other=0.0)
+            weighted += tl.sum(tl.load(weighted_ptr + at, mask=mask, other=0.0) * rescale, axis=0)
+            plain += tl.sum(tl.load(sum_ptr + at, mask=mask, other=0.0), axis=0)
         if SCREEN:
-            tail += tl.load(tail_ptr + at, mask=mask_t, other=0.0) * rescale
+            tail += tl.sum(tl.load(tail_ptr + at, mask=mask, other=0.0) * rescale, axis=0)
     log_total = tl.log(total)
     rows = tl.load(row_index_ptr + offs_t, mask=mask_t, other=0).to(tl.int64)
     target = tl.load(target_ptr + rows, mask=mask_t, other=0)
@@ -219,47 +256,134 @@ def _merge_splits_kernel(
         tl.store(stats_ptr + 2 * T + rows, tl.where(picked >= peak, 1.0, 0.0), mask=mask_t)
 
 
-class Partials:
-    """What the forward's programs write for the merge, and how both are launched."""
+class Results(NamedTuple):
+    """What a forward writes for each of the T rows; zeros where a row is not scored."""
 
-    def __init__(self, hidden: Tensor, target: Tensor, rows: Tensor, head: LMHead, *, want_stats: bool) -> None:
-        self.hidden, self.rows, self.V = hidden, rows, head.weight.shape[0]
-        self.splits = -(-self.V // SPLIT_COLUMNS)
-        self.want_stats = want_stats
+    logps: Tensor
+    """[T]"""
+    state: Tensor
+    """[2, T]: largest logit, sum of exponentials above it; with a screen [5, T], see `fused_dpo.filtered`."""
+    stats: Tensor | None
+    """[3, T], see `TokenStats`."""
+    screen: Tensor | None
+    """uint8 [blocks, 2, V], see `fused_dpo.screen`."""
+
+    @property
+    def token_stats(self) -> TokenStats | None:
+        """By name."""
+        return None if self.stats is None else TokenStats(*self.stats.unbind(0))
+
+
+def empty_results(hidden: Tensor, *, want_stats: bool, screen_shape: tuple[int, int, int] | None = None) -> Results:
+    """Zeros to write into."""
+    T, device = hidden.shape[0], hidden.device
+    return Results(
+        torch.zeros(T, device=device),
+        torch.zeros(2 if screen_shape is None else 5, T, device=device),
+        torch.zeros(3, T, device=device) if want_stats else None,
+        None if screen_shape is None else torch.zeros(screen_shape, dtype=torch.uint8, device=device),
+    )
+
+
+class Partials:
+    """What the forward's programs write for the merge, and how both are launched; at least one row is scored."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        target: Tensor,
+        rows: Tensor,
+        head: LMHead,
+        results: Results,
+        filter_eps: float,
+        split_columns: int = SPLIT_COLUMNS,
+    ) -> None:
+        self.splits = ceil_div(head.weight.shape[0], split_columns)
+        self._rows, self._weight, self._results = rows, head.weight, results
+        self._row_bytes = hidden.shape[1] * hidden.element_size()
+        self._filter_eps, self._split_columns = filter_eps, split_columns
         R, device = rows.numel(), hidden.device
-        partials = torch.empty(4 if want_stats else 2, self.splits, R, dtype=torch.float32, device=device)
-        self.peak, self.total = partials[0], partials[1]
-        weighted, plain = (partials[2], partials[3]) if want_stats else (self.peak, self.peak)
-        self._shared: dict[str, Any] = {
+        with_stats, with_screen = results.stats is not None, results.screen is not None
+        partials = iter(torch.empty(2 + 2 * with_stats + with_screen, self.splits, R, device=device))
+        self._peak, self._total = next(partials), next(partials)
+        self._arguments: dict[str, Any] = {
             "row_index_ptr": rows,
             "target_ptr": target,
-            "peak_ptr": self.peak,
-            "total_ptr": self.total,
-            "weighted_ptr": weighted,
-            "sum_ptr": plain,
+            "peak_ptr": self._peak,
+            "total_ptr": self._total,
+            "weighted_ptr": next(partials) if with_stats else self._peak,
+            "sum_ptr": next(partials) if with_stats else self._peak,
             "picked_ptr": torch.empty(R, dtype=torch.float32, device=device),
+            "tail_ptr": next(partials) if with_screen else self._peak,
             "R": R,
-            "WANT_STATS": want_stats,
+            "WANT_STATS": with_stats,
         }
         self._tile = tile_arguments(hidden, rows, head)
+        self._bound: tuple[Tensor, int] | None = None
 
-    def forward(self, config: TileConfig, splits: int, screen: dict[str, Any] | None = None) -> None:
-        """Run the first `splits` of the vocabulary; `screen` are the arguments that SCREEN adds."""
-        grid = triton.cdiv(self.rows.numel(), config.block_t), splits
-        arguments: dict[str, Any] = {**self._tile, **self._shared, **config.constants, "SPLIT_COLUMNS": SPLIT_COLUMNS}
-        unused = {"screen_ptr": self.peak, "tail_ptr": self.peak, "bound_ptr": self.peak}
-        unused |= {"filter_eps": 0.0, "hot_splits": 0, "SCREEN": False}
-        arguments |= screen or unused
-        with on_device(self.hidden):
-            _logps_forward_kernel[grid](**arguments)
+    def bound(self, hot_splits: int) -> None:
+        """From here on screen, with the log-sum-exp over the first splits, which have run, as a bound on the whole."""
+        log_sum_exp = (self._peak[:hot_splits] + self._total[:hot_splits].log()).logsumexp(0)
+        self._bound = log_sum_exp, hot_splits
 
-    def merge(self, logps: Tensor, state: Tensor, stats: Tensor | None, tail: Tensor | None = None) -> None:
-        """Merge all splits into per-row results."""
-        arguments: dict[str, Any] = {"SPLITS": self.splits, "BLOCK_T": MERGE_ROWS, "T": logps.shape[0], "V": self.V}
+    def forward(self, config: TileConfig, first_split: int, splits: int, product: Product | None = None) -> None:
+        """Run some splits of the vocabulary, of a product that holds them or by multiplying; screen them if bounded."""
+        weight, R = self._weight, self._rows.numel()
+        screening: dict[str, Any] = {"screen_ptr": self._peak, "bound_ptr": self._peak, "hot_splits": 0}
+        if self._bound is not None:
+            bound, hot_splits = self._bound
+            screening = {"screen_ptr": self._results.screen, "bound_ptr": bound, "hot_splits": hot_splits}
+        arguments: dict[str, Any] = {
+            **self._tile,
+            **self._arguments,
+            **screening,
+            **product_arguments(product, weight),
+            **config.constants,
+            "SCREEN": self._bound is not None,
+            "filter_eps": self._filter_eps,
+            "first_split": first_split,
+            "SPLIT_COLUMNS": self._split_columns,
+            "group": config.blocks_in_cache(self._row_bytes),
+        }
+        with on_device(weight):
+            _logps_forward_kernel[(ceil_div(R, config.block_t) * splits,)](**arguments)
+
+    def merge(self) -> None:
+        """Merge all splits into the results of the rows."""
+        logps, state, stats, screen = self._results
+        arguments: dict[str, Any] = {"splits": self.splits, "T": logps.shape[0], "V": self._weight.shape[0]}
         arguments |= {"logps_ptr": logps, "state_ptr": state, "stats_ptr": state if stats is None else stats}
-        arguments |= {"tail_ptr": self.peak if tail is None else tail, "SCREEN": tail is not None}
-        with on_device(self.hidden):
-            _merge_splits_kernel[(triton.cdiv(self.rows.numel(), MERGE_ROWS),)](**self._shared, **arguments)
+        arguments |= {"SCREEN": screen is not None, "BLOCK_T": MERGE_ROWS, "BLOCK_S": MERGE_SPLITS}
+        with on_device(logps):
+            _merge_splits_kernel[(ceil_div(self._rows.numel(), MERGE_ROWS),)](**self._arguments, **arguments)
+
+
+Scan = Callable[[Tensor, Tensor, Tensor, LMHead, Results, float], None]
+"""Fills the results of scored rows (one at least): hidden states, target, rows, head, results, threshold."""
+
+
+def fused_scan(
+    hidden: Tensor,
+    target: Tensor,
+    rows: Tensor,
+    head: LMHead,
+    results: Results,
+    filter_eps: float,
+    config: TileConfig | None = None,
+) -> None:
+    """All rows and splits at once, by kernels that multiply; the logits never leave the registers."""
+    want_stats, screening = results.stats is not None, results.screen is not None
+    if screening:  # never tuned: the rows of a tile are the blocks of the screen
+        epilogue = epilogue_of(head, want_stats=want_stats, screen=True)
+        config = tile_config(architecture(hidden.device), hidden.dtype, epilogue)
+    config = config or choose_config(architecture(hidden.device), hidden, head, want_stats=want_stats)
+    partials = Partials(hidden, target, rows, head, results, filter_eps)
+    if screening:
+        hot = min(HOT_SPLITS, partials.splits)
+        partials.forward(config, 0, hot)
+        partials.bound(hot)
+    partials.forward(config, 0, partials.splits)
+    partials.merge()
 
 
 def triton_forward(
@@ -270,20 +394,14 @@ def triton_forward(
     _workspace_mib: int,
     *,
     want_stats: bool,
-    config: TileConfig | None = None,
+    scan: Scan = fused_scan,
 ) -> tuple[Tensor, Tensor, TokenStats | None]:
     """Log-prob and softmax state of every row, and the stats if wanted: `streaming_forward` on CUDA.
 
-    Memory: log-prob and state, 12 bytes a row, and 8 bytes (16 with stats) a scored row and split of SPLIT_COLUMNS
-    columns. No synchronisation with the host.
+    Memory: log-prob and state, 12 bytes a row, and what the scan takes: 8 bytes (16 with stats) a scored row and split
+    of SPLIT_COLUMNS columns. No synchronisation with the host.
     """
-    T = hidden.shape[0]
-    config = config or choose_config(architecture(hidden.device), hidden, head, want_stats=want_stats)
-    logps = torch.zeros(T, dtype=torch.float32, device=hidden.device)
-    state = torch.zeros(2, T, dtype=torch.float32, device=hidden.device)
-    stats = torch.zeros(3, T, dtype=torch.float32, device=hidden.device) if want_stats else None
+    results = empty_results(hidden, want_stats=want_stats)
     if rows.numel():
-        partials = Partials(hidden, target, rows, head, want_stats=want_stats)
-        partials.forward(config, partials.splits)
-        partials.merge(logps, state, stats)
-    return logps, state, None if stats is None else TokenStats(*stats.unbind(0))
+        scan(hidden, target, rows, head, results, 0.0)
+    return results.logps, results.state, results.token_stats

@@ -8,7 +8,7 @@ covers the longest list there can be, and a program beyond the end of its own do
 import triton
 import triton.language as tl
 
-from fused_dpo.triton_tile import logits_tile
+from fused_dpo.triton_tile import exp, logits_tile
 
 
 @triton.jit
@@ -69,6 +69,7 @@ def _kept_dlogits_kernel(
     NARROW: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -106,6 +107,7 @@ def _kept_dlogits_kernel(
     if live:
         rows = tl.load(row_index_ptr + offs_t, mask=mask_t, other=0).to(tl.int64)
         z = logits_tile(
+            hidden_ptr,  # no product is given
             hidden_ptr,
             rows,
             mask_t,
@@ -115,8 +117,11 @@ def _kept_dlogits_kernel(
             lora_h_ptr,
             offs_t,
             lora_b_ptr,
+            0,
             V,
             D,
+            0,
+            0,
             stride_ht,
             stride_hd,
             stride_wv,
@@ -126,8 +131,10 @@ def _kept_dlogits_kernel(
             logit_scale,
             softcap,
             inverse_temperature,
+            False,
             RANK,
             BLOCK_R,
+            HAS_SCALE,
             HAS_BIAS,
             HAS_SOFTCAP,
             BLOCK_T,
@@ -140,7 +147,7 @@ def _kept_dlogits_kernel(
         surprise = tl.load(state_ptr + 4 * T + rows, mask=mask_t, other=0.0)
         upstream = tl.load(upstream_ptr + offs_t, mask=mask_t, other=0.0)
         hit = offs_v[None, :] == target[:, None]
-        dz = tl.where(hit, surprise[:, None], -tl.exp(z - peak[:, None]) / total[:, None]) * upstream[:, None]
+        dz = tl.where(hit, (upstream * surprise)[:, None], exp(z - peak[:, None]) * (-upstream / total)[:, None])
         if BY_COLUMNS:
             tl.store(residual_ptr + tile * R + offs_t, tl.sum(dz, axis=1), mask=mask_t)
             smallest = tl.load(smallest_ptr + offs_t, mask=mask_t, other=float("inf"))
@@ -148,7 +155,7 @@ def _kept_dlogits_kernel(
             above = mask_t[:, None] & (offs_v < V)[None, :] & ~(tl.abs(dz) <= smallest[:, None])  # NaN is above
             tl.store(marks, tl.full([BLOCK_T, BLOCK_V], 1, dtype=tl.uint8), mask=above)
         if HAS_SOFTCAP:  # d tanh(u) = 1 - tanh(u)^2
-            ratio = tl.where(z == float("-inf"), 0.0, z) / (softcap * inverse_temperature)
+            ratio = tl.where(z == float("-inf"), 0.0, z) * (1.0 / (softcap * inverse_temperature))
             dz *= 1.0 - ratio * ratio
         dz *= logit_scale * inverse_temperature
         if BY_COLUMNS:

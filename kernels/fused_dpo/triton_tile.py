@@ -1,7 +1,7 @@
 """The tile that every Triton kernel here computes: logits of some rows and some vocabulary columns, in registers."""
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -29,18 +29,44 @@ def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
+class Product(NamedTuple):
+    """`hidden[rows] @ weight[first:last].T` in fp32, computed elsewhere."""
+
+    values: Tensor
+    """[rows, last - first], with as many rows more as fill the last block of a tile: finite, and of no effect. The
+    tiles load fastest where it is the rows that are contiguous."""
+    first: int
+
+
+def product_arguments(product: Product | None, stand_in: Tensor) -> dict[str, Any]:
+    """What `logits_tile` takes from a product, by name; without one it multiplies, and never reads `stand_in`."""
+    values, first = product or (stand_in, 0)
+    return {
+        "product_ptr": values,
+        "stride_pt": values.stride(0),
+        "stride_pv": values.stride(1),
+        "product_first": first,
+        "GIVEN": product is not None,
+    }
+
+
+def through_adapter(hidden: Tensor, lora: tuple[Tensor, Tensor, float]) -> Tensor:
+    """The adapter's inner product `scale * hidden @ a.T` [rows, rank]."""
+    a, _, scale = lora
+    return (scale * (hidden @ a.to(hidden.dtype).T)).contiguous()
+
+
 def tile_arguments(hidden: Tensor, rows: Tensor, head: LMHead) -> dict[str, Any]:
     """What `logits_tile` takes from hidden states and head, by name.
 
-    The adapter's inner product `scale * hidden @ a.T` of the scored `rows` is formed here. A part that is missing is
-    stood in for by the weight, and never read.
+    The adapter's inner product is formed here. A part that is missing is stood in for by the weight, and never read.
     """
     weight = head.weight
     lora_h, lora_b, rank = weight, weight, 0
     if head.lora is not None:
-        a, lora_b, scale = head.lora
+        a, lora_b, _ = head.lora
         rank = a.shape[0]
-        lora_h = (scale * (hidden[rows] @ a.to(hidden.dtype).T)).contiguous()
+        lora_h = through_adapter(hidden[rows], head.lora)
     return {
         "hidden_ptr": hidden,
         "weight_ptr": weight,
@@ -60,20 +86,54 @@ def tile_arguments(hidden: Tensor, rows: Tensor, head: LMHead) -> dict[str, Any]
         "inverse_temperature": 1.0 / head.temperature,
         "RANK": rank,
         "BLOCK_R": max(16, triton.next_power_of_2(rank)),
+        "HAS_SCALE": head.logit_scale != 1.0 or head.temperature != 1.0,
         "HAS_BIAS": head.bias is not None,
         "HAS_SOFTCAP": head.softcap is not None,
     }
+
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def exp(x):
+    """`exp(x)` in a multiplication and one instruction; results below 2^-126 are 0.
+
+    `tl.exp` keeps subnormal results, at four instructions more.
+    """
+    return tl.exp2(x * LOG2E)
+
+
+@triton.jit
+def grouped_block(blocks, group):
+    """Row block of this program of a grid of `blocks` times as many programs as there are along the other axis.
+
+    Groups of row blocks, whose hidden states fit into the L2 cache, take the other axis side by side: hidden states are
+    read from memory once, and the weight streams from it once a group.
+    """
+    others = tl.num_programs(0) // blocks
+    first = tl.program_id(0) // (group * others) * group
+    return first + tl.program_id(0) % (group * others) % tl.minimum(blocks - first, group)
+
+
+@triton.jit
+def grouped_other(blocks, group):
+    """Its place along the other axis."""
+    others = tl.num_programs(0) // blocks
+    first = tl.program_id(0) // (group * others) * group
+    return tl.program_id(0) % (group * others) // tl.minimum(blocks - first, group)
 
 
 @triton.jit
 def surprise_of(logp):
     """`1 - exp(logp)`, by its series where the difference would lose its digits."""
     series = -logp * (1.0 + logp / 2.0 * (1.0 + logp / 3.0 * (1.0 + logp / 4.0 * (1.0 + logp / 5.0))))
-    return tl.where(logp > -0.1, series, 1.0 - tl.exp(logp))
+    return tl.where(logp > -0.1, series, 1.0 - exp(logp))
 
 
 @triton.jit
 def logits_tile(
+    product_ptr,
     hidden_ptr,
     rows,
     mask_t,
@@ -83,8 +143,11 @@ def logits_tile(
     lora_h_ptr,
     offs_t,
     lora_b_ptr,
+    product_first,
     V,
     D,
+    stride_pt,
+    stride_pv,
     stride_ht,
     stride_hd,
     stride_wv,
@@ -94,8 +157,10 @@ def logits_tile(
     logit_scale,
     softcap,
     inverse_temperature,
+    GIVEN: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -106,25 +171,33 @@ def logits_tile(
 
     `rows` int64 are positions in the hidden states, `offs_t` those among the scored rows (for `lora_h`, contiguous
     `[scored rows, RANK]` and scaled already). Operands are taken in the hidden states' dtype, products are accumulated
-    in fp32; fp32 operands are multiplied in full fp32.
+    in fp32; fp32 operands are multiplied in full fp32. GIVEN reads their product instead, of the scored rows and the
+    weight's rows from `product_first` on (see `Product`).
     """
     mask_v = offs_v < V
     wide_v = offs_v.to(tl.int64)  # V x D passes 2^31
-    acc = tl.zeros([BLOCK_T, BLOCK_V], dtype=tl.float32)
-    for start_d in range(0, D, BLOCK_D):
-        offs_d = start_d + tl.arange(0, BLOCK_D)
-        mask_d = offs_d < D
-        h = tl.load(
-            hidden_ptr + rows[:, None] * stride_ht + offs_d[None, :] * stride_hd,
-            mask=mask_t[:, None] & mask_d[None, :],
+    if GIVEN:
+        acc = tl.load(
+            product_ptr + offs_t[:, None] * stride_pt + (offs_v - product_first)[None, :] * stride_pv,
+            mask=mask_v[None, :],
             other=0.0,
         )
-        w = tl.load(
-            weight_ptr + wide_v[None, :] * stride_wv + offs_d[:, None] * stride_wd,
-            mask=mask_v[None, :] & mask_d[:, None],
-            other=0.0,
-        )
-        acc = tl.dot(h, w.to(h.dtype), acc, input_precision="ieee")
+    else:
+        acc = tl.zeros([BLOCK_T, BLOCK_V], dtype=tl.float32)
+        for start_d in range(0, D, BLOCK_D):
+            offs_d = start_d + tl.arange(0, BLOCK_D)
+            mask_d = offs_d < D
+            h = tl.load(
+                hidden_ptr + rows[:, None] * stride_ht + offs_d[None, :] * stride_hd,
+                mask=mask_t[:, None] & mask_d[None, :],
+                other=0.0,
+            )
+            w = tl.load(
+                weight_ptr + wide_v[None, :] * stride_wv + offs_d[:, None] * stride_wd,
+                mask=mask_v[None, :] & mask_d[:, None],
+                other=0.0,
+            )
+            acc = tl.dot(h, w.to(h.dtype), acc, input_precision="ieee")
     if RANK > 0:
         offs_r = tl.arange(0, BLOCK_R)
         mask_r = offs_r < RANK
@@ -141,9 +214,11 @@ def logits_tile(
         acc = tl.dot(lora_h, lora_b.to(lora_h.dtype), acc, input_precision="ieee")
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)[None, :]
-    acc *= logit_scale
+    if HAS_SCALE:
+        acc *= logit_scale
     if HAS_SOFTCAP:
-        # tanh(x) = 2 sigmoid(2x) - 1: saturates instead of overflowing
-        acc = softcap * (2.0 * tl.sigmoid(2.0 * acc / softcap) - 1.0)
-    acc *= inverse_temperature
+        # tanh(x) = 1 - 2 / (1 + exp(2x)): saturates instead of overflowing
+        acc = softcap * (1.0 - 2.0 / (1.0 + exp(acc * (2.0 / softcap))))
+    if HAS_SCALE:
+        acc *= inverse_temperature
     return tl.where(mask_v[None, :], acc, float("-inf"))

@@ -77,16 +77,16 @@ def choose_implementation(impl: str | None, hidden: Tensor) -> str:
     """
     if impl is None:
         return "triton" if hidden.is_cuda and hidden.dtype != torch.float64 else "streaming"
-    if impl != "triton":
+    if impl not in ("triton", "library"):
         return impl
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if not hidden.is_cuda and not interpreted:
         raise ValueError(
-            f"impl='triton' needs CUDA tensors, got hidden_states on {hidden.device}; use impl=None or 'streaming' "
+            f"impl={impl!r} needs CUDA tensors, got hidden_states on {hidden.device}; use impl=None or 'streaming' "
             f"(or set TRITON_INTERPRET=1 before triton is imported, to run the kernels in Python)."
         )
     if hidden.dtype == torch.float64:
-        raise TypeError("impl='triton' computes in float32, got float64 hidden_states; use impl='streaming'.")
+        raise TypeError(f"impl={impl!r} computes in float32, got float64 hidden_states; use impl='streaming'.")
     if hidden.dtype == torch.bfloat16 and not hidden.is_cuda:
         raise TypeError("Triton's interpreter cannot multiply bfloat16; use float32 or float16 with it.")
     return impl
@@ -101,7 +101,7 @@ def filter_eps(grad_mode: str | None, impl: str, dtype: torch.dtype, options: Ke
     if grad_mode not in (None, "exact", "filtered"):
         raise ValueError(f"grad_mode must be None, 'exact' or 'filtered', got {grad_mode!r}.")
     if grad_mode == "filtered" and impl == "reference":
-        raise ValueError("grad_mode='filtered' needs impl 'streaming' or 'triton'; 'reference' is the exact oracle.")
+        raise ValueError("grad_mode='filtered' needs another impl: 'reference' is the exact oracle.")
     filtered = grad_mode == "filtered" or (grad_mode is None and impl != "reference" and dtype.itemsize == 2)
     return float(options.filter_eps) if filtered else 0.0
 

@@ -5,6 +5,7 @@ differs is the filter alone. Its error budget is tested in test_filtered_theorem
 held to a stricter figure on one kind of them.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,8 +15,17 @@ import torch
 
 from fused_dpo import KernelOptions, LMHead, fused_dpo_logps
 from fused_dpo.screen import BIAS, EVERYTHING
-from fused_dpo.triton_configs import HOT_SPLITS, INTERPRETER_CONFIG, NARROW_COLUMNS, SPLIT_COLUMNS
-from fused_dpo.triton_filtered import _backward_config, _KeptLists, triton_filtered_forward, triton_screen_shape
+from fused_dpo.triton_configs import (
+    HOT_SPLITS,
+    INTERPRETER_CONFIG,
+    NARROW_COLUMNS,
+    SPLIT_COLUMNS,
+    library_config,
+)
+from fused_dpo.triton_filtered import _KeptLists, triton_filtered_forward, triton_screen_shape
+from fused_dpo.triton_forward import Scan, fused_scan
+from fused_dpo.triton_library import library_scan
+from fused_dpo.triton_tile import architecture
 from tests.kernels.helpers import (
     DIFFERENTIABLE,
     IGNORE,
@@ -193,22 +203,25 @@ def test_what_is_dropped_is_corrected_once() -> None:
     problem = alike(beside=True).to(torch.float32)
     exact = present(evaluate(by_triton("exact"), problem, ["weight"]).grads["weight"])
     got = present(evaluate(by_triton("filtered", filter_eps=2**-6), problem, ["weight"]).grads["weight"])
-    beyond = slice(3, _backward_config(problem.hidden).narrow)  # the targets are the first three
+    beyond = slice(3, INTERPRETER_CONFIG.narrow)  # the targets are the first three
     # Rounded to powers of two a mean is off by 0.44 at most; computed and corrected, it would count twice.
     assert relative_error(got[beyond], exact[beyond].double()) <= 0.44
 
 
 @pytest.mark.parametrize("want_stats", [False, True])
-def test_screen_bounds_the_probabilities(want_stats: bool) -> None:
+@pytest.mark.parametrize("scan", [fused_scan, library_scan])
+def test_screen_bounds_the_probabilities(scan: Scan, want_stats: bool) -> None:
     """Several splits, first and later ones: every exponent is that of its block's largest probability or above."""
-    V = (HOT_SPLITS + 1) * SPLIT_COLUMNS + 100
+    config = library_config(architecture(torch.device(DEVICE)), torch.float32)
+    hot, eps = (HOT_SPLITS * SPLIT_COLUMNS, 2**-12) if scan is fused_scan else (config.slice_columns, 2**-5)
+    V = hot + (SPLIT_COLUMNS + 100 if scan is fused_scan else 60)
     problem = on_device(make_problem((37,), V=V, D=4, shift=False).to(torch.float32))
     problem = replace(problem, weight=problem.weight * 2)
     target = problem.labels.masked_fill(problem.labels == IGNORE, -1)
     rows = (target >= 0).nonzero().squeeze(1)
     head = LMHead(problem.weight)
     shape = triton_screen_shape(problem.hidden, head, len(rows))
-    options: Any = {"filter_eps": 2**-12, "screen_shape": shape, "cu_seqlens": present(problem.cu_seqlens)}
+    options: Any = {"filter_eps": eps, "screen_shape": shape, "cu_seqlens": present(problem.cu_seqlens), "scan": scan}
     logps, state, stats, screen = triton_filtered_forward(
         problem.hidden, target, rows, head, 64, tail_guard=1.0, want_stats=want_stats, **options
     )
@@ -217,18 +230,18 @@ def test_screen_bounds_the_probabilities(want_stats: bool) -> None:
     blocks = p.split(rows_a_block)
     largest, mean = torch.stack([part.amax(0) for part in blocks]), torch.stack([part.mean(0) for part in blocks])
     assert screen.shape == shape == (len(largest), 2, V)
-    kept = largest > 2**-12
+    kept = largest > eps
     slack, slack_of_mean = (screen.int() - torch.frexp(torch.stack((largest, mean), 1)).exponent - BIAS + 1).unbind(1)
     assert int(slack[kept].min()) >= 0
     # What the first splits sum to bounds the means of later ones from above; their own are as far off as their sums.
     known = mean > 2**-100
     assert int(slack_of_mean[known].min()) >= 0
-    assert float((slack_of_mean[:, HOT_SPLITS * SPLIT_COLUMNS :] <= 1).double().mean()) > 0.9
-    later = slack[:, HOT_SPLITS * SPLIT_COLUMNS :][kept[:, HOT_SPLITS * SPLIT_COLUMNS :]]
+    assert float((slack_of_mean[:, hot:] <= 1).double().mean()) > 0.9
+    later = slack[:, hot:][kept[:, hot:]]
     assert float((later <= 1).double().mean()) > 0.9, "what two thirds of the vocabulary sum to is close to all of it"
     assert (stats is not None) == want_stats
-    own_tail = torch.where(p <= 2**-12, p, 0.0).sum(1)
-    dropped = (screen[:, 0].int() < BIAS - 12).repeat_interleave(rows_a_block, 0)[: len(rows)]
+    own_tail = torch.where(p <= eps, p, 0.0).sum(1)
+    dropped = (screen[:, 0].int() < BIAS + math.log2(eps)).repeat_interleave(rows_a_block, 0)[: len(rows)]
     # 1e-5: fp32 sums of V probabilities.
     assert (state[2, rows] <= own_tail + 1e-5).all()  # what the bound lifts over eps is not in the tail
     assert (state[2, rows] >= torch.where(dropped, p, 0.0).sum(1) - 1e-5).all()  # but all that is dropped is

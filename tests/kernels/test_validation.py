@@ -229,7 +229,7 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "filtering oracle": (
         packed(grad_mode="filtered", options=KernelOptions(impl="reference")),
         ValueError,
-        r"grad_mode='filtered' needs impl 'streaming' or 'triton'",
+        r"grad_mode='filtered' needs another impl: 'reference' is the exact oracle",
     ),
 }
 
@@ -269,20 +269,26 @@ def test_option_errors(options: dict, message: str) -> None:
             torch.float32,
             False,
             ValueError,
-            r"impl='triton' needs CUDA tensors, got hidden_states on cpu; use impl=None",
+            r"impl='{impl}' needs CUDA tensors, got hidden_states on cpu; use impl=None",
         ),
-        (torch.float64, True, TypeError, r"impl='triton' computes in float32, got float64 .* use impl='streaming'"),
+        (torch.float64, True, TypeError, r"impl='{impl}' computes in float32, got float64 .* use impl='streaming'"),
         (torch.bfloat16, True, TypeError, r"interpreter cannot multiply bfloat16; use float32 or float16"),
     ],
     ids=str,
 )
+@pytest.mark.parametrize("impl", ["triton", "library"])
 def test_triton_is_never_replaced_silently(
-    dtype: torch.dtype, interpreted: bool, error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
+    impl: str,
+    dtype: torch.dtype,
+    interpreted: bool,
+    error: type[Exception],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", str(int(interpreted)))
-    call = packed(options=KernelOptions(impl="triton"))
+    call = packed(options=KernelOptions(impl=impl))
     call |= {"hidden_states": call["hidden_states"].to(dtype), "lm_head": call["lm_head"].to(dtype)}
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message.format(impl=impl)):
         fused_dpo_logps(**call)
 
 

@@ -1,0 +1,76 @@
+"""The logits' product by the library's matmul, a piece at a time, and the Triton kernels that read it.
+
+The rival of kernels that multiply themselves: a library's matmul runs at the rate that the hardware can do, and its
+fp32 result, 32 MiB at a time, has to go through the L2 cache once more. Pieces have the same shape whatever the batch
+holds, the last rows padded with zeros: the library may choose other kernels for other shapes, and a sequence's log-prob
+would then depend on what else is in the batch. So the smallest batch takes the time of `LibraryConfig.chunk_rows` rows.
+"""
+
+from collections.abc import Callable, Iterator
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from fused_dpo.head import LMHead
+from fused_dpo.operands import ceil_div
+from fused_dpo.precision import matmul_fp32
+from fused_dpo.triton_backward import DLogits
+from fused_dpo.triton_configs import LibraryConfig, library_config
+from fused_dpo.triton_forward import Partials, Results
+from fused_dpo.triton_tile import Product, architecture
+
+
+def products(
+    h: Tensor, weight: Tensor, first: int, last: int, config: LibraryConfig, *, rows_contiguous: bool
+) -> Iterator[Product]:
+    """Products of at most `chunk_rows` hidden rows `h` with the weight's rows `first:last`, in slices."""
+    if h.shape[0] < config.chunk_rows:
+        h = F.pad(h, (0, 0, 0, config.chunk_rows - h.shape[0]))
+    for start in range(first, last, config.slice_columns):
+        weight_slice = weight[start : min(start + config.slice_columns, last)].to(h.dtype)
+        values = matmul_fp32(weight_slice, h.T).T if rows_contiguous else matmul_fp32(h, weight_slice.T)
+        yield Product(values, start)
+
+
+def library_scan(
+    hidden: Tensor, target: Tensor, rows: Tensor, head: LMHead, results: Results, filter_eps: float
+) -> None:
+    """`fused_dpo.triton_forward.Scan` by given products; the first slice bounds the log-sum-exp for a screen.
+
+    Memory: 4 bytes for each entry of a product, the chunk's hidden states, and 8 bytes (16 with stats, and 4 more with
+    a screen) a row and split of a chunk.
+    """
+    config = library_config(architecture(hidden.device), hidden.dtype)
+    V, tile, split = head.weight.shape[0], config.tile, config.split_columns
+    for first in range(0, rows.numel(), config.chunk_rows):
+        chunk = rows[first : first + config.chunk_rows]
+        screen = None if results.screen is None else results.screen[first // tile.block_t :]
+        partials = Partials(hidden, target, chunk, head, results._replace(screen=screen), filter_eps, split)
+        for product in products(hidden[chunk], head.weight, 0, V, config, rows_contiguous=True):
+            first_split, splits = product.first // split, ceil_div(product.values.shape[1], split)
+            if first_split == 0 and screen is not None:
+                partials.forward(tile, 0, splits, product)
+                partials.bound(splits)
+            partials.forward(tile, first_split, splits, product)
+        partials.merge()
+
+
+def library_dlogits(
+    hidden: Tensor, target: Tensor, state: Tensor, upstream: Tensor, head: LMHead
+) -> Callable[[Tensor, int], None]:
+    """`fused_dpo.triton_backward.FormDLogits` by given products.
+
+    Memory: 4 bytes for each entry of a product.
+    """
+    config = library_config(architecture(hidden.device), hidden.dtype)
+    chunks = [slice(first, first + config.chunk_rows) for first in range(0, hidden.shape[0], config.chunk_rows)]
+    launches = [DLogits(hidden[c], target[c], state[:, c], upstream[c], head, config.dz_tile) for c in chunks]
+
+    def fill(dz: Tensor, start: int) -> None:
+        for chunk, dlogits in zip(chunks, launches, strict=True):
+            last = start + dz.shape[1]
+            for product in products(hidden[chunk], head.weight, start, last, config, rows_contiguous=False):
+                columns = slice(product.first - start, product.first - start + product.values.shape[1])
+                dlogits(dz[chunk, columns], product.first, product)
+
+    return fill

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -118,7 +118,14 @@ def compile_kernel(kernel: Any, architecture: int, dtype: str, options: str, til
         "keep_ptr": "*u8",
     }
 
+    described = ()
+    if constants.get("DESCRIBED"):
+        described, inner = ("hidden_ptr", "weight_ptr"), constants["BLOCK_D"]
+
     def type_of(name: str) -> str:
+        if name in described:
+            rows = constants["BLOCK_T" if name == "hidden_ptr" else "BLOCK_V"]
+            return f"tensordesc<{dtype}[{rows}, {inner}]>"
         if name in constants:
             return "constexpr"
         if name in integers:
@@ -132,7 +139,7 @@ def compile_kernel(kernel: Any, architecture: int, dtype: str, options: str, til
     attributes = {
         (position,): [["tt.divisibility", 16]]
         for position, name in enumerate(names)
-        if name not in constants and (name.endswith("_ptr") or name in aligned)
+        if name not in (*constants, *described) and (name.endswith("_ptr") or name in aligned)
     }
     source = ASTSource(kernel, {name: type_of(name) for name in names}, constants, attributes)
     binary: Any = triton.compile(
@@ -163,7 +170,7 @@ def compile_all() -> Iterator[Compiled]:
     """Every kernel, shipped configuration and set of options."""
     base = {"stride_hd": 1, "stride_wd": 1, "stride_br": 1, "SPLIT_COLUMNS": SPLIT_COLUMNS, "SCREEN": False}
     base |= {"RANK": 0, "BLOCK_R": 16, "HAS_SCALE": False, "HAS_BIAS": False}
-    base |= {"HAS_SOFTCAP": False, "WANT_STATS": False, "GIVEN": False}
+    base |= {"HAS_SOFTCAP": False, "WANT_STATS": False, "GIVEN": False, "DESCRIBED": False, "FLATTENED": False}
 
     def of_tile(kernel: Any, architecture: int, dtype: str, tile: TileConfig, options: str, constants: dict[str, Any]):
         label = f"{tile.block_t}x{tile.block_v}x{tile.block_d} w{tile.num_warps} s{tile.num_stages}"
@@ -182,6 +189,14 @@ def compile_all() -> Iterator[Compiled]:
                 for way, tile in (("by columns", config), ("by rows", config.of_rows)):
                     constants = {**chosen, "BY_COLUMNS": way == "by columns"}
                     yield of_tile(_kept_dlogits_kernel, architecture, dtype, tile, f"{way}, {label}", constants)
+    tile = replace(TILE_CONFIGS[90, 2, PLAIN], described=True, flattened=True)
+    constants = {"DESCRIBED": True, "FLATTENED": True}
+    for dtype in ("bf16", "fp16"):
+        yield of_tile(_logps_forward_kernel, 90, dtype, tile, "described, flattened", constants)
+        yield of_tile(
+            _logps_forward_kernel, 90, dtype, tile, "described, flattened, screen", constants | {"SCREEN": True}
+        )
+        yield of_tile(_dlogits_kernel, 90, dtype, tile, "described", constants)
     for architecture, (itemsize, library) in product((80, 90), LIBRARY_CONFIGS.items()):
         for dtype in ("bf16", "fp16") if itemsize == 2 else ("fp32",):
             for label, chosen in (("given", {}), ("given, all", {"WANT_STATS": True, **ALL})):

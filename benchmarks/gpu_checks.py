@@ -7,6 +7,7 @@ Every check raises AssertionError with the numbers it found, or returns the numb
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise, product
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 from benchmarks.replay import describe, replay
 from fused_dpo import KernelOptions, LMHead, fused_dpo_logps
 
-TRITON = KernelOptions(impl="triton")
+IMPLS = ("triton", "library")
 
 
 class NotHereError(Exception):
@@ -52,14 +53,11 @@ class Case(NamedTuple):
     cu_seqlens: Tensor
     upstream: Tensor
 
-    def logps(self, options: KernelOptions = TRITON, grad_mode: str | None = "exact") -> Tensor:
+    def logps(self, impl: str, grad_mode: str = "exact", **options: Any) -> Tensor:
         """By the package."""
-        arguments: Any = {"cu_seqlens": self.cu_seqlens, "shift": False, "grad_mode": grad_mode, "options": options}
+        arguments: Any = {"cu_seqlens": self.cu_seqlens, "shift": False, "grad_mode": grad_mode}
+        arguments["options"] = KernelOptions(impl=impl, **options)
         return fused_dpo_logps(self.hidden, self.head, self.labels, **arguments)
-
-    def filtered_logps(self) -> Tensor:
-        """The same with filtered gradients."""
-        return self.logps(grad_mode="filtered")
 
     def to(self, dtype: torch.dtype) -> "Case":
         """The same numbers in another dtype."""
@@ -108,6 +106,12 @@ def eager_logps(case: Case) -> Tensor:
     return torch.zeros(len(lengths), dtype=picked.dtype, device=picked.device).index_add(0, sequence, picked)
 
 
+WAYS: dict[str, Callable[..., Tensor]] = {
+    f"{impl}, {mode}": partial(Case.logps, impl=impl, grad_mode=mode)
+    for impl, mode in product(IMPLS, ("exact", "filtered"))
+}
+
+
 def evaluate(case: Case, function: Callable[[Case], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs and the gradients of hidden states and weight."""
     leaves = case.leaves()
@@ -122,15 +126,16 @@ def check_accuracy(scale: Scale) -> dict[str, Any]:
     for dtype in scale.dtypes:
         for extras in (False, True):
             case = make_case(scale, dtype, V=scale.V, D=scale.D, extras=extras)
-            truth = evaluate(case.to(torch.float64), eager_logps)
-            ours, eager = evaluate(case, Case.logps), evaluate(case, eager_logps)
-            for name, a, b, t in zip(("logps", "dhidden", "dweight"), ours, eager, truth, strict=True):
-                norm = float(t.norm())
-                error, eager_error = float((a.double() - t).norm()) / norm, float((b.double() - t).norm()) / norm
-                unit = torch.finfo(a.dtype).eps
-                label = f"{name}, {dtype}, {'bias and softcap' if extras else 'plain'}"
-                record[label] = {"error": error, "eager_error": eager_error}
-                assert error <= 2 * eager_error + unit, f"{label}: error {error:.3g}, eager {eager_error:.3g}"
+            truth, eager = evaluate(case.to(torch.float64), eager_logps), evaluate(case, eager_logps)
+            for impl in IMPLS:
+                ours = evaluate(case, WAYS[f"{impl}, exact"])
+                for name, a, b, t in zip(("logps", "dhidden", "dweight"), ours, eager, truth, strict=True):
+                    norm = float(t.norm())
+                    error, eager_error = float((a.double() - t).norm()) / norm, float((b.double() - t).norm()) / norm
+                    unit = torch.finfo(a.dtype).eps
+                    label = f"{impl}, {name}, {dtype}, {'bias and softcap' if extras else 'plain'}"
+                    record[label] = {"error": error, "eager_error": eager_error}
+                    assert error <= 2 * eager_error + unit, f"{label}: error {error:.3g}, eager {eager_error:.3g}"
     return record
 
 
@@ -145,22 +150,24 @@ def check_filtered(scale: Scale) -> dict[str, Any]:
     head = LMHead(problem.weight.to(dtype))
     case = Case(problem.hidden.to(dtype), head, problem.target, offsets, upstream)
     truth = evaluate(case.to(torch.float64), eager_logps)
-    ours, eager = evaluate(case, Case.filtered_logps), evaluate(case, eager_logps)
+    eager = evaluate(case, eager_logps)
     record: dict[str, Any] = {"source": problem.source, **describe(problem)}
-    for name, a, b, t in zip(("logps", "dhidden", "dweight"), ours, eager, truth, strict=True):
-        error, eager_error = (float((x.double() - t).norm() / t.norm()) for x in (a, b))
-        bound = eager_error / 2 if dtype == torch.bfloat16 else (2 * 2**-12) ** 0.5
-        record[name] = {"error": error, "eager_error": eager_error}
-        assert error <= bound, f"{name}: error {error:.3g}, bound {bound:.3g}"
+    for impl in IMPLS:
+        ours = evaluate(case, WAYS[f"{impl}, filtered"])
+        for name, a, b, t in zip(("logps", "dhidden", "dweight"), ours, eager, truth, strict=True):
+            error, eager_error = (float((x.double() - t).norm() / t.norm()) for x in (a, b))
+            bound = eager_error / 2 if dtype == torch.bfloat16 else (2 * 2**-12) ** 0.5
+            record[f"{impl}, {name}"] = {"error": error, "eager_error": eager_error}
+            assert error <= bound, f"{impl}, {name}: error {error:.3g}, bound {bound:.3g}"
     return record
 
 
 def check_run_to_run(scale: Scale) -> None:
     """Log-probs and gradients have the same bits in a second run, and with uninitialised memory full of NaN."""
     deterministic: Any = torch.utils.deterministic
-    for dtype, function in product(scale.dtypes, (Case.logps, Case.filtered_logps)):
+    for dtype, (way, function) in product(scale.dtypes, WAYS.items()):
         case = make_case(scale, dtype, V=scale.V, D=scale.D)
-        label = f"{dtype}, {function.__name__}"
+        label = f"{way}, {dtype}"
         first = evaluate(case, function)
         assert all(map(torch.equal, first, evaluate(case, function))), f"{label}: the second run differs"
         before = deterministic.fill_uninitialized_memory
@@ -177,16 +184,16 @@ def check_batch_invariance(scale: Scale) -> None:
     """A sequence's log-prob has the same bits alone, in another order, and without gradient."""
     if scale.device == "cpu":
         raise NotHereError("the interpreter's NumPy loops round by an element's place in the array")
-    for dtype, function in product(scale.dtypes, (Case.logps, Case.filtered_logps)):
+    for dtype, (way, function) in product(scale.dtypes, WAYS.items()):
         case = make_case(scale, dtype, V=scale.V, D=scale.D)
         together = evaluate(case, function)[0]
         with torch.no_grad():
-            assert torch.equal(function(case), together), f"{dtype}: differs without gradient"
+            assert torch.equal(function(case), together), f"{way}, {dtype}: differs without gradient"
         bounds = case.cu_seqlens.tolist()
         for index, (start, stop) in enumerate(pairwise(bounds)):
             offsets = torch.tensor([0, stop - start], dtype=torch.int32, device=scale.device)
             alone = case._replace(hidden=case.hidden[start:stop], labels=case.labels[start:stop], cu_seqlens=offsets)
-            assert torch.equal(function(alone)[0], together[index]), f"{dtype}: sequence {index} differs alone"
+            assert torch.equal(function(alone)[0], together[index]), f"{way}, {dtype}: sequence {index} differs alone"
 
 
 def check_large_offsets(scale: Scale) -> None:
@@ -200,17 +207,20 @@ def check_large_offsets(scale: Scale) -> None:
     offsets = torch.tensor([0, T], dtype=torch.int32, device=scale.device)
     hidden.requires_grad_()
     weight.requires_grad_()
-    logps = fused_dpo_logps(hidden, weight, labels, cu_seqlens=offsets, shift=False, options=TRITON)
-    logps.sum().backward()
     reference = torch.zeros((), dtype=torch.float64, device=scale.device)
     with torch.no_grad():
         for row in range(T):
             logits = torch.cat([part.double() @ hidden[row].double() for part in weight.split(2**15)])
             reference += logits[labels[row]] - logits.logsumexp(0)
-    error = float((logps.detach().double() - reference).abs())
-    assert error < 0.01, f"log-prob off by {error:.3g} nat"
-    assert weight.grad is not None
-    assert bool(weight.grad[-T:].abs().amax(1).gt(0).all()), "the last rows of the weight got no gradient"
+    for impl in IMPLS:
+        weight.grad = None
+        options = KernelOptions(impl=impl)
+        logps = fused_dpo_logps(hidden, weight, labels, cu_seqlens=offsets, shift=False, options=options)
+        logps.sum().backward()
+        error = float((logps.detach().double() - reference).abs())
+        assert error < 0.01, f"{impl}: log-prob off by {error:.3g} nat"
+        assert weight.grad is not None
+        assert bool(weight.grad[-T:].abs().amax(1).gt(0).all()), f"{impl}: the weight's last rows got no gradient"
 
 
 def check_memory(scale: Scale) -> dict[str, Any]:
@@ -221,12 +231,12 @@ def check_memory(scale: Scale) -> dict[str, Any]:
     problem = replay(T, D, V, device="cuda")
     hidden, weight = problem.hidden.requires_grad_(), problem.weight.requires_grad_()
     offsets = torch.arange(0, T + 1, 512, device="cuda", dtype=torch.int32)
-    options = KernelOptions(impl="triton", row_index=torch.arange(T, device="cuda"))
     record = {}
-    # The fp32 gradient of the hidden states and its rounded copy, and a few numbers a row and split.
-    exact = TRITON.workspace_mib * 2**20 + 4 * T * D + 2 * T * D + 1000 * T
+    # The fp32 gradient of the hidden states, and a few numbers a row and split.
+    exact = KernelOptions.workspace_mib * 2**20 + 4 * T * D + 1000 * T
     filtered = exact + 7 * V * T // 128 + V * T // 64  # screen, kept columns and their lists; marks
-    for mode, stated in (("exact", exact), ("filtered", filtered)):
+    for impl, (mode, stated) in product(IMPLS, (("exact", exact), ("filtered", filtered))):
+        options = KernelOptions(impl=impl, row_index=torch.arange(T, device="cuda"))
         hidden.grad = weight.grad = None
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -238,8 +248,8 @@ def check_memory(scale: Scale) -> dict[str, Any]:
         torch.cuda.synchronize()
         extra = torch.cuda.max_memory_allocated() - before - 2 * (T * D + V * D)
         numbers = {"forward_mib": forward, "extra_mib": extra, "stated_mib": stated}
-        record[mode] = {name: size / 2**20 for name, size in numbers.items()}
-        assert extra <= stated, f"{mode}: {extra / 2**20:.0f} MiB, stated {stated / 2**20:.0f} MiB"
+        record[f"{impl}, {mode}"] = {name: size / 2**20 for name, size in numbers.items()}
+        assert extra <= stated, f"{impl}, {mode}: {extra / 2**20:.0f} MiB, stated {stated / 2**20:.0f} MiB"
     return record
 
 
@@ -249,12 +259,11 @@ def check_no_synchronisation(scale: Scale) -> None:
         raise NotHereError("nothing to synchronise with")
     case = make_case(scale, torch.bfloat16, V=scale.V, D=scale.D).leaves()
     rows = (case.labels >= 0).nonzero().squeeze(1)
-    options = KernelOptions(impl="triton", row_index=rows)
-    for mode in ("exact", "filtered"):
-        case.logps(options, mode).sum().backward()  # compiles
+    for way in WAYS.values():
+        way(case, row_index=rows).sum().backward()  # compiles
         torch.cuda.set_sync_debug_mode("error")
         try:
-            case.logps(options, mode).sum().backward()
+            way(case, row_index=rows).sum().backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -263,12 +272,13 @@ def check_streaming_agrees(scale: Scale) -> None:
     """The torch implementation on this device gives the same numbers as the kernels."""
     for dtype in scale.dtypes:
         case = make_case(scale, dtype, V=scale.V, D=scale.D)
-        kernels = evaluate(case, Case.logps)
-        torch_only = evaluate(case, lambda leaves: leaves.logps(KernelOptions(impl="streaming")))
-        for name, a, b in zip(("logps", "dhidden", "dweight"), kernels, torch_only, strict=True):
-            difference = float((a.double() - b.double()).norm() / b.double().norm())
-            bound = 4 * torch.finfo(dtype).eps  # both round once or twice
-            assert difference <= bound, f"{name}, {dtype}: {difference:.3g}"
+        torch_only = evaluate(case, partial(Case.logps, impl="streaming"))
+        for impl in IMPLS:
+            kernels = evaluate(case, WAYS[f"{impl}, exact"])
+            for name, a, b in zip(("logps", "dhidden", "dweight"), kernels, torch_only, strict=True):
+                difference = float((a.double() - b.double()).norm() / b.double().norm())
+                bound = 4 * torch.finfo(dtype).eps  # both round once or twice
+                assert difference <= bound, f"{impl}, {name}, {dtype}: {difference:.3g}"
 
 
 def check_attention_backends(scale: Scale) -> dict[str, str]:

@@ -126,7 +126,8 @@ def sanitizer() -> dict[str, Any]:
         "from benchmarks.gpu_checks import *\n"
         "scale = Scale(lengths=(1, 63, 130), V=5003, D=200)\n"
         "for dtype in scale.dtypes:\n"
-        "    evaluate(make_case(scale, dtype, V=scale.V, D=scale.D, extras=True), Case.logps)\n"
+        "    for way in WAYS.values():\n"
+        "        evaluate(make_case(scale, dtype, V=scale.V, D=scale.D, extras=True), way)\n"
         "torch.cuda.synchronize()\n"
     )
     record = {}

@@ -13,7 +13,7 @@ from benchmarks.measure import cuda_growth_mib, isolated, peak_growth_mib, timed
 from benchmarks.peers import BETA, IMPLEMENTATIONS, Implementation
 from benchmarks.replay import Replay, describe
 from benchmarks.verify import Truth, gradient_errors, logp_errors, over_budget, truth, upstream
-from fused_dpo import fused_token_logps
+from fused_dpo import KernelOptions, fused_token_logps
 
 
 class Loaded(NamedTuple):
@@ -129,8 +129,8 @@ def checked(row: dict[str, Any], name: str, case: Case, phase: str, hidden_file:
         raise
     except Exception as error:  # out of memory, a compiler that fails: the others still count
         raise NoTimeError(f"{type(error).__name__}: {str(error)[:300]}") from error
-    if name == "fused filtered" and phase == TRAIN:
-        row |= filter_stats(loaded.problem)
+    if name.startswith("fused filtered") and phase == TRAIN:
+        row |= filter_stats(loaded.problem, "library" if name.endswith("library") else None)
     return run
 
 
@@ -179,9 +179,10 @@ def describe_row(name: str, case: Case, phase: str, loaded: Loaded) -> dict[str,
     }
 
 
-def filter_stats(problem: Replay) -> dict[str, float]:
+def filter_stats(problem: Replay, impl: str | None = None) -> dict[str, float]:
     """What the filtered forward keeps of the vocabulary, and the probability outside, means over the tokens."""
     settings: Any = {"with_stats": ("tail", "kept_fraction"), "grad_mode": "filtered", "shift": False}
+    settings["options"] = KernelOptions(impl=impl)
     with torch.no_grad():
         scored = fused_token_logps(
             problem.hidden, problem.weight, problem.target, cu_seqlens=problem.cu_seqlens, **settings

@@ -130,23 +130,26 @@ def cut_cross_entropy(**settings: Any) -> Logps:
     return per_sequence(logps)
 
 
-def ours(grad_mode: str) -> Logps:
+def ours(grad_mode: str, impl: str | None = None) -> Logps:
     """`fused_dpo_logps` with its defaults and the scored rows given, as a trainer that packs has them."""
 
     def logps(problem: Replay, hidden: Tensor, weight: Tensor) -> Tensor:
-        options = KernelOptions(row_index=torch.arange(len(hidden), device=hidden.device))
+        options = KernelOptions(impl=impl, row_index=torch.arange(len(hidden), device=hidden.device))
         settings: Any = {"cu_seqlens": problem.cu_seqlens, "shift": False, "grad_mode": grad_mode, "options": options}
         return fused_dpo_logps(hidden, weight, problem.target, **settings)
 
     return logps
 
 
+NO_CUDA = not torch.cuda.is_available()
 NO_LINEAR_CROSS_ENTROPY = not hasattr(F, "linear_cross_entropy")
 IMPLEMENTATIONS = {
     way.name: way
     for way in (
         Implementation("fused filtered", ours("filtered"), FILTERED),
         Implementation("fused exact", ours("exact"), EXACT),
+        Implementation("fused filtered, library", ours("filtered", "library"), FILTERED, missing=NO_CUDA),
+        Implementation("fused exact, library", ours("exact", "library"), EXACT, missing=NO_CUDA),
         Implementation("naive fp32-upcast", per_sequence(naive_upcast), BF16_LOGITS),
         Implementation("naive bf16", per_sequence(naive_bf16), BF16_LOGITS),
         Implementation("torch.compile naive", per_sequence(compiled_naive), BF16_LOGITS),
@@ -157,7 +160,7 @@ IMPLEMENTATIONS = {
             "F.linear_cross_entropy, chunked",
             torch_linear_cross_entropy(True),
             BF16_LOGITS,
-            missing=NO_LINEAR_CROSS_ENTROPY or not torch.cuda.is_available(),  # on a CPU 17 times as long as unchunked
+            missing=NO_LINEAR_CROSS_ENTROPY or NO_CUDA,  # on a CPU 17 times as long as unchunked
         ),
         Implementation("TRL", per_sequence(trl_logps), BF16_LOGITS, module="trl"),
         Implementation("Liger", per_sequence(liger_logps), BF16_LOGITS, module="liger_kernel"),
@@ -168,7 +171,7 @@ IMPLEMENTATIONS = {
             cut_cross_entropy(filter_eps=None),
             BF16_LOGITS,
             module="cut_cross_entropy",
-            missing=not torch.cuda.is_available(),  # its path for other devices never filters
+            missing=NO_CUDA,  # its path for other devices never filters
         ),
     )
 }

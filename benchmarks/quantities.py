@@ -40,6 +40,13 @@ SLOTS = Quantity("token slots", "slots")
 DIFFERENCE = Quantity("worst log-prob difference (nat)", "worst_logp_difference", None)
 STAGE_SHARE = Quantity("share (%)", "share", None, 100)
 
+SCREENS = (
+    Quantity("logit error, rms (nat)", "logit_error_rms_nat"),
+    LOGP_ERROR,
+    KEPT,
+    Quantity("entries above 2^-12 missed", "missed"),
+    Quantity("largest missed over 2^-12", "largest_missed_over_eps"),
+)
 HEAD = (SHARE, MEMORY, SPEED, LOGP_ERROR, *GRADIENT_ERRORS, KEPT)
 HEAD_SHORT = (MEMORY, LOGP_ERROR, *GRADIENT_ERRORS)
 STEP = (MEMORY, SPEED, SLOTS, DIFFERENCE)

@@ -10,6 +10,7 @@ from benchmarks.quantities import (
     HEAD,
     HEAD_SHORT,
     MEMORY,
+    SCREENS,
     STAGE_SHARE,
     STEP,
     STEP_SHORT,
@@ -142,10 +143,40 @@ class Source(NamedTuple):
             parts.append(f"### Whole step: {self.linked(case, rows)}\n\n{counts(rows)}\n\n{table}")
         return parts
 
+    def tuning(self) -> list[str]:
+        """Variants of the kernels, and what was expected of them."""
+        parts = []
+        for phase, of_phase in grouped(of_suite(self.rows, "tuning"), "phase").items():
+            for name, rows in grouped(of_phase, "implementation").items():
+                time = time_of(rows)
+                predicted = Quantity(f"predicted {time.header.removeprefix('time ')}", "predicted_s", None, time.factor)
+                named = [row | {"implementation": f"{row['variant']}: {row['why']}"} for row in rows]
+                table = self.table(named, time, [predicted, *HEAD])
+                parts.append(f"### Tuning: {self.linked(f'{name}, {phase}', rows)}\n\n{sizes(rows)}\n\n{table}")
+        return parts
+
+    def screens(self) -> list[str]:
+        """Errors of coarse screens."""
+        rows = of_suite(self.rows, "screens")
+        if not rows:
+            return []
+        error, *others = SCREENS
+        title = f"### {self.linked('Coarse screens', rows)}\n\n{counts(rows)}, {sizes(rows)}"
+        return [f"{title}\n\n{self.table(rows, error, others)}"]
+
     def full(self, images: str) -> str:
         """Everything in the file."""
         title = f"## {self.record.path.stem}\n\n{self.caption()}; [all rows]({self.record.path.name})."
-        parts = [title, images, *self.head(), *self.scaling(), *self.stages(), *self.step()]
+        parts = [
+            title,
+            images,
+            *self.head(),
+            *self.scaling(),
+            *self.stages(),
+            *self.step(),
+            *self.tuning(),
+            *self.screens(),
+        ]
         return "\n\n".join(part for part in parts if part)
 
     def short(self, images: str) -> str:

@@ -7,6 +7,7 @@ import pytest
 from benchmarks import head
 from benchmarks.cases import AXES, SCALED, STAGED, TRAIN, Case, head_cases, scaling_cases
 from benchmarks.conftest import DEVICE, MeasureHead
+from benchmarks.peers import IMPLEMENTATIONS
 from benchmarks.stages import stages_of
 
 GPU = DEVICE == "cuda"
@@ -34,6 +35,8 @@ def test_scaling(measure_head: MeasureHead, axis: str, case: Case, name: str) ->
 @pytest.mark.parametrize("name", STAGED)
 def test_stages(request: pytest.FixtureRequest, record_rows: list[dict[str, Any]], name: str) -> None:
     """Seconds of each stage of the main case."""
+    if why := IMPLEMENTATIONS[name].absent():
+        pytest.skip(why)
     case, phase = head_cases(gpu=GPU)[0]
     loaded = head.load(case, request.config.getoption("--hidden"), DEVICE)
     rows = stages_of(case.name, name, head.prepare(name, case, phase, loaded))

@@ -21,6 +21,7 @@ from fused_dpo.triton_configs import TileConfig
 from fused_dpo.triton_tile import (
     Product,
     architecture,
+    described,
     exp,
     grouped_block,
     grouped_other,
@@ -67,6 +68,7 @@ def _dlogits_kernel(
     softcap,
     inverse_temperature,
     GIVEN: tl.constexpr,
+    DESCRIBED: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_R: tl.constexpr,
     HAS_SCALE: tl.constexpr,
@@ -107,6 +109,8 @@ def _dlogits_kernel(
             lora_h_ptr,
             offs_t,
             lora_b_ptr,
+            pid_t * BLOCK_T,
+            first_v + pid_v * BLOCK_V,
             product_first,
             V,
             D,
@@ -122,6 +126,7 @@ def _dlogits_kernel(
             softcap,
             inverse_temperature,
             GIVEN,
+            DESCRIBED,
             RANK,
             BLOCK_R,
             HAS_SCALE,
@@ -162,6 +167,7 @@ class DLogits:
         self._config = config or choose_config(architecture(hidden.device), hidden, head, want_stats=False)
         self._arguments: dict[str, Any] = {
             **tile_arguments(hidden, rows, head),
+            **described(hidden, rows, head.weight, self._config),
             **self._config.constants,
             "row_index_ptr": rows,
             "target_ptr": target,

@@ -25,6 +25,10 @@ class TileConfig:
     num_warps: int
     num_stages: int
     """Depth of the software pipeline that loads operands."""
+    described: bool = False
+    """Whether operands are loaded by tensor descriptors (compute capability 9.0 and later), where they allow it."""
+    flattened: bool = False
+    """Whether the forward begins to load the next tile's operands while it is still summing up this one."""
 
     @property
     def narrow(self) -> int:

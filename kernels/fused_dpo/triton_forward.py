@@ -16,6 +16,7 @@ from fused_dpo.triton_configs import HOT_SPLITS, SPLIT_COLUMNS, TileConfig, epil
 from fused_dpo.triton_tile import (
     Product,
     architecture,
+    described,
     exp,
     grouped_block,
     grouped_other,
@@ -71,6 +72,7 @@ def _logps_forward_kernel(
     inverse_temperature,
     SPLIT_COLUMNS: tl.constexpr,
     GIVEN: tl.constexpr,
+    DESCRIBED: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_R: tl.constexpr,
     HAS_SCALE: tl.constexpr,
@@ -78,6 +80,7 @@ def _logps_forward_kernel(
     HAS_SOFTCAP: tl.constexpr,
     WANT_STATS: tl.constexpr,
     SCREEN: tl.constexpr,
+    FLATTENED: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -117,7 +120,7 @@ def _logps_forward_kernel(
         bound = tl.load(bound_ptr + offs_t, mask=mask_t, other=0.0)
         one_of_block = 1.0 / tl.minimum(R - pid_t * BLOCK_T, BLOCK_T)
     first_v = split * SPLIT_COLUMNS
-    for start_v in range(first_v, tl.minimum(first_v + SPLIT_COLUMNS, V), BLOCK_V):
+    for start_v in tl.range(first_v, tl.minimum(first_v + SPLIT_COLUMNS, V), BLOCK_V, flatten=FLATTENED):
         offs_v = start_v + tl.arange(0, BLOCK_V)
         z = logits_tile(
             product_ptr,
@@ -130,6 +133,8 @@ def _logps_forward_kernel(
             lora_h_ptr,
             offs_t,
             lora_b_ptr,
+            pid_t * BLOCK_T,
+            start_v,
             product_first,
             V,
             D,
@@ -145,6 +150,7 @@ def _logps_forward_kernel(
             softcap,
             inverse_temperature,
             GIVEN,
+            DESCRIBED,
             RANK,
             BLOCK_R,
             HAS_SCALE,
@@ -296,12 +302,13 @@ class Partials:
         head: LMHead,
         results: Results,
         filter_eps: float,
-        split_columns: int = SPLIT_COLUMNS,
+        config: TileConfig,
+        split_columns: int,
     ) -> None:
         self.splits = ceil_div(head.weight.shape[0], split_columns)
         self._rows, self._weight, self._results = rows, head.weight, results
         self._row_bytes = hidden.shape[1] * hidden.element_size()
-        self._filter_eps, self._split_columns = filter_eps, split_columns
+        self._filter_eps, self._config, self._split_columns = filter_eps, config, split_columns
         R, device = rows.numel(), hidden.device
         with_stats, with_screen = results.stats is not None, results.screen is not None
         partials = iter(torch.empty(2 + 2 * with_stats + with_screen, self.splits, R, device=device))
@@ -318,7 +325,7 @@ class Partials:
             "R": R,
             "WANT_STATS": with_stats,
         }
-        self._tile = tile_arguments(hidden, rows, head)
+        self._tile = {**tile_arguments(hidden, rows, head), **described(hidden, rows, head.weight, config)}
         self._bound: tuple[Tensor, int] | None = None
 
     def bound(self, hot_splits: int) -> None:
@@ -326,9 +333,9 @@ class Partials:
         log_sum_exp = (self._peak[:hot_splits] + self._total[:hot_splits].log()).logsumexp(0)
         self._bound = log_sum_exp, hot_splits
 
-    def forward(self, config: TileConfig, first_split: int, splits: int, product: Product | None = None) -> None:
+    def forward(self, first_split: int, splits: int, product: Product | None = None) -> None:
         """Run some splits of the vocabulary, of a product that holds them or by multiplying; screen them if bounded."""
-        weight, R = self._weight, self._rows.numel()
+        weight, R, config = self._weight, self._rows.numel(), self._config
         screening: dict[str, Any] = {"screen_ptr": self._peak, "bound_ptr": self._peak, "hot_splits": 0}
         if self._bound is not None:
             bound, hot_splits = self._bound
@@ -339,6 +346,7 @@ class Partials:
             **screening,
             **product_arguments(product, weight),
             **config.constants,
+            "FLATTENED": config.flattened,
             "SCREEN": self._bound is not None,
             "filter_eps": self._filter_eps,
             "first_split": first_split,
@@ -377,12 +385,12 @@ def fused_scan(
         epilogue = epilogue_of(head, want_stats=want_stats, screen=True)
         config = tile_config(architecture(hidden.device), hidden.dtype, epilogue)
     config = config or choose_config(architecture(hidden.device), hidden, head, want_stats=want_stats)
-    partials = Partials(hidden, target, rows, head, results, filter_eps)
+    partials = Partials(hidden, target, rows, head, results, filter_eps, config, SPLIT_COLUMNS)
     if screening:
         hot = min(HOT_SPLITS, partials.splits)
-        partials.forward(config, 0, hot)
+        partials.forward(0, hot)
         partials.bound(hot)
-    partials.forward(config, 0, partials.splits)
+    partials.forward(0, partials.splits)
     partials.merge()
 
 

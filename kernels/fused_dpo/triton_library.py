@@ -45,13 +45,13 @@ def library_scan(
     for first in range(0, rows.numel(), config.chunk_rows):
         chunk = rows[first : first + config.chunk_rows]
         screen = None if results.screen is None else results.screen[first // tile.block_t :]
-        partials = Partials(hidden, target, chunk, head, results._replace(screen=screen), filter_eps, split)
+        partials = Partials(hidden, target, chunk, head, results._replace(screen=screen), filter_eps, tile, split)
         for product in products(hidden[chunk], head.weight, 0, V, config, rows_contiguous=True):
             first_split, splits = product.first // split, ceil_div(product.values.shape[1], split)
             if first_split == 0 and screen is not None:
-                partials.forward(tile, 0, splits, product)
+                partials.forward(0, splits, product)
                 partials.bound(splits)
-            partials.forward(tile, first_split, splits, product)
+            partials.forward(first_split, splits, product)
         partials.merge()
 
 

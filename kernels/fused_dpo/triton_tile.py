@@ -7,8 +7,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fused_dpo.head import LMHead
+from fused_dpo.triton_configs import TileConfig
 
 
 def interpreted() -> bool:
@@ -92,6 +94,24 @@ def tile_arguments(hidden: Tensor, rows: Tensor, head: LMHead) -> dict[str, Any]
     }
 
 
+def described(hidden: Tensor, rows: Tensor, weight: Tensor, config: TileConfig) -> dict[str, Any]:
+    """Tensor descriptors for `logits_tile` in place of two pointers, by name, if the configuration asks for them.
+
+    They name contiguous rows of one dtype that begin at multiples of 16 bytes, so scored rows are gathered first; other
+    operands keep their pointers.
+    """
+    operands = hidden, weight
+    aligned = all(t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == t.data_ptr() % 16 == 0 for t in operands)
+    if not (config.described and aligned and hidden.dtype == weight.dtype):
+        return {"DESCRIBED": False}
+    gathered = hidden if hidden.shape[0] == rows.numel() else hidden[rows]
+    return {
+        "hidden_ptr": TensorDescriptor.from_tensor(gathered, [config.block_t, config.block_d]),
+        "weight_ptr": TensorDescriptor.from_tensor(weight, [config.block_v, config.block_d]),
+        "DESCRIBED": True,
+    }
+
+
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -143,6 +163,8 @@ def logits_tile(
     lora_h_ptr,
     offs_t,
     lora_b_ptr,
+    first_t,
+    first_v,
     product_first,
     V,
     D,
@@ -158,6 +180,7 @@ def logits_tile(
     softcap,
     inverse_temperature,
     GIVEN: tl.constexpr,
+    DESCRIBED: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_R: tl.constexpr,
     HAS_SCALE: tl.constexpr,
@@ -172,7 +195,8 @@ def logits_tile(
     `rows` int64 are positions in the hidden states, `offs_t` those among the scored rows (for `lora_h`, contiguous
     `[scored rows, RANK]` and scaled already). Operands are taken in the hidden states' dtype, products are accumulated
     in fp32; fp32 operands are multiplied in full fp32. GIVEN reads their product instead, of the scored rows and the
-    weight's rows from `product_first` on (see `Product`).
+    weight's rows from `product_first` on (see `Product`). DESCRIBED loads by tensor descriptors, the scored rows from
+    `first_t` on and the weight's from `first_v` on, and fills up with zeros.
     """
     mask_v = offs_v < V
     wide_v = offs_v.to(tl.int64)  # V x D passes 2^31
@@ -185,18 +209,22 @@ def logits_tile(
     else:
         acc = tl.zeros([BLOCK_T, BLOCK_V], dtype=tl.float32)
         for start_d in range(0, D, BLOCK_D):
-            offs_d = start_d + tl.arange(0, BLOCK_D)
-            mask_d = offs_d < D
-            h = tl.load(
-                hidden_ptr + rows[:, None] * stride_ht + offs_d[None, :] * stride_hd,
-                mask=mask_t[:, None] & mask_d[None, :],
-                other=0.0,
-            )
-            w = tl.load(
-                weight_ptr + wide_v[None, :] * stride_wv + offs_d[:, None] * stride_wd,
-                mask=mask_v[None, :] & mask_d[:, None],
-                other=0.0,
-            )
+            if DESCRIBED:
+                h = hidden_ptr.load([first_t, start_d])
+                w = weight_ptr.load([first_v, start_d]).T
+            else:
+                offs_d = start_d + tl.arange(0, BLOCK_D)
+                mask_d = offs_d < D
+                h = tl.load(
+                    hidden_ptr + rows[:, None] * stride_ht + offs_d[None, :] * stride_hd,
+                    mask=mask_t[:, None] & mask_d[None, :],
+                    other=0.0,
+                )
+                w = tl.load(
+                    weight_ptr + wide_v[None, :] * stride_wv + offs_d[:, None] * stride_wd,
+                    mask=mask_v[None, :] & mask_d[:, None],
+                    other=0.0,
+                )
             acc = tl.dot(h, w.to(h.dtype), acc, input_precision="ieee")
     if RANK > 0:
         offs_r = tl.arange(0, BLOCK_R)

@@ -44,7 +44,7 @@ SCREENS = (
     Quantity("logit error, rms (nat)", "logit_error_rms_nat"),
     LOGP_ERROR,
     KEPT,
-    Quantity("entries above 2^-12 missed", "missed"),
+    Quantity("entries above 2^-12 missed (%)", "missed_fraction", min, 100),
     Quantity("largest missed over 2^-12", "largest_missed_over_eps"),
 )
 HEAD = (SHARE, MEMORY, SPEED, LOGP_ERROR, *GRADIENT_ERRORS, KEPT)

@@ -82,7 +82,7 @@ def texts(records: Sequence[Record], folder: Path, readme: Path | None) -> dict[
         selections = [Source(record, beside).short(images(record, folder, beside)) for record in records]
         everything = Path(os.path.relpath(results / "README.md", beside)).as_posix()
         selections.append(f"All cases, and what failed: [{everything}]({everything}).")
-        written[readme] = spliced(readme, "\n\n".join(selections))
+        written[readme] = spliced(readme, "\n\n".join(filter(None, selections)))
     return written
 
 

@@ -105,7 +105,7 @@ class Tally:
 
     def __init__(self) -> None:
         self.kept: list[float] = []
-        self.missed, self.largest_missed = 0, 0.0
+        self.above, self.missed, self.largest_missed = 0, 0, 0.0
         self.logp_errors: list[Tensor] = []
 
     def block(self, p: Tensor, coarse: Tensor, target: Tensor, threshold: float) -> None:
@@ -114,6 +114,7 @@ class Tally:
         keep[target] = True
         dropped = p[:, ~keep]
         self.kept.append(float(keep.double().mean()))
+        self.above += int((p > EPS).sum())
         self.missed += int((dropped > EPS).sum())
         self.largest_missed = max(self.largest_missed, float(dropped.max()))
         self.logp_errors.append(-(p[:, keep].sum(1) + coarse[:, ~keep].sum(1)).log())
@@ -149,7 +150,7 @@ def rows_of(problem: Replay) -> Iterator[dict[str, Any]]:
             "logits": problem.source,
             "logit_error_rms_nat": math.sqrt(squares[name] / (len(hidden) * len(weight))),
             "kept_fraction": sum(tally.kept) / len(tally.kept),
-            "missed": tally.missed,
+            "missed_fraction": tally.missed / tally.above,
             "largest_missed_over_eps": tally.largest_missed / EPS if tally.missed else 0.0,
             "worst_token_error_nat": float(token_errors.abs().max()),
             "worst_logp_error_nat": float(of_sequences.abs().max()),
@@ -172,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for row in rows:
         print(
             f"{row['implementation']:48} logits {row['logit_error_rms_nat']:.4f} rms, kept {row['kept_fraction']:.2%}, "
-            f"missed {row['missed']} (up to {row['largest_missed_over_eps']:.2f} eps), "
+            f"missed {row['missed_fraction']:.2%} (up to {row['largest_missed_over_eps']:.2f} eps), "
             f"worst sequence {row['worst_logp_error_nat']:.4f} nat"
         )
     return 0

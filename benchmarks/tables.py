@@ -180,7 +180,7 @@ class Source(NamedTuple):
         return "\n\n".join(part for part in parts if part)
 
     def short(self, images: str) -> str:
-        """The main case of the head, the first of the step, and the plots."""
+        """The main case of the head, the first of the step, and the plots; empty if the file has none of them."""
         parts = []
         for case, rows in list(plain_cases(self.rows).items())[:1]:
             title = f"Forward and backward of the head, {self.linked(case, rows)} ({sizes(rows)}):"
@@ -188,7 +188,8 @@ class Source(NamedTuple):
         for case, rows in list(grouped(of_suite(self.rows, "step"), "case").items())[:1]:
             title = f"Whole training step, {self.linked(case, rows)} ({counts(rows)}):"
             parts += [title, self.table(rows, time_of(rows), STEP_SHORT)]
-        return "\n\n".join([f"**{self.caption()}**", *parts, *filter(None, [images])])
+        parts += filter(None, [images])
+        return "\n\n".join([f"**{self.caption()}**", *parts]) if parts else ""
 
 
 def merged(rows: Sequence[Row]) -> Row:

@@ -58,14 +58,14 @@ def test_rows(problem: Replay, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(screens, "SCREENS", {"exact": noisy(0.0), "fine": noisy(0.02), "rough": noisy(0.2)})
     rows = {row["implementation"]: row for row in rows_of(problem)}
     exact, fine, rough = (rows[f"{name}, above 2^-12 / 1"] for name in ("exact", "fine", "rough"))
-    assert exact["missed"] == exact["largest_missed_over_eps"] == 0
+    assert exact["missed_fraction"] == exact["largest_missed_over_eps"] == 0
     assert exact["worst_logp_error_nat"] < 1e-5  # fp32 logits
     assert exact["logit_error_rms_nat"] < 1e-5 < fine["logit_error_rms_nat"] < rough["logit_error_rms_nat"]
     assert exact["worst_logp_error_nat"] < fine["worst_logp_error_nat"] < rough["worst_logp_error_nat"]
-    assert rough["missed"] > 0
+    assert rough["missed_fraction"] > 0
     assert rough["largest_missed_over_eps"] > 1
     wider = rows["rough, above 2^-12 / 4"]
-    assert wider["missed"] < rough["missed"]
+    assert wider["missed_fraction"] < rough["missed_fraction"]
     assert wider["kept_fraction"] > rough["kept_fraction"]
 
     p = (problem.hidden.double() @ problem.weight.double().T).softmax(1)

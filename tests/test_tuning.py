@@ -81,6 +81,8 @@ def test_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert "### Tuning: [noted, forward+backward]" in text
     assert "| as shipped: first |" in text
     assert "predicted (" in text
+    selection = (tmp_path / "README.md").read_text().splitlines()
+    assert [line[:10] for line in selection if line and "<!--" not in line] == ["All cases,"], "nothing of it there"
 
 
 def readme(folder: Path) -> Path:

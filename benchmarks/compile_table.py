@@ -1,10 +1,11 @@
-"""Every Triton kernel and shipped configuration, compiled ahead of time for sm_80 and sm_90: no GPU needed.
+"""Every Triton kernel as the package launches it, compiled ahead of time for sm_80 and sm_90: no GPU needed.
 
     python -m benchmarks.compile_table [--json]
 
-Prints registers, spilled bytes and shared memory of each, and exits with 1 if one spills more than its allowance, takes
-more shared memory than the architecture has, or multiplies half-precision tiles on sm_90 without wgmma. Needs the
-compiler, so TRITON_INTERPRET must not be set.
+The package's own code runs, forward and backward, on tensors in main memory, up to each launch; Triton compiles what
+would be launched there for a GPU that is not there. Prints registers, spilled bytes and shared memory of each kernel,
+and exits with 1 if one spills more than its allowance, takes more shared memory than the architecture has, or
+multiplies half-precision tiles on sm_90 without wgmma. Needs the compiler, so TRITON_INTERPRET must not be set.
 """
 
 import argparse
@@ -14,43 +15,40 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import torch
 import triton
 from rich.table import Table
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
 from benchmarks.measure import console
-from fused_dpo.triton_backward import _dlogits_kernel
-from fused_dpo.triton_configs import (
-    LIBRARY_CONFIGS,
-    NARROW_COLUMNS,
-    PLAIN,
-    PRODUCT_CONFIGS,
-    RICH,
-    RICHEST,
-    SPLIT_COLUMNS,
-    TILE_CONFIGS,
-    TileConfig,
-)
-from fused_dpo.triton_filtered import COMPACT_BLOCK
-from fused_dpo.triton_forward import MERGE_ROWS, MERGE_SPLITS, _logps_forward_kernel, _merge_splits_kernel
-from fused_dpo.triton_kept import _compact_kernel, _gathered_product_kernel, _kept_dlogits_kernel
+from fused_dpo.autograd import Filtering, token_logps
+from fused_dpo.head import LMHead
+from fused_dpo.triton_configs import PLAIN, TILE_CONFIGS
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 """Dynamic shared memory a block may have, in bytes (CUDA programming guide, table of compute capabilities)."""
 SPILL_ALLOWANCE = 64
 """Bytes of stack a thread: a few registers saved outside the inner loop cost nothing that can be measured."""
 HALF = {"bf16", "fp16"}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MULTIPLY = ("_logps_forward_kernel", "_dlogits_kernel", "_kept_dlogits_kernel", "_gathered_product_kernel")
+TILE = ("BLOCK_T", "BLOCK_M", "BLOCK_V", "BLOCK_N", "BLOCK_D", "BLOCK_K")
+ROWS, V, D = 304, 4640, 256
+"""Sizes of the calls: multiples of 16, as those of real heads are, beyond a split, a workspace of 1 MiB and a block."""
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of one kernel and configuration."""
+    """What the compiler made of one launch."""
 
     kernel: str
     architecture: int
@@ -62,6 +60,7 @@ class Compiled:
     shared: int
     wgmma: int
     """wgmma instructions in the PTX."""
+    multiplies: bool
 
     def problems(self) -> list[str]:
         """What is wrong with it."""
@@ -70,86 +69,125 @@ class Compiled:
             found.append(f"spills {self.stack} bytes")
         if self.shared > SHARED_LIMIT[self.architecture]:
             found.append(f"takes {self.shared} bytes of shared memory")
-        multiplies = self.kernel not in ("_merge_splits_kernel", "_compact_kernel") and "given" not in self.options
-        if self.architecture == 90 and self.dtype in HALF and multiplies and not self.wgmma:
+        if self.architecture == 90 and self.dtype in HALF and self.multiplies and not self.wgmma:
             found.append("multiplies without wgmma")
         return found
 
 
-# Options of the kernels, by the epilogue they make (see `epilogue_of`).
-ALL = {"HAS_SCALE": True, "HAS_BIAS": True, "HAS_SOFTCAP": True, "RANK": 16}
-OPTIONS: dict[int, dict[str, dict[str, Any]]] = {
-    PLAIN: {"plain": {}, "bias": {"HAS_BIAS": True}},
-    RICH: {"stats": {"WANT_STATS": True}, "softcap": {"HAS_SOFTCAP": True}, "all": {"WANT_STATS": True, **ALL}},
-}
-SCREENED: dict[int, dict[str, dict[str, Any]]] = {
-    PLAIN: {"screen": {}, "screen, bias": {"HAS_BIAS": True}},
-    RICH: {"screen, softcap": {"HAS_SOFTCAP": True}, "screen, lora": ALL},
-    RICHEST: {"screen, stats": {"WANT_STATS": True}, "screen, all": {"WANT_STATS": True, **ALL}},
-}
-KEPT: dict[int, dict[str, dict[str, Any]]] = {RICH: {"plain": {}}, RICHEST: {"all": ALL}}
+class Target:
+    """Stands in for Triton's driver: names a GPU to compile for, and has none."""
+
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+
+    def get_current_target(self) -> GPUTarget:
+        """What to compile for."""
+        return GPUTarget("cuda", self.architecture, 32)
+
+    def get_current_device(self) -> int:
+        """Another for each architecture: Triton keeps what it has compiled by device."""
+        return self.architecture
+
+    def get_current_stream(self, _device: int = 0) -> int:
+        """Likewise."""
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        """Where the tensors are."""
+        return torch.device("cpu")
 
 
-def compile_kernel(kernel: Any, architecture: int, dtype: str, options: str, tile: str, constants: dict[str, Any],
-                   warps: int, stages: int) -> Compiled:  # fmt: skip
-    """Compile one kernel for contiguous inputs whose sizes are multiples of 16, as real heads have them."""
-    names = kernel.arg_names
-    constants = {name: value for name, value in constants.items() if name in names}
-    in_dtype = {
-        "hidden_ptr",
-        "weight_ptr",
-        "lora_h_ptr",
-        "lora_b_ptr",
-        "bias_ptr",
-        "dz_ptr",
-        "a_ptr",
-        "b_ptr",
-        "tail_ptr",
-        "sums_ptr",
-    }
-    integers = {"row_index_ptr": "*i64", "target_ptr": "*i64", "index_ptr": "*i64"}
-    integers |= {
-        "list_ptr": "*i32",
-        "counts_ptr": "*i32",
-        "kept_ptr": "*i32",
-        "screen_ptr": "*u8",
-        "flags_ptr": "*u8",
-        "marks_ptr": "*u8",
-        "keep_ptr": "*u8",
-    }
+@contextmanager
+def launches(architecture: int) -> Iterator[dict[str, tuple[JITFunction[Any], Any]]]:
+    """Within the block nothing is launched; kernels are compiled and collected instead, by hash."""
+    collected: dict[str, tuple[JITFunction[Any], Any]] = {}
+    run = JITFunction.run
 
-    described = ()
-    if constants.get("DESCRIBED"):
-        described, inner = ("hidden_ptr", "weight_ptr"), constants["BLOCK_D"]
+    def compile_only(self: JITFunction[Any], *arguments: Any, grid: Any, warmup: bool, **named: Any) -> Any:
+        del warmup
+        compiled: Any = run(self, *arguments, grid=grid, warmup=True, **named)
+        collected.setdefault(compiled.hash, (self, compiled))
+        return compiled
 
-    def type_of(name: str) -> str:
-        if name in described:
-            rows = constants["BLOCK_T" if name == "hidden_ptr" else "BLOCK_V"]
-            return f"tensordesc<{dtype}[{rows}, {inner}]>"
-        if name in constants:
-            return "constexpr"
-        if name in integers:
-            return integers[name]
-        if name.endswith("_ptr"):
-            return f"*{dtype}" if name in in_dtype else "*fp32"
-        return "fp32" if name in ("logit_scale", "softcap", "inverse_temperature", "filter_eps") else "i32"
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(JITFunction, "run", compile_only))
+        stack.enter_context(mock.patch.object(triton.runtime.driver, "_active", Target(architecture)))
+        capability = lambda _device=None: divmod(architecture, 10)  # noqa: E731
+        stack.enter_context(mock.patch.object(torch.cuda, "get_device_capability", capability))
+        yield collected
 
-    aligned = {"D", "stride_ht", "stride_wv", "stride_z", "stride_bk", "capacity", "stride_om", "stride_tb", "N"}
-    aligned |= {"stride_pv", "stride_pt", "product_first", "first_v"}
-    attributes = {
-        (position,): [["tt.divisibility", 16]]
-        for position, name in enumerate(names)
-        if name not in (*constants, *described) and (name.endswith("_ptr") or name in aligned)
-    }
-    source = ASTSource(kernel, {name: type_of(name) for name in names}, constants, attributes)
-    binary: Any = triton.compile(
-        source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps, "num_stages": stages}
+
+def call(dtype: torch.dtype, impl: str, eps: float, *, all_rows: bool = False, **options: Any) -> None:
+    """Forward and backward of a small problem; what comes out is of no kernel, and not looked at."""
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=dtype).requires_grad_()
+
+    head = LMHead(
+        leaf(V, D),
+        bias=leaf(V) if options.get("bias") else None,
+        logit_scale=options.get("logit_scale", 1.0),
+        softcap=options.get("softcap"),
+        lora=(leaf(16, D), leaf(V, 16), 2.0) if options.get("lora") else None,
     )
-    registers, stack = resource_usage(binary.asm["cubin"])
-    wgmma = binary.asm["ptx"].count("wgmma.mma_async")
-    return Compiled(
-        kernel.__name__, architecture, dtype, options, tile, registers, stack, binary.metadata.shared, wgmma
-    )
+    target = torch.arange(ROWS)
+    target[3::7] = target[3::7] if all_rows else -1
+    offsets = torch.tensor([0, 100, ROWS])
+    filtering, want_stats = Filtering(eps, 1 / 16), bool(options.get("stats"))
+    logps, *_ = token_logps(leaf(ROWS, D), target, offsets, None, head, impl, 1, filtering, want_stats=want_stats)
+    logps.sum().backward()
+
+
+EVERYTHING = {"bias": True, "logit_scale": 0.5, "softcap": 30.0, "lora": True, "stats": True}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "all rows": {"all_rows": True},
+    "bias": {"bias": True},
+    "scale": {"logit_scale": 0.5},
+    "softcap": {"softcap": 30.0},
+    "lora": {"lora": True},
+    "stats": {"stats": True},
+    "all": EVERYTHING,
+}
+
+
+def compile_all() -> Iterator[Compiled]:
+    """Every architecture, dtype, implementation and set of options; a kernel under the first that launches it."""
+    described = replace(TILE_CONFIGS[90, 2, PLAIN], described=True, flattened=True)
+    for architecture, dtype in product((80, 90), DTYPES):
+        seen: set[str] = set()
+        ways = [(impl, eps, label) for impl in ("triton", "library") for eps in (0.0, 2**-12) for label in OPTIONS]
+        for impl, eps, label in ways:
+            with launches(architecture) as collected:
+                call(DTYPES[dtype], impl, eps, **OPTIONS[label])
+            name = (
+                ", ".join((impl * (impl != "triton"), "filtered" * bool(eps), label)).strip(", ").replace(", , ", ", ")
+            )
+            yield from rows_of(collected, seen, architecture, dtype, name)
+        if architecture == 90 and dtype in HALF:
+            for eps in (0.0, 2**-12):
+                tiles = mock.patch.dict(TILE_CONFIGS, {(90, 2, PLAIN): described})
+                with tiles, launches(architecture) as collected:
+                    call(DTYPES[dtype], "triton", eps)
+                yield from rows_of(collected, seen, architecture, dtype, "descriptors" + ", filtered" * bool(eps))
+
+
+def rows_of(
+    collected: dict[str, tuple[JITFunction[Any], Any]], seen: set[str], architecture: int, dtype: str, options: str
+) -> Iterator[Compiled]:
+    """What was launched and not seen before."""
+    for key, (kernel, binary) in collected.items():
+        if key in seen:
+            continue
+        seen.add(key)
+        constants = {kernel.arg_names[i]: value for (i, *_), value in binary.src.constants.items()}
+        tile = "x".join(str(constants[name]) for name in TILE if name in constants)
+        registers, stack = resource_usage(binary.asm["cubin"])
+        wgmma = binary.asm["ptx"].count("wgmma.mma_async")
+        multiplies = kernel.__name__ in MULTIPLY and not constants.get("GIVEN")
+        label = f"{tile} w{binary.metadata.num_warps} s{binary.metadata.num_stages}"
+        measured = registers, stack, binary.metadata.shared, wgmma
+        yield Compiled(kernel.__name__, architecture, dtype, options, label, *measured, multiplies)
 
 
 def resource_usage(cubin: bytes) -> tuple[int, int]:
@@ -164,75 +202,6 @@ def resource_usage(cubin: bytes) -> tuple[int, int]:
     if usage is None:
         raise RuntimeError(f"no resource usage in the output of cuobjdump: {output!r}")
     return int(usage[1]), int(usage[2])
-
-
-def compile_all() -> Iterator[Compiled]:
-    """Every kernel, shipped configuration and set of options."""
-    base = {"stride_hd": 1, "stride_wd": 1, "stride_br": 1, "SPLIT_COLUMNS": SPLIT_COLUMNS, "SCREEN": False}
-    base |= {"RANK": 0, "BLOCK_R": 16, "HAS_SCALE": False, "HAS_BIAS": False}
-    base |= {"HAS_SOFTCAP": False, "WANT_STATS": False, "GIVEN": False, "DESCRIBED": False, "FLATTENED": False}
-
-    def of_tile(kernel: Any, architecture: int, dtype: str, tile: TileConfig, options: str, constants: dict[str, Any]):
-        label = f"{tile.block_t}x{tile.block_v}x{tile.block_d} w{tile.num_warps} s{tile.num_stages}"
-        sizes = {"BLOCK_T": tile.block_t, "BLOCK_V": tile.block_v, "BLOCK_D": tile.block_d, "NARROW": tile.narrow}
-        constants = base | sizes | constants
-        return compile_kernel(kernel, architecture, dtype, options, label, constants, tile.num_warps, tile.num_stages)
-
-    for (architecture, itemsize, epilogue), config in TILE_CONFIGS.items():
-        for dtype in ("bf16", "fp16") if itemsize == 2 else ("fp32",):
-            for label, chosen in OPTIONS.get(epilogue, {}).items():
-                for kernel in (_logps_forward_kernel, _dlogits_kernel):
-                    yield of_tile(kernel, architecture, dtype, config, label, chosen)
-            for label, chosen in SCREENED[epilogue].items():
-                yield of_tile(_logps_forward_kernel, architecture, dtype, config, label, chosen | {"SCREEN": True})
-            for label, chosen in KEPT.get(epilogue, {}).items():
-                for way, tile in (("by columns", config), ("by rows", config.of_rows)):
-                    constants = {**chosen, "BY_COLUMNS": way == "by columns"}
-                    yield of_tile(_kept_dlogits_kernel, architecture, dtype, tile, f"{way}, {label}", constants)
-    tile = replace(TILE_CONFIGS[90, 2, PLAIN], described=True, flattened=True)
-    constants = {"DESCRIBED": True, "FLATTENED": True}
-    for dtype in ("bf16", "fp16"):
-        yield of_tile(_logps_forward_kernel, 90, dtype, tile, "described, flattened", constants)
-        yield of_tile(
-            _logps_forward_kernel, 90, dtype, tile, "described, flattened, screen", constants | {"SCREEN": True}
-        )
-        yield of_tile(_dlogits_kernel, 90, dtype, tile, "described", constants)
-    for architecture, (itemsize, library) in product((80, 90), LIBRARY_CONFIGS.items()):
-        for dtype in ("bf16", "fp16") if itemsize == 2 else ("fp32",):
-            for label, chosen in (("given", {}), ("given, all", {"WANT_STATS": True, **ALL})):
-                constants = {**chosen, "GIVEN": True, "SPLIT_COLUMNS": library.split_columns}
-                for screen in (False, True):
-                    which, screened = label + ", screen" * screen, constants | {"SCREEN": screen, "stride_pt": 1}
-                    yield of_tile(_logps_forward_kernel, architecture, dtype, library.tile, which, screened)
-                of_rows = constants | {"stride_pv": 1}
-                yield of_tile(_dlogits_kernel, architecture, dtype, library.dz_tile, label, of_rows)
-    for (architecture, itemsize), shape in PRODUCT_CONFIGS.items():
-        block_t = TILE_CONFIGS[architecture, itemsize, RICH].block_t
-        for dtype in ("bf16", "fp16") if itemsize == 2 else ("fp32",):
-            for way, block_m, contiguous in (
-                ("by columns", block_t, "stride_ak"),
-                ("by rows", NARROW_COLUMNS, "stride_am"),
-            ):
-                constants = {"BLOCK_M": block_m, "ACCUMULATE": way == "by columns", "INDIRECT": way == "by rows"}
-                constants |= {
-                    "CORRECT": way == "by rows",
-                    contiguous: 1,
-                    "stride_bn": 1,
-                    "BLOCK_N": shape.block_n,
-                    "BLOCK_K": shape.block_k,
-                }
-                label = f"{block_m}x{shape.block_n}x{shape.block_k} w{shape.num_warps} s{shape.num_stages}"
-                yield compile_kernel(
-                    _gathered_product_kernel, architecture, dtype, way, label, constants, shape.num_warps,
-                    shape.num_stages,
-                )  # fmt: skip
-    for architecture in (80, 90):
-        for stats in (False, True):
-            constants = {"WANT_STATS": stats, "SCREEN": stats, "BLOCK_T": MERGE_ROWS, "BLOCK_S": MERGE_SPLITS}
-            label, tile = "stats, screen" if stats else "plain", f"{MERGE_ROWS} rows"
-            yield compile_kernel(_merge_splits_kernel, architecture, "fp32", label, tile, constants, 4, 3)
-        constants = {"BLOCK_N": COMPACT_BLOCK}
-        yield compile_kernel(_compact_kernel, architecture, "fp32", "", f"{COMPACT_BLOCK} flags", constants, 4, 3)
 
 
 def main() -> int:

@@ -90,7 +90,7 @@ def fused_dpo_logps(
         a CPU with bf16 units, tokens of tiny probability take part in the log-sum-exp with logits rounded to bf16.
 
     Memory:
-        Saved for backward: the inputs and 8 bytes a row; with filtered gradients 20 bytes a row, and 2·V bytes a
+        Saved for backward: the inputs and 12 bytes a row; with filtered gradients 20 bytes a row, and 2·V bytes a
         block of up to 128 rows of one sequence, scored or not. Peak beyond inputs and gradients:
         `options.workspace_mib`, a few numbers a row, and in the backward 4·D bytes a scored row (8·D for float64); with
         filtered gradients another V bytes a block.

@@ -62,7 +62,7 @@ def token_logps(
         *filtering,
         want_stats,
     )
-    filter_stats = FilterStats(state[2], state[3]) if filtering.eps else nothing_filtered(target, logps.dtype)
+    filter_stats = FilterStats(state[3], state[4]) if filtering.eps else nothing_filtered(target, logps.dtype)
     return logps, TokenStats(*stats.unbind(0)) if want_stats else None, filter_stats
 
 
@@ -137,7 +137,7 @@ def _token_logps_op(
     tail_guard: float,
     want_stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-prob [T], state of the softmax [2 or 5, T], the screen [blocks, 2, V], and the stats stacked [3, T].
+    """Log-prob [T], state of the softmax [3 or 5, T], the screen [blocks, 2, V], and the stats stacked [3, T].
 
     The screen and the stats are empty where they are not wanted, and the state is 5 rows where there is a screen.
     """
@@ -177,7 +177,7 @@ def _(
 ):  # fmt: skip
     per_row = hidden.new_empty(target.shape, dtype=accumulation_dtype(hidden.dtype))
     stats = per_row.new_empty((3, *target.shape) if want_stats else (0,))
-    state = per_row.new_empty((5 if filter_eps else 2, *target.shape))
+    state = per_row.new_empty((5 if filter_eps else 3, *target.shape))
     screen = 0, 0, 0
     if filter_eps:
         head = _head(weight, bias, lora_a, lora_b, lora_scale, logit_scale, softcap, temperature)

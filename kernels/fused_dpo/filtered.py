@@ -89,9 +89,9 @@ def filtered_forward(
         screen_shape: of the screen to return; it may have more rows than there are blocks.
 
     Returns:
-        `logps` [T]; the state [5, T]: largest logit, sum of exponentials above it, mass of the tail (what is not above
-        `filter_eps`), fraction of columns that are, and 1 - p of the target; the stats; and the screen [blocks, 2, V],
-        see `fused_dpo.screen`.
+        `logps` [T]; the state [5, T]: largest logit, sum of exponentials above it, 1 - p of the target, mass of the
+        tail (what is not above `filter_eps`), and fraction of columns that are; the stats; and the screen
+        [blocks, 2, V], see `fused_dpo.screen`.
     """
     operands = Operands(hidden, rows, head)
     screen, kept = Screener(operands, workspace_mib), Kept(operands, workspace_mib)
@@ -154,7 +154,7 @@ def filtered_forward(
 
     stats = TokenStats(*map(to_rows, softmax.stats(V))) if want_stats else None
     logps = softmax.logps()
-    columns = softmax.peak, softmax.total, tails, fractions, -torch.expm1(logps)
+    columns = softmax.peak, softmax.total, -torch.expm1(logps), tails, fractions
     return to_rows(logps), torch.stack([to_rows(values) for values in columns]), stats, levels
 
 
@@ -188,14 +188,13 @@ def filtered_backward(
     spans = block_spans(rows, cu_seqlens, block_rows)
     R, V = rows.numel(), operands.V
     upstream = dlogps[rows].to(operands.acc_dtype)
-    row_target, (peak, total, _, _, surprise) = target[rows], state[:, rows]
+    row_target, (peak, total, surprise, _, _) = target[rows], state[:, rows]
     sizes = torch.tensor([stop - start for start, stop in spans], dtype=torch.int64, device=hidden.device)
     block_of_row = torch.repeat_interleave(torch.arange(len(spans), device=hidden.device), sizes)
     judgement = Judgement(block_of_row, len(spans), upstream, surprise, row_target, filter_eps)
     keep = judgement.columns(screen[: len(spans), 0])
     if bool(keep.all()):  # all of it flat, as at random initialisation: nothing to choose
-        exact = {"needs": needs, "surprise": state[4]}
-        return exact_backward(dlogps, hidden, target, rows, state[:2], head, workspace_mib, **exact)
+        return exact_backward(dlogps, hidden, target, rows, state[:3], head, workspace_mib, needs=needs)
     kept = Kept(operands, workspace_mib)
     log_sum_exp = upstream.new_zeros(len(spans)).scatter_reduce(
         0, block_of_row, peak + total.log(), "mean", include_self=False
@@ -222,8 +221,8 @@ def filtered_backward(
                 weight = kept.weight(columns)
                 z, scratch = kept.logits(rows_operand, weight, columns, stop - start)
                 at_targets = targets_among(columns, row_target[span])
-                softmax = peak[span], total[span]
-                dz = logits_gradient(z, *at_targets, *softmax, upstream[span], scratch, surprise[span])
+                softmax = peak[span], total[span], surprise[span]
+                dz = logits_gradient(z, *at_targets, *softmax, upstream[span], scratch)
                 residual[span] += dz.sum(1)
                 operands.through_logits(dz, z)
                 _add_products(sums, kept, dz, weight, rows_operand, columns, span, first)

@@ -144,23 +144,19 @@ def logits_gradient(
     inside: Tensor,
     peak: Tensor,
     total: Tensor,
+    surprise: Tensor,
     upstream: Tensor,
     out: Tensor,
-    surprise: Tensor | None = None,
 ) -> Tensor:
     """`upstream * (onehot(target) - exp(z - peak) / total)` of some columns, into `out`.
 
     Args:
         z: logits [n, columns].
         column, inside: int64 [n, 1] and bool [n, 1]: where a row's target is among the columns, if it is.
-        peak, total, upstream: [n].
-        surprise: the target's 1 - p [n], where the forward knows it better than `z` does.
-
-    The target's `1 - p` is formed with expm1, so that it keeps its relative precision where p is close to 1.
+        peak, total, surprise, upstream: [n]; the third is the target's 1 - p, as the forward knows it: from `z` it
+            would lose its relative precision where p is close to 1, and differ from the forward's by the last bits.
     """
     dz = shifted_exp(z, peak, out).mul_(-(upstream / total)[:, None])
-    if surprise is None:
-        surprise = -torch.expm1(z.gather(1, column).squeeze(1) - peak - total.log())
     at_target = (surprise * upstream)[:, None]
     return dz.scatter_(1, column, torch.where(inside, at_target, dz.gather(1, column)))
 

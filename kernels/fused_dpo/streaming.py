@@ -138,9 +138,9 @@ def streaming_forward(
         want_stats: also fill a `TokenStats`.
 
     Returns:
-        `logps` [T], the softmax's state [2, T] (the row's largest logit and the sum of exponentials above it), both in
-        the accumulation dtype, and the stats. Two numbers instead of their log-sum-exp: beside an offset that all
-        logits share, one number would lose the digits in which they differ.
+        `logps` [T], the softmax's state [3, T] (the row's largest logit, the sum of exponentials above it, and 1 - p of
+        the target), both in the accumulation dtype, and the stats. Two numbers instead of their log-sum-exp: beside an
+        offset that all logits share, one number would lose the digits in which they differ.
     """
     operands = Operands(hidden, rows, head)
     tiles = _Tiles(operands, workspace_mib)
@@ -153,8 +153,9 @@ def streaming_forward(
     stats = None
     if want_stats:
         stats = TokenStats(*map(tiles.to_rows, softmax.stats(operands.V)))
-    state = torch.stack((tiles.to_rows(softmax.peak), tiles.to_rows(softmax.total)))
-    return tiles.to_rows(softmax.logps()), state, stats
+    logps = softmax.logps()
+    state = torch.stack([tiles.to_rows(values) for values in (softmax.peak, softmax.total, -torch.expm1(logps))])
+    return tiles.to_rows(logps), state, stats
 
 
 def streaming_backward(
@@ -167,7 +168,6 @@ def streaming_backward(
     workspace_mib: int,
     *,
     needs: tuple[bool, bool, bool, bool, bool],
-    surprise: Tensor | None = None,
 ) -> HeadGrads:
     """Exact gradients of `sum(dlogps * logps)`, only those asked for.
 
@@ -177,10 +177,8 @@ def streaming_backward(
     Args:
         dlogps: [T] upstream gradient, any strides.
         hidden, target, rows, head, workspace_mib: as in `streaming_forward`.
-        state: [2, T] from the forward, peak and total.
+        state: [3, T] from the forward.
         needs: which of hidden, weight, bias, lora a, lora b to compute.
-        surprise: the target's 1 - p [T], where the state comes from another forward, whose logits differ in their last
-            bits: where p is close to 1 those are all of it.
 
     Numerics: for bf16 inputs the two products take dz in bf16 (as matrix units need it; relative error 2^-9 an entry,
         of the size of the rounding of the returned gradient); for fp16, fp32 and float64 inputs in fp32 or float64.
@@ -194,8 +192,8 @@ def streaming_backward(
     row_target = tiles.of_rows(target, -1)
     peak = tiles.of_rows(state[0], torch.inf)  # padded rows: exp(z - inf) is 0 whatever their logits
     total = tiles.of_rows(state[1], 1.0)
+    surprise = tiles.of_rows(state[2], 0.0)
     upstream = tiles.of_rows(dlogps, 0.0)
-    surprise = None if surprise is None else tiles.of_rows(surprise, 0.0)
 
     for cut in tiles.slices():
         sums.begin_slice(cut.stop - cut.start)
@@ -203,8 +201,8 @@ def streaming_backward(
             span = block.span
             z = tiles.logits(block, cut)
             at_targets = cut.targets(row_target[span])
-            known = None if surprise is None else surprise[span]
-            dz = logits_gradient(z, *at_targets, peak[span], total[span], upstream[span], tiles.scratch(z), known)
+            of_rows = peak[span], total[span], surprise[span], upstream[span]
+            dz = logits_gradient(z, *at_targets, *of_rows, tiles.scratch(z))
             operands.through_logits(dz, z)
             with matmul_precision(operands.dtype):
                 if sums.hidden.shape[1]:

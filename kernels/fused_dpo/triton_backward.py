@@ -28,7 +28,6 @@ from fused_dpo.triton_tile import (
     logits_tile,
     on_device,
     product_arguments,
-    surprise_of,
     through_adapter,
     tile_arguments,
 )
@@ -138,9 +137,9 @@ def _dlogits_kernel(
         )
         peak = tl.load(state_ptr + rows, mask=mask_t, other=float("inf"))
         total = tl.load(state_ptr + T + rows, mask=mask_t, other=1.0)
+        surprise = tl.load(state_ptr + 2 * T + rows, mask=mask_t, other=0.0)
         hit = offs_v[None, :] == target[:, None]
-        at_target = surprise_of(tl.sum(tl.where(hit, z, 0.0), axis=1) - peak - tl.log(total))
-        dz = tl.where(hit, at_target[:, None], exp(z - peak[:, None]) * (-1.0 / total)[:, None])
+        dz = tl.where(hit, surprise[:, None], exp(z - peak[:, None]) * (-1.0 / total)[:, None])
         if HAS_SOFTCAP:  # d tanh(u) = 1 - tanh(u)^2
             ratio = z * (1.0 / (softcap * inverse_temperature))
             dz *= 1.0 - ratio * ratio
@@ -151,7 +150,7 @@ def _dlogits_kernel(
 
 class DLogits:
     """Launches of the kernel for some rows, all of them scored: `hidden` [R, D], `target` and `upstream` [R], `state`
-    [2, R]."""
+    [3, R]."""
 
     def __init__(
         self,

@@ -85,13 +85,13 @@ def triton_filtered_forward(
         R, V, config, device = rows.numel(), head.weight.shape[0], _backward_config(hidden, head), hidden.device
         blocks = ceil_div(R, config.block_t)
         columns = (screen[:blocks, 0] >= math.floor(BIAS + math.log2(filter_eps))).sum(1)
-        mean_tail = _of_blocks(state[2, rows], blocks, config.block_t).sum(1) / _block_sizes(R, blocks, config, device)
+        mean_tail = _of_blocks(state[3, rows], blocks, config.block_t).sum(1) / _block_sizes(R, blocks, config, device)
         flat = ~(mean_tail <= tail_guard) | (columns > V // 2)  # NaN is not below the guard
         screen[:blocks, 0].masked_fill_(flat[:, None], EVERYTHING)
         flat_rows = flat.repeat_interleave(config.block_t)[:R]
         fraction = torch.where(flat, 1.0, columns / V).repeat_interleave(config.block_t)[:R]
-        state[2].index_copy_(0, rows, state[2, rows].masked_fill(flat_rows, 0.0))
-        state[3].index_copy_(0, rows, fraction)
+        state[3].index_copy_(0, rows, state[3, rows].masked_fill(flat_rows, 0.0))
+        state[4].index_copy_(0, rows, fraction)
     return logps, state, results.token_stats, screen
 
 
@@ -140,7 +140,7 @@ def triton_filtered_backward(
     kept = _KeptLists(operands, target, state, upstream, workspace_mib)
     blocks, config = kept.blocks, kept.config
     block_of_row = torch.arange(R, device=hidden.device) // config.block_t
-    judgement = Judgement(block_of_row, blocks, upstream, state[4, rows], target[rows], filter_eps)
+    judgement = Judgement(block_of_row, blocks, upstream, state[2, rows], target[rows], filter_eps)
     flat = (screen[:blocks, 0, 0] == EVERYTHING)[block_of_row] & (judgement.magnitude > judgement.negligible)
     marks = flat[:, None].expand(R, ceil_div(V, config.narrow)).contiguous()
     keep = judgement.columns(screen[:blocks, 0])
@@ -296,6 +296,7 @@ class _KeptLists:
         shape = self.product
         grid = ceil_div(N, shape.block_n), ceil_div(M, block_m)
         options: dict[str, Any] = {"BLOCK_M": block_m, "ACCUMULATE": unit is None, "INDIRECT": index is not None}
+        options["PADDED"] = unit is None  # lists of columns, whose tiles are filled up
         options |= {"first": first, "M": M, "N": N, "stride_om": out.stride(0)}
         options |= {"a_ptr": self._dz, "b_ptr": b, "stride_bk": b.stride(0), "stride_bn": b.stride(1), "out_ptr": out}
         options["unit_ptr"] = self._dz if unit is None else unit

@@ -219,7 +219,7 @@ def _merge_splits_kernel(
 ):
     """Merge the splits of each row, BLOCK_S at a time, into the softmax's state and the log-prob.
 
-    Grid: row blocks. Reads 2·splits numbers a row and writes 3 into the rows' places among all T; bound by latency.
+    Grid: row blocks. Reads 2·splits numbers a row and writes 4 into the rows' places among all T; bound by latency.
     """
     offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_t = offs_t < R
@@ -253,9 +253,9 @@ def _merge_splits_kernel(
     tl.store(logps_ptr + rows, logp, mask=mask_t)
     tl.store(state_ptr + rows, shift, mask=mask_t)
     tl.store(state_ptr + T + rows, total, mask=mask_t)
+    tl.store(state_ptr + 2 * T + rows, surprise_of(logp), mask=mask_t)
     if SCREEN:
-        tl.store(state_ptr + 2 * T + rows, tail / total, mask=mask_t)
-        tl.store(state_ptr + 4 * T + rows, surprise_of(logp), mask=mask_t)
+        tl.store(state_ptr + 3 * T + rows, tail / total, mask=mask_t)
     if WANT_STATS:
         tl.store(stats_ptr + rows, log_total - (weighted / total - shift), mask=mask_t)
         tl.store(stats_ptr + T + rows, plain / V, mask=mask_t)
@@ -268,7 +268,7 @@ class Results(NamedTuple):
     logps: Tensor
     """[T]"""
     state: Tensor
-    """[2, T]: largest logit, sum of exponentials above it; with a screen [5, T], see `fused_dpo.filtered`."""
+    """[3, T], see `streaming_forward`; with a screen [5, T], see `filtered_forward`."""
     stats: Tensor | None
     """[3, T], see `TokenStats`."""
     screen: Tensor | None
@@ -285,7 +285,7 @@ def empty_results(hidden: Tensor, *, want_stats: bool, screen_shape: tuple[int, 
     T, device = hidden.shape[0], hidden.device
     return Results(
         torch.zeros(T, device=device),
-        torch.zeros(2 if screen_shape is None else 5, T, device=device),
+        torch.zeros(3 if screen_shape is None else 5, T, device=device),
         torch.zeros(3, T, device=device) if want_stats else None,
         None if screen_shape is None else torch.zeros(screen_shape, dtype=torch.uint8, device=device),
     )
@@ -406,7 +406,7 @@ def triton_forward(
 ) -> tuple[Tensor, Tensor, TokenStats | None]:
     """Log-prob and softmax state of every row, and the stats if wanted: `streaming_forward` on CUDA.
 
-    Memory: log-prob and state, 12 bytes a row, and what the scan takes: 8 bytes (16 with stats) a scored row and split
+    Memory: log-prob and state, 16 bytes a row, and what the scan takes: 8 bytes (16 with stats) a scored row and split
     of SPLIT_COLUMNS columns. No synchronisation with the host.
     """
     results = empty_results(hidden, want_stats=want_stats)

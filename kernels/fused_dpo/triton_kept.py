@@ -79,11 +79,12 @@ def _kept_dlogits_kernel(
     """dz of what is kept, in the hidden states' dtype.
 
     Grid: (groups, tiles of a list). BY_COLUMNS: group g is the g-th block of BLOCK_T scored rows, its list holds
-    columns, and slots `first` to `first + capacity` of it go to dz `[R, capacity]`; `residual` `[tiles, R]` gets the
-    sum of each row's tile, and `marks` `[R, narrow blocks]` a 1 where any of NARROW columns has an entry of the row
-    above `smallest` `[R]` (all writers write the same). Else: group g is the columns from `first + g * BLOCK_V` on, its
-    list holds scored rows, and dz is `[groups, capacity, BLOCK_V]`, 0 in columns that the row's block does not keep
-    (`keep`, bool `[blocks, V]`), as those are corrected for the block as a whole.
+    columns, and slots `first` to `first + capacity` of it go to dz `[R, capacity]`, with zeros from the list's end to
+    that of its tile; `residual` `[tiles, R]` gets the sum of each row's tile, and `marks` `[R, narrow blocks]` a 1
+    where any of NARROW columns has an entry of the row above `smallest` `[R]` (all writers write the same). Else: group
+    g is the columns from `first + g * BLOCK_V` on, its list holds scored rows, and dz is `[groups, capacity, BLOCK_V]`,
+    0 in columns that the row's block does not keep (`keep`, bool `[blocks, V]`), as those are corrected for the block
+    as a whole.
 
     Roofline: 2·D FLOP for each of the tile's entries, bound by the matrix units; gathered rows of hidden states and
     head are contiguous, so they load like any others.
@@ -145,9 +146,10 @@ def _kept_dlogits_kernel(
             BLOCK_D,
         )
         target = tl.load(target_ptr + rows, mask=mask_t, other=-1)
+        target = tl.where(target < V, target, -1)  # slots without a column stand at V, and their dz is 0
         peak = tl.load(state_ptr + rows, mask=mask_t, other=float("inf"))
         total = tl.load(state_ptr + T + rows, mask=mask_t, other=1.0)
-        surprise = tl.load(state_ptr + 4 * T + rows, mask=mask_t, other=0.0)
+        surprise = tl.load(state_ptr + 2 * T + rows, mask=mask_t, other=0.0)
         upstream = tl.load(upstream_ptr + offs_t, mask=mask_t, other=0.0)
         hit = offs_v[None, :] == target[:, None]
         dz = tl.where(hit, (upstream * surprise)[:, None], exp(z - peak[:, None]) * (-upstream / total)[:, None])
@@ -196,6 +198,7 @@ def _gathered_product_kernel(
     stride_om,
     M,
     N,
+    PADDED: tl.constexpr,
     INDIRECT: tl.constexpr,
     CORRECT: tl.constexpr,
     ACCUMULATE: tl.constexpr,
@@ -206,9 +209,10 @@ def _gathered_product_kernel(
     """`out[group] (+)= a[group] @ b[list[group]]`: rows of `b` gathered by the group's list, in ascending order.
 
     Grid: (tiles of N, groups). `a` is `[BLOCK_M, slots]` by its strides, for slots `first` to `first + capacity` of the
-    list; with INDIRECT a list's entry goes through `index` first. `out` `[M, N]` has BLOCK_M rows a group: with
-    ACCUMULATE fp32, added to, and left alone where no slot is live; else written once, times `unit`. Every entry has
-    one writer, and no atomics. CORRECT takes `tail` `[blocks, M]` with `sums` `[blocks, N]` in as so many rows more.
+    list, and if PADDED 0 from the list's end to the next multiple of BLOCK_K; with INDIRECT a list's entry goes through
+    `index` first. `out` `[M, N]` has BLOCK_M rows a group: with ACCUMULATE fp32, added to, and left alone where no slot
+    is live; else written once, times `unit`. Every entry has one writer, and no atomics. CORRECT takes `tail`
+    `[blocks, M]` with `sums` `[blocks, N]` in as so many rows more.
 
     Roofline: 2·BLOCK_M·N FLOP a slot, bound by the matrix units; `b`'s gathered rows come from L2.
     """
@@ -229,10 +233,10 @@ def _gathered_product_kernel(
         if INDIRECT:
             at = tl.load(index_ptr + at, mask=mask_k, other=0)
         wide = slots.to(tl.int64)
+        # A mask along contiguous slots, whose number is known too late, would split loads into single entries.
+        mask_a = mask_m[:, None] if PADDED else mask_m[:, None] & mask_k[None, :]
         a = tl.load(
-            a_group + offs_m.to(tl.int64)[:, None] * stride_am + wide[None, :] * stride_ak,
-            mask=mask_m[:, None] & mask_k[None, :],
-            other=0.0,
+            a_group + offs_m.to(tl.int64)[:, None] * stride_am + wide[None, :] * stride_ak, mask=mask_a, other=0.0
         )
         b = tl.load(
             b_ptr + at.to(tl.int64)[:, None] * stride_bk + offs_n[None, :] * stride_bn,

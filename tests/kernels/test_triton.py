@@ -30,6 +30,8 @@ from fused_dpo.triton_configs import (
     SPLIT_COLUMNS,
     TILE_CONFIGS,
     TileConfig,
+    library_config,
+    product_config,
     tile_config,
 )
 from tests.kernels.helpers import (
@@ -266,6 +268,12 @@ def test_configurations_never_depend_on_the_batch() -> None:
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             tiles = [tile_config(architecture, dtype, epilogue) for epilogue in (PLAIN, RICH, RICHEST)]
             assert len({tile.block_t for tile in tiles}) == 1, "the backward reads the screen of any forward"
+            step = product_config(architecture, dtype).block_k
+            assert all(tile.block_v % step == 0 for tile in tiles), "products step through whole tiles of dz"
+            library = library_config(architecture, dtype)
+            assert library.tile.block_t == tiles[0].block_t
+            assert library.slice_columns % library.split_columns == library.split_columns % library.tile.block_v == 0
+            assert library.chunk_rows % library.tile.block_t == library.chunk_rows % library.dz_tile.block_t == 0
 
 
 class TestAutotune:
@@ -342,13 +350,22 @@ def test_every_kernel_compiles_for_both_architectures(
 
 
 def test_the_compile_table_can_fail() -> None:
-    """The judgement itself: spills, shared memory and missing wgmma are each called out."""
-    code = (
-        "from benchmarks.compile_table import Compiled\n"
-        "row = Compiled('_dlogits_kernel', 90, 'bf16', '', '', 255, 1000, 300_000, 0)\n"
-        "assert len(row.problems()) == 3, row.problems()\n"
-        "assert Compiled('_dlogits_kernel', 90, 'bf16', '', '', 255, 0, 1000, 4).problems() == []\n"
-    )
+    """The judgement itself: spills, shared memory, missing wgmma and narrow loads are each called out."""
+    code = """if True:
+        from benchmarks.compile_table import Compiled, narrow_loads
+
+        def problems(stack, shared, wgmma, multiplies, narrow):
+            return Compiled('', 90, 'bf16', '', '', 255, stack, shared, wgmma, multiplies, narrow).problems()
+
+        assert len(problems(1000, 300_000, 0, True, 3)) == 4
+        assert problems(64, 1000, 4, True, 0) == problems(0, 1000, 0, False, 0) == []
+
+        load, product = "ld.global.b16 { %rs1 }, [ %rd1 + 0 ];", "wgmma.mma_async.sync.aligned.m64n64k16 x;"
+        loop = ["$L__BB0_2:", product, load, load, "@%p1 bra \\t$L__BB0_2;"]
+        assert narrow_loads("\\n".join([load, *loop, load])) == 2
+        assert narrow_loads("\\n".join([load, *loop[:2], loop[-1]])) == 0
+        assert narrow_loads("\\n".join(["$L__BB0_2:", load, "@%p1 bra $L__BB0_2;", product])) == 0
+    """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 

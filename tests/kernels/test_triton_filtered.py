@@ -243,10 +243,10 @@ def test_screen_bounds_the_probabilities(scan: Scan, want_stats: bool) -> None:
     own_tail = torch.where(p <= eps, p, 0.0).sum(1)
     dropped = (screen[:, 0].int() < BIAS + math.log2(eps)).repeat_interleave(rows_a_block, 0)[: len(rows)]
     # 1e-5: fp32 sums of V probabilities.
-    assert (state[2, rows] <= own_tail + 1e-5).all()  # what the bound lifts over eps is not in the tail
-    assert (state[2, rows] >= torch.where(dropped, p, 0.0).sum(1) - 1e-5).all()  # but all that is dropped is
+    assert (state[3, rows] <= own_tail + 1e-5).all()  # what the bound lifts over eps is not in the tail
+    assert (state[3, rows] >= torch.where(dropped, p, 0.0).sum(1) - 1e-5).all()  # but all that is dropped is
     # 1 - p in fp32, which the kernel takes from a series where it is small.
-    torch.testing.assert_close(state[4, rows], 1 - logps[rows].exp(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(state[2, rows], 1 - logps[rows].exp(), rtol=1e-4, atol=1e-6)
 
     flat = triton_filtered_forward(
         problem.hidden, target, rows, head, 64, tail_guard=0.0, want_stats=want_stats, **options
@@ -254,7 +254,7 @@ def test_screen_bounds_the_probabilities(scan: Scan, want_stats: bool) -> None:
     assert (flat[3][:, 0] == EVERYTHING).all()
     assert torch.equal(flat[3][:, 1], screen[:, 1])
     assert bits_equal(flat[0], logps)
-    assert (flat[1][3, rows] == 1).all()
+    assert (flat[1][4, rows] == 1).all()
 
 
 def test_flat_distributions_are_exact() -> None:

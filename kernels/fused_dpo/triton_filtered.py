@@ -37,7 +37,7 @@ from fused_dpo.triton_forward import Scan, empty_results, fused_scan
 from fused_dpo.triton_kept import _compact_kernel, _gathered_product_kernel, _kept_dlogits_kernel
 from fused_dpo.triton_tile import architecture, on_device, tile_arguments
 
-COMPACT_BLOCK = 1024
+COMPACT_BLOCK = 4096
 """Flags that a program of the compaction takes at a time."""
 TAIL_COLUMNS = 16384
 """Columns of the correction taken at a time."""
@@ -142,7 +142,8 @@ def triton_filtered_backward(
     block_of_row = torch.arange(R, device=hidden.device) // config.block_t
     judgement = Judgement(block_of_row, blocks, upstream, state[2, rows], target[rows], filter_eps)
     flat = (screen[:blocks, 0, 0] == EVERYTHING)[block_of_row] & (judgement.magnitude > judgement.negligible)
-    marks = flat[:, None].expand(R, ceil_div(V, config.narrow)).contiguous()
+    # Padded, so that rows of flags are read 16 at a time.
+    marks = F.pad(flat, (0, -R % 16)).expand(ceil_div(V, config.narrow), -1).contiguous()
     keep = judgement.columns(screen[:blocks, 0])
     offset = _of_blocks((state[0, rows] + state[1, rows].log()), blocks, config.block_t).sum(1)
     tail = Tail(operands, screen[:blocks, 1], keep, offset / _block_sizes(R, blocks, config, hidden.device))
@@ -196,7 +197,7 @@ class _KeptLists:
     def add_hidden_gradient(self, keep: Tensor, smallest: Tensor, marks: Tensor, sums: GradientSums) -> Tensor:
         """Add `dz @ weight` over the kept columns, bool [blocks, V]; returns what each row of dz sums to there [R].
 
-        Sets `marks`, bool [R, narrow blocks of columns], where a row has an entry above its `smallest` [R].
+        Sets `marks`, bool [narrow blocks of columns, R at least], where a row has an entry above its `smallest` [R].
         """
         config, operands, head = self.config, self.operands, self.operands.head
         columns = torch.empty(self.blocks, self.V, dtype=torch.int32, device=self.device)
@@ -204,7 +205,8 @@ class _KeptLists:
         tiles = self.width // config.block_v
         residual, parts = torch.zeros(self.R, device=self.device), torch.empty(tiles, self.R, device=self.device)
         lists: dict[str, Any] = {"list_ptr": columns, "counts_ptr": self._counts, "stride_lg": columns.stride(0)}
-        lists |= {"capacity": self.width, "smallest_ptr": smallest, "marks_ptr": marks, "keep_ptr": keep}
+        lists |= {"capacity": self.width, "smallest_ptr": smallest, "keep_ptr": keep}
+        lists |= {"marks_ptr": marks, "stride_mg": marks.stride(0)}
         products = {"list_ptr": columns, "counts_ptr": self._counts, "stride_lg": self.V, "capacity": self.width}
         products |= {"stride_ag": config.block_t * self.width, "stride_am": self.width, "stride_ak": 1}
         for first in range(0, self.V, self.width):
@@ -219,9 +221,9 @@ class _KeptLists:
         return residual
 
     def write_weight_gradients(
-        self, keep: Tensor, sums: GradientSums, tail: Tail, upstream: Tensor, unit: Tensor
+        self, marks: Tensor, sums: GradientSums, tail: Tail, upstream: Tensor, unit: Tensor
     ) -> None:
-        """Write `dz.T @ hidden`, and the same for bias and adapter, from the kept rows, bool [R, narrow blocks].
+        """Write `dz.T @ hidden`, and the same for bias and adapter, from the rows in `marks`, bool [narrow blocks, R].
 
         What is dropped takes part by its block's mean: `upstream` is that of the rows in blocks [blocks, rows].
         """
@@ -236,11 +238,11 @@ class _KeptLists:
         block_sums = [self._block_sums(upstream, b, index) for b, _, index in others]
         rows = torch.empty(self.width // narrow, self.R, dtype=torch.int32, device=self.device)
         lists: dict[str, Any] = {"list_ptr": rows, "counts_ptr": self._counts, "stride_lg": self.R, "capacity": self.R}
-        dz_of = lists | {"keep_ptr": tail.keep, "smallest_ptr": self._dz, "marks_ptr": self._dz}
+        dz_of = lists | {"keep_ptr": tail.keep, "smallest_ptr": self._dz, "marks_ptr": self._dz, "stride_mg": 0}
         strides = {"stride_ag": self.R * narrow, "stride_am": 1, "stride_ak": narrow}
-        for first in range(0, keep.shape[1], self.width // narrow):
-            groups = min(self.width // narrow, keep.shape[1] - first)
-            self._compact(keep[:, first : first + groups].T, rows)
+        for first in range(0, len(marks), self.width // narrow):
+            groups = min(self.width // narrow, len(marks) - first)
+            self._compact(marks[first : first + groups], rows)
             start, stop = first * narrow, min((first + groups) * narrow, self.V)
             self._dlogits(config.of_rows, dz_of, (groups, ceil_div(self.R, config.block_t)), start)
             means = (tail.columns(start, stop)[1] * -TAIL_SCALE).to(operands.dtype)
@@ -263,12 +265,13 @@ class _KeptLists:
         return sums.squeeze(1)
 
     def _compact(self, flags: Tensor, lists: Tensor) -> None:
-        """Lists of the set flags, bool [groups, N] of any strides, and their lengths."""
+        """Lists of the set flags, bool [groups, N] with contiguous rows, and their lengths."""
         groups, N = flags.shape
         arguments: dict[str, Any] = {"flags_ptr": flags, "list_ptr": lists, "counts_ptr": self._counts, "N": N}
-        arguments |= {"stride_fg": flags.stride(0), "stride_fn": flags.stride(1), "stride_lg": lists.stride(0)}
+        arguments |= {"stride_fg": flags.stride(0), "stride_lg": lists.stride(0)}
+        arguments |= {"BLOCK_N": COMPACT_BLOCK, "num_warps": 8}
         with on_device(flags):
-            _compact_kernel[(groups,)](**arguments, BLOCK_N=COMPACT_BLOCK)  # pyright: ignore[reportArgumentType]
+            _compact_kernel[(groups,)](**arguments)
 
     def _dlogits(
         self, tile: TileConfig, lists: dict[str, Any], grid: tuple[int, int], first: int, residual: Tensor | None = None

@@ -12,18 +12,16 @@ from fused_dpo.triton_tile import exp, logits_tile
 
 
 @triton.jit
-def _compact_kernel(
-    flags_ptr, list_ptr, counts_ptr, N, stride_fg, stride_fn, stride_lg, BLOCK_N: tl.constexpr
-):  # fmt: skip
+def _compact_kernel(flags_ptr, list_ptr, counts_ptr, N, stride_fg, stride_lg, BLOCK_N: tl.constexpr):
     """Positions of the set flags of each group, ascending, and how many there are.
 
-    Grid: groups. Reads N bytes and writes at most 4·N a group; bound by latency.
+    Grid: groups. Reads N contiguous bytes and writes at most 4·N a group; bound by latency.
     """
     group = tl.program_id(0).to(tl.int64)
     count = 0
     for start in range(0, N, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
-        flags = tl.load(flags_ptr + group * stride_fg + offs_n.to(tl.int64) * stride_fn, mask=offs_n < N, other=0)
+        flags = tl.load(flags_ptr + group * stride_fg + offs_n, mask=offs_n < N, other=0)
         flags = (flags != 0).to(tl.int32)
         at = count + tl.cumsum(flags, 0) - flags
         tl.store(list_ptr + group * stride_lg + at, offs_n, mask=flags != 0)
@@ -52,6 +50,7 @@ def _kept_dlogits_kernel(
     first,
     capacity,
     stride_lg,
+    stride_mg,
     T,
     R,
     V,
@@ -80,7 +79,7 @@ def _kept_dlogits_kernel(
 
     Grid: (groups, tiles of a list). BY_COLUMNS: group g is the g-th block of BLOCK_T scored rows, its list holds
     columns, and slots `first` to `first + capacity` of it go to dz `[R, capacity]`, with zeros from the list's end to
-    that of its tile; `residual` `[tiles, R]` gets the sum of each row's tile, and `marks` `[R, narrow blocks]` a 1
+    that of its tile; `residual` `[tiles, R]` gets the sum of each row's tile, and `marks` `[narrow blocks, R]` a 1
     where any of NARROW columns has an entry of the row above `smallest` `[R]` (all writers write the same). Else: group
     g is the columns from `first + g * BLOCK_V` on, its list holds scored rows, and dz is `[groups, capacity, BLOCK_V]`,
     0 in columns that the row's block does not keep (`keep`, bool `[blocks, V]`), as those are corrected for the block
@@ -156,7 +155,7 @@ def _kept_dlogits_kernel(
         if BY_COLUMNS:
             tl.store(residual_ptr + tile * R + offs_t, tl.sum(dz, axis=1), mask=mask_t)
             smallest = tl.load(smallest_ptr + offs_t, mask=mask_t, other=float("inf"))
-            marks = marks_ptr + offs_t.to(tl.int64)[:, None] * tl.cdiv(V, NARROW) + (offs_v // NARROW)[None, :]
+            marks = marks_ptr + (offs_v // NARROW).to(tl.int64)[None, :] * stride_mg + offs_t[:, None]
             above = mask_t[:, None] & (offs_v < V)[None, :] & ~(tl.abs(dz) <= smallest[:, None])  # NaN is above
             tl.store(marks, tl.full([BLOCK_T, BLOCK_V], 1, dtype=tl.uint8), mask=above)
         if HAS_SOFTCAP:  # d tanh(u) = 1 - tanh(u)^2

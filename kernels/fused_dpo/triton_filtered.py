@@ -84,7 +84,7 @@ def triton_filtered_forward(
         scan(hidden, target, rows, head, results, filter_eps)
         R, V, config, device = rows.numel(), head.weight.shape[0], _backward_config(hidden, head), hidden.device
         blocks = ceil_div(R, config.block_t)
-        columns = (screen[:blocks, 0] >= math.floor(BIAS + math.log2(filter_eps))).sum(1)
+        columns = (screen[:blocks, 0] >= math.floor(BIAS + math.log2(filter_eps))).sum(1, dtype=torch.float32)
         mean_tail = _of_blocks(state[3, rows], blocks, config.block_t).sum(1) / _block_sizes(R, blocks, config, device)
         flat = ~(mean_tail <= tail_guard) | (columns > V // 2)  # NaN is not below the guard
         screen[:blocks, 0].masked_fill_(flat[:, None], EVERYTHING)
@@ -133,7 +133,7 @@ def triton_filtered_backward(
     if not R:
         return sums.finish()
     upstream = dlogps[rows].float()
-    unit = torch.ones((), device=hidden.device)
+    unit = torch.ones((), dtype=torch.float32, device=hidden.device)
     if hidden.dtype == torch.float16:
         unit = upstream.abs().amax().clamp_(min=torch.finfo(torch.float32).tiny)
         upstream = upstream / unit
@@ -203,7 +203,8 @@ class _KeptLists:
         columns = torch.empty(self.blocks, self.V, dtype=torch.int32, device=self.device)
         self._compact(keep, columns)
         tiles = self.width // config.block_v
-        residual, parts = torch.zeros(self.R, device=self.device), torch.empty(tiles, self.R, device=self.device)
+        residual = torch.zeros(self.R, dtype=torch.float32, device=self.device)
+        parts = torch.empty(tiles, self.R, dtype=torch.float32, device=self.device)
         lists: dict[str, Any] = {"list_ptr": columns, "counts_ptr": self._counts, "stride_lg": columns.stride(0)}
         lists |= {"capacity": self.width, "smallest_ptr": smallest, "keep_ptr": keep}
         lists |= {"marks_ptr": marks, "stride_mg": marks.stride(0)}

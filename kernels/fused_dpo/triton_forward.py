@@ -282,12 +282,13 @@ class Results(NamedTuple):
 
 def empty_results(hidden: Tensor, *, want_stats: bool, screen_shape: tuple[int, int, int] | None = None) -> Results:
     """Zeros to write into."""
-    T, device = hidden.shape[0], hidden.device
+    T = hidden.shape[0]
+    logps = torch.zeros(T, dtype=torch.float32, device=hidden.device)
     return Results(
-        torch.zeros(T, device=device),
-        torch.zeros(3 if screen_shape is None else 5, T, device=device),
-        torch.zeros(3, T, device=device) if want_stats else None,
-        None if screen_shape is None else torch.zeros(screen_shape, dtype=torch.uint8, device=device),
+        logps,
+        logps.new_zeros(3 if screen_shape is None else 5, T),
+        logps.new_zeros(3, T) if want_stats else None,
+        None if screen_shape is None else logps.new_zeros(screen_shape, dtype=torch.uint8),
     )
 
 
@@ -311,7 +312,8 @@ class Partials:
         self._filter_eps, self._config, self._split_columns = filter_eps, config, split_columns
         R, device = rows.numel(), hidden.device
         with_stats, with_screen = results.stats is not None, results.screen is not None
-        partials = iter(torch.empty(2 + 2 * with_stats + with_screen, self.splits, R, device=device))
+        count = 2 + 2 * with_stats + with_screen
+        partials = iter(torch.empty(count, self.splits, R, dtype=torch.float32, device=device))
         self._peak, self._total = next(partials), next(partials)
         self._arguments: dict[str, Any] = {
             "row_index_ptr": rows,

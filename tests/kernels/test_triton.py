@@ -244,6 +244,28 @@ def test_autocast_keeps_the_weight_in_fp32() -> None:
     assert weight.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("grad_mode", ["exact", "filtered"])
+@pytest.mark.parametrize("impl", ["triton", "library", "streaming"])
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
+def test_torchs_default_dtype_changes_nothing(impl: str, grad_mode: str, default: torch.dtype) -> None:
+    """Loaders of models set it, and what is allocated here must not follow."""
+    problem = on_device(make_problem((5, 20), V=300, D=20, bias=True).to(torch.float32))
+    upstream = torch.tensor([0.7, -1.3], device=DEVICE)
+
+    def results() -> tuple[Tensor, ...]:
+        fresh = leaves(problem)
+        logps = fused(fresh, impl=impl, grad_mode=grad_mode)
+        return logps.detach(), *torch.autograd.grad(logps, (fresh.hidden, fresh.weight), upstream)
+
+    expected, before = results(), torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        got = results()
+    finally:
+        torch.set_default_dtype(before)
+    assert all(map(bits_equal, got, expected))
+
+
 def test_choice_of_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, labels = torch.randn(1, 3, 4), torch.randn(5, 4), torch.zeros(1, 3, dtype=torch.long)
 

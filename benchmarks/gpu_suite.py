@@ -19,17 +19,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "kernels"), str(ROOT / "engine")]  # a bare checkout has nothing installed
+import torch
 
-import torch  # noqa: E402
-
-from benchmarks import head, records  # noqa: E402
-from benchmarks.cases import AXES, BARE, SCALED, STAGED, TRAIN, Case, head_cases, scaling_cases  # noqa: E402
-from benchmarks.gpu_checks import CHECKS, SMALL, NotHereError, Scale  # noqa: E402
-from benchmarks.measure import environment, quantiles, timed  # noqa: E402
-from benchmarks.peers import IMPLEMENTATIONS  # noqa: E402
-from benchmarks.stages import stages_of  # noqa: E402
+from benchmarks import ROOT, head, records
+from benchmarks.cases import AXES, BARE, SCALED, STAGED, TRAIN, Case, head_cases, scaling_cases
+from benchmarks.gpu_checks import CHECKS, SMALL, NotHereError, Scale
+from benchmarks.measure import environment, quantiles, timed
+from benchmarks.peers import IMPLEMENTATIONS
+from benchmarks.stages import stages_of
 
 NAMES = (BARE, *IMPLEMENTATIONS)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,5 +1,7 @@
 """`python -m benchmarks.tuning`: variants of the kernels, applied, checked, and given back."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,6 +93,19 @@ def readme(folder: Path) -> Path:
     path = folder / "README.md"
     path.write_text(f"{BEGIN}\n{END}\n")
     return path
+
+
+@pytest.mark.parametrize("module", ["gpu_suite", "tuning", "compile_table"])
+def test_a_bare_checkout_is_enough(module: str) -> None:
+    """Where nothing is installed, as on a machine that is there for its GPU."""
+    code = (
+        "import importlib.util, sys\n"
+        "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in getattr(f, '__name__', '').lower()]\n"
+        "assert importlib.util.find_spec('fused_dpo') is None\n"
+        f"import benchmarks.{module}\n"
+        "import fused_dpo, fused_dpo_engine\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,17 @@ def accumulate_product(accumulator: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return accumulator.addmm_(a, b)
 
 
+def in_range(upstream: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """`upstream` fp32 [rows] for a dz that is held in `dtype`, and the unit it is then counted in, None for 1.
+
+    fp16 ends at 6e-8, so there the largest becomes 1.
+    """
+    if dtype != torch.float16 or not upstream.numel():
+        return upstream, None
+    unit = upstream.abs().amax().clamp_(min=torch.finfo(torch.float32).tiny)
+    return upstream / unit, unit
+
+
 def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b` of plain tensors accumulated and returned in fp32; `b` is taken in the dtype of `a`."""
     b = b.to(a.dtype)

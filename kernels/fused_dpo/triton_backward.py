@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fused_dpo.head import HeadGrads, LMHead
 from fused_dpo.operands import ceil_div
-from fused_dpo.precision import fp32_partial_sums, matmul_fp32, matmul_precision
+from fused_dpo.precision import fp32_partial_sums, in_range, matmul_fp32, matmul_precision
 from fused_dpo.triton_autotune import choose_config
 from fused_dpo.triton_configs import TileConfig
 from fused_dpo.triton_tile import (
@@ -221,11 +221,7 @@ def triton_backward(
     """
     need_hidden, need_weight, need_bias, need_a, need_b = needs
     R, (V, D) = rows.numel(), head.weight.shape
-    upstream = dlogps[rows].float()
-    unit = None
-    if hidden.dtype == torch.float16 and R:
-        unit = upstream.abs().amax().clamp_(min=torch.finfo(torch.float32).tiny)
-        upstream = upstream / unit
+    upstream, unit = in_range(dlogps[rows].float(), hidden.dtype)
     h = hidden if hidden.shape[0] == R else hidden[rows]
 
     def zeros(*shape: int) -> Tensor:

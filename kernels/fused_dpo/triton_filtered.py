@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from fused_dpo.gradients import GradientSums
 from fused_dpo.head import HeadGrads, LMHead
 from fused_dpo.operands import Operands, ceil_div, round_up
+from fused_dpo.precision import in_range
 from fused_dpo.screen import BIAS, EVERYTHING, Judgement
 from fused_dpo.stats import TokenStats
 from fused_dpo.tail import Tail
@@ -132,11 +133,7 @@ def triton_filtered_backward(
     sums = GradientSums(operands, 0, needs, empty=not R)
     if not R:
         return sums.finish()
-    upstream = dlogps[rows].float()
-    unit = torch.ones((), dtype=torch.float32, device=hidden.device)
-    if hidden.dtype == torch.float16:
-        unit = upstream.abs().amax().clamp_(min=torch.finfo(torch.float32).tiny)
-        upstream = upstream / unit
+    upstream, unit = in_range(dlogps[rows].float(), hidden.dtype)
     kept = _KeptLists(operands, target, state, upstream, workspace_mib)
     blocks, config = kept.blocks, kept.config
     block_of_row = torch.arange(R, device=hidden.device) // config.block_t
@@ -150,9 +147,11 @@ def triton_filtered_backward(
     residual = kept.add_hidden_gradient(keep, judgement.smallest[block_of_row], marks, sums)
     if sums.hidden.shape[1]:
         _spread(sums.hidden, residual, tail.spread(TAIL_COLUMNS)[:, sums.hidden_columns], config.block_t)
-        sums.hidden *= unit
+        if unit is not None:
+            sums.hidden *= unit
     if sums.dweight is not None or sums.dbias is not None or sums.dlora_b is not None:
         judged = torch.where(judgement.magnitude > judgement.negligible, upstream, 0.0)
+        unit = upstream.new_ones(()) if unit is None else unit
         kept.write_weight_gradients(marks, sums, tail, _of_blocks(judged, blocks, config.block_t), unit)
     return sums.finish()
 

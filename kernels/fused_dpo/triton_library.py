@@ -20,12 +20,16 @@ from fused_dpo.triton_forward import Partials, Results
 from fused_dpo.triton_tile import Product, architecture
 
 
+def padded(h: Tensor, config: LibraryConfig) -> Tensor:
+    """Hidden rows `h` [chunk_rows at most, D] and rows of zeros up to `chunk_rows`; a copy only if some are missing."""
+    missing = config.chunk_rows - h.shape[0]
+    return F.pad(h, (0, 0, 0, missing)) if missing else h
+
+
 def products(
     h: Tensor, weight: Tensor, first: int, last: int, config: LibraryConfig, *, rows_contiguous: bool
 ) -> Iterator[Product]:
-    """Products of at most `chunk_rows` hidden rows `h` with the weight's rows `first:last`, in slices."""
-    if h.shape[0] < config.chunk_rows:
-        h = F.pad(h, (0, 0, 0, config.chunk_rows - h.shape[0]))
+    """Products of `padded` hidden rows with the weight's rows `first:last`, in slices."""
     for start in range(first, last, config.slice_columns):
         weight_slice = weight[start : min(start + config.slice_columns, last)].to(h.dtype)
         values = matmul_fp32(weight_slice, h.T).T if rows_contiguous else matmul_fp32(h, weight_slice.T)
@@ -46,7 +50,7 @@ def library_scan(
         chunk = rows[first : first + config.chunk_rows]
         screen = None if results.screen is None else results.screen[first // tile.block_t :]
         partials = Partials(hidden, target, chunk, head, results._replace(screen=screen), filter_eps, tile, split)
-        for product in products(hidden[chunk], head.weight, 0, V, config, rows_contiguous=True):
+        for product in products(padded(hidden[chunk], config), head.weight, 0, V, config, rows_contiguous=True):
             first_split, splits = product.first // split, ceil_div(product.values.shape[1], split)
             if first_split == 0 and screen is not None:
                 partials.forward(0, splits, product)
@@ -60,16 +64,17 @@ def library_dlogits(
 ) -> Callable[[Tensor, int], None]:
     """`fused_dpo.triton_backward.FormDLogits` by given products.
 
-    Memory: 4 bytes for each entry of a product.
+    Memory: 4 bytes for each entry of a product, and the last chunk's hidden states.
     """
     config = library_config(architecture(hidden.device), hidden.dtype)
     chunks = [slice(first, first + config.chunk_rows) for first in range(0, hidden.shape[0], config.chunk_rows)]
     launches = [DLogits(hidden[c], target[c], state[:, c], upstream[c], head, config.dz_tile) for c in chunks]
+    operands = [padded(hidden[c], config) for c in chunks]
 
     def fill(dz: Tensor, start: int) -> None:
-        for chunk, dlogits in zip(chunks, launches, strict=True):
+        for chunk, dlogits, h in zip(chunks, launches, operands, strict=True):
             last = start + dz.shape[1]
-            for product in products(hidden[chunk], head.weight, start, last, config, rows_contiguous=False):
+            for product in products(h, head.weight, start, last, config, rows_contiguous=False):
                 columns = slice(product.first - start, product.first - start + product.values.shape[1])
                 dlogits(dz[chunk, columns], product.first, product)
 

@@ -43,7 +43,6 @@ from tests.kernels.helpers import (
     assert_agrees,
     assert_same_bits,
     bits_equal,
-    compose,
     cu_seqlens,
     evaluate,
     fused,
@@ -52,7 +51,7 @@ from tests.kernels.helpers import (
     tokens,
     uninitialized_memory_is_nan,
 )
-from tests.kernels.triton_helpers import DEVICE, TRITON_DTYPES, on_device
+from tests.kernels.triton_helpers import DEVICE, TRITON_DTYPES, assert_invariant, on_device
 
 EVERYTHING = {**EVERY_FEATURE, "softcap": 4.0}
 
@@ -117,27 +116,15 @@ def test_several_splits_and_slices() -> None:
 @pytest.mark.parametrize("with_stats", [("entropy",), ("mean_logit", "is_top1"), ("entropy", "mean_logit", "is_top1")])
 def test_stats(with_stats: tuple[str, ...]) -> None:
     problem = on_device(make_problem((9, 30), V=70, D=12, bias=True, softcap=5.0).to(torch.float32))
-    got, true = (tokens(problem, with_stats, impl) for impl in ("triton", "reference"))
+    got, true = (tokens(p, with_stats, i) for p, i in ((problem, "triton"), (problem.to(torch.float64), "reference")))
     for name in ("logps", *with_stats):
-        # fp32 sums of 70 terms in another order.
-        torch.testing.assert_close(getattr(got, name), getattr(true, name), rtol=2e-5, atol=2e-5)
+        # fp32 sums of 70 numbers of order 1, 2^-24 each.
+        torch.testing.assert_close(getattr(got, name).double(), getattr(true, name).double(), rtol=4e-6, atol=4e-6)
     assert all(getattr(got, name) is None for name in got._fields if name not in ("logps", *with_stats))
 
 
 def test_run_to_run_and_batch_invariance() -> None:
-    """A sequence's bits depend on the sequence alone; gradients' bits on nothing but the inputs."""
-    problem = on_device(make_problem((5, 40, 1, 23), V=70, D=33).to(torch.float32))
-    first, again = evaluate(by_triton, problem), evaluate(by_triton, problem)
-    assert_same_bits(first, again, "the second run")
-    with torch.no_grad():
-        assert bits_equal(by_triton(problem), first.logps), "without gradient"
-    others = replace(problem, hidden=torch.where(torch.arange(69, device=DEVICE)[:, None] < 45, problem.hidden, 1.0))
-    assert bits_equal(by_triton(others)[:2], first.logps[:2]), "other sequences changed"
-    if DEVICE == "cpu":
-        return  # NumPy's vector loops round by an element's place in the array; a GPU's do not
-    for index in range(len(problem.spans)):
-        alone = by_triton(compose(problem, [index]))
-        assert bits_equal(alone, first.logps[index : index + 1]), f"sequence {index} alone"
+    assert_invariant(by_triton, V=70)
 
 
 @pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)

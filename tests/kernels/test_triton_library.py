@@ -21,7 +21,6 @@ from tests.kernels.helpers import (
     assert_agrees,
     assert_same_bits,
     bits_equal,
-    compose,
     evaluate,
     fused,
     make_problem,
@@ -30,7 +29,7 @@ from tests.kernels.helpers import (
     tokens,
     uninitialized_memory_is_nan,
 )
-from tests.kernels.triton_helpers import DEVICE, TRITON_DTYPES, on_device
+from tests.kernels.triton_helpers import TRITON_DTYPES, assert_invariant, on_device
 
 EVERYTHING = {**EVERY_FEATURE, "softcap": 4.0}
 CHUNK, SLICE, SPLIT = (getattr(INTERPRETER_LIBRARY, f) for f in ("chunk_rows", "slice_columns", "split_columns"))
@@ -85,10 +84,10 @@ def test_subsets_of_gradients(needs: tuple[str, ...]) -> None:
 def test_stats() -> None:
     names = ["entropy", "mean_logit", "is_top1"]
     problem = on_device(make_problem((9, 50), V=SLICE + 70, D=12, bias=True, softcap=5.0).to(torch.float32))
-    got, true = (tokens(problem, names, impl) for impl in ("library", "reference"))
+    got, true = (tokens(p, names, i) for p, i in ((problem, "library"), (problem.to(torch.float64), "reference")))
     for name in ("logps", *names):
-        # fp32 sums of 200 terms in another order.
-        torch.testing.assert_close(getattr(got, name), getattr(true, name), rtol=2e-5, atol=2e-5)
+        # fp32 sums of numbers of order 1, 64 of them at a time, 2^-24 each.
+        torch.testing.assert_close(getattr(got, name).double(), getattr(true, name).double(), rtol=4e-6, atol=4e-6)
 
 
 def peaked(**settings: Any) -> Problem:
@@ -115,18 +114,7 @@ def test_filtered(settings: dict[str, Any], dtype: torch.dtype) -> None:
 
 
 def test_run_to_run_and_batch_invariance() -> None:
-    problem = on_device(make_problem((5, 40, 1, 23), V=SLICE + 70, D=33).to(torch.float32))
-    first, again = evaluate(by_library, problem), evaluate(by_library, problem)
-    assert_same_bits(first, again, "the second run")
-    with torch.no_grad():
-        assert bits_equal(by_library(problem), first.logps), "without gradient"
-    others = replace(problem, hidden=torch.where(torch.arange(69, device=DEVICE)[:, None] < 45, problem.hidden, 1.0))
-    assert bits_equal(by_library(others)[:2], first.logps[:2]), "other sequences changed"
-    if DEVICE == "cpu":
-        return  # NumPy's vector loops round by an element's place in the array; a GPU's do not
-    for index in range(len(problem.spans)):
-        alone = by_library(compose(problem, [index]))
-        assert bits_equal(alone, first.logps[index : index + 1]), f"sequence {index} alone"
+    assert_invariant(by_library, V=SLICE + 70)
 
 
 def test_products_have_one_shape(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,13 @@
 """Where the tests of the Triton kernels run: on a GPU if there is one, else in Triton's interpreter."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from tests.kernels.helpers import Problem
+from tests.kernels.helpers import Problem, assert_same_bits, bits_equal, compose, evaluate, make_problem
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRITON_DTYPES = (torch.float32, torch.float16) + ((torch.bfloat16,) if DEVICE == "cuda" else ())
@@ -15,3 +18,19 @@ def on_device(problem: Problem) -> Problem:
     offsets = None if problem.cu_seqlens is None else problem.cu_seqlens.to(DEVICE)
     moved = problem.map(lambda tensor: tensor.to(DEVICE))
     return replace(moved, labels=problem.labels.to(DEVICE), cu_seqlens=offsets)
+
+
+def assert_invariant(logps: Callable[[Problem], Tensor], **settings: Any) -> None:
+    """A sequence's bits depend on the sequence alone; gradients' bits on nothing but the inputs."""
+    problem = on_device(make_problem((5, 40, 1, 23), D=33, **settings).to(torch.float32))
+    first, again = evaluate(logps, problem), evaluate(logps, problem)
+    assert_same_bits(first, again, "the second run")
+    with torch.no_grad():
+        assert bits_equal(logps(problem), first.logps), "without gradient"
+    others = replace(problem, hidden=torch.where(torch.arange(69, device=DEVICE)[:, None] < 45, problem.hidden, 1.0))
+    assert bits_equal(logps(others)[:2], first.logps[:2]), "other sequences changed"
+    if DEVICE == "cpu":
+        return  # NumPy's vector loops round by an element's place in the array; a GPU's do not
+    for index in range(len(problem.spans)):
+        alone = logps(compose(problem, [index]))
+        assert bits_equal(alone, first.logps[index : index + 1]), f"sequence {index} alone"

@@ -84,7 +84,7 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 def accumulate_product(accumulator: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """`accumulator += a @ b` in fp32 (or float64); operands as in `product`."""
     if b.dtype == torch.bfloat16:
-        return accumulator.add_(torch.mm(a.to(b.dtype), b, out_dtype=torch.float32))
+        return torch.addmm(accumulator, a.to(b.dtype), b, out_dtype=torch.float32, out=accumulator)
     return accumulator.addmm_(a, b)
 
 
@@ -99,10 +99,25 @@ def in_range(upstream: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | Non
     return upstream / unit, unit
 
 
-def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
+def matmul_fp32(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """`a @ b` of plain tensors accumulated and returned in fp32; `b` is taken in the dtype of `a`."""
     b = b.to(a.dtype)
-    if a.dtype == torch.float32 or not a.is_cuda:  # CPUs have no half-precision product with a fp32 result
-        with matmul_precision(torch.float32):
-            return a.float() @ b.float()
-    return torch.mm(a, b, out_dtype=torch.float32)
+    if has_fp32_result(a):
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
+    with matmul_precision(torch.float32):
+        return torch.mm(a.float(), b.float(), out=out)
+
+
+def add_matmul_fp32(sums: Tensor, a: Tensor, b: Tensor) -> None:
+    """`sums += a @ b` in fp32, the product never by itself in memory; operands as in `matmul_fp32`."""
+    b = b.to(a.dtype)
+    if has_fp32_result(a):
+        torch.addmm(sums, a, b, out_dtype=torch.float32, out=sums)
+        return
+    with matmul_precision(torch.float32):
+        sums.addmm_(a.float(), b.float())
+
+
+def has_fp32_result(a: Tensor) -> bool:
+    """Whether there is a product of half-precision tensors such as `a` with a fp32 result: not on CPUs."""
+    return a.is_cuda and a.dtype != torch.float32

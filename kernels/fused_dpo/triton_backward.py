@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fused_dpo.gradients import GradientSums
 from fused_dpo.head import HeadGrads, LMHead
-from fused_dpo.operands import ceil_div
-from fused_dpo.precision import fp32_partial_sums, in_range, matmul_fp32, matmul_precision
+from fused_dpo.operands import Operands, ceil_div
+from fused_dpo.precision import add_matmul_fp32, fp32_partial_sums, in_range, matmul_fp32, matmul_precision
 from fused_dpo.triton_autotune import choose_config
 from fused_dpo.triton_configs import TileConfig
 from fused_dpo.triton_tile import (
@@ -219,58 +220,43 @@ def triton_backward(
     Memory: `workspace_mib`, 4·D bytes a scored row for the hidden states' gradient, and a copy of the scored hidden
         states if not all rows are scored. No synchronisation with the host.
     """
-    need_hidden, need_weight, need_bias, need_a, need_b = needs
-    R, (V, D) = rows.numel(), head.weight.shape
+    R = rows.numel()
+    sums = GradientSums(Operands(hidden, rows, head), 0, needs, empty=not R)
+    if not R:
+        return sums.finish()
     upstream, unit = in_range(dlogps[rows].float(), hidden.dtype)
     h = hidden if hidden.shape[0] == R else hidden[rows]
-
-    def zeros(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.float32, device=hidden.device)
-
-    rank = 0 if head.lora is None else head.lora[0].shape[0]
-    dhidden_rows = zeros(R, D) if need_hidden else None
-    through_a = zeros(R, rank) if rank and (need_hidden or need_a) else None
-    dweight = torch.zeros_like(head.weight, memory_format=torch.contiguous_format) if need_weight else None
-    dbias = torch.zeros_like(head.bias) if head.bias is not None and need_bias else None
-    dlora_b = None
-    if head.lora is not None and need_b:
-        dlora_b = torch.zeros_like(head.lora[1], memory_format=torch.contiguous_format)
-
     fill = form_dlogits(h, target[rows], state[:, rows], upstream, head)
-    lora_h = None if dlora_b is None or head.lora is None else through_adapter(h, head.lora)
-    width = slice_width(R, V, hidden.element_size(), workspace_mib)
-    workspace = torch.empty(R, width, dtype=hidden.dtype, device=hidden.device)
+    _add_slices(sums, h, fill, unit, workspace_mib)
+    if unit is not None:
+        sums.hidden *= unit
+    return sums.finish()
+
+
+def _add_slices(
+    sums: GradientSums, h: Tensor, fill: Callable[[Tensor, int], None], unit: Tensor | None, workspace_mib: int
+) -> None:
+    """Add all slices of dz to the hidden states' sums, and write what they give for weight, bias and adapter."""
+    operands, head, (R, D) = sums.operands, sums.operands.head, h.shape
+    lora_b = None if head.lora is None or not sums.hidden.shape[1] else head.lora[1]
+    lora_h = None if head.lora is None or sums.dlora_b is None else through_adapter(h, head.lora)
+    width = slice_width(R, operands.V, h.element_size(), workspace_mib)
+    workspace = torch.empty(R, width, dtype=h.dtype, device=h.device)
     at_once = max(workspace_mib * 2**20 // 4 // (4 * D), 256)  # rows of fp32 products on their way into a result
-    row_blocks = [slice(first, first + at_once) for first in range(0, R, at_once)]
-    for start in range(0, V if R else 0, width):
-        stop = min(start + width, V)
+    for start in range(0, operands.V, width):
+        stop = min(start + width, operands.V)
         dz = workspace[:, : stop - start]
         fill(dz, start)
-        if dhidden_rows is not None:
-            for block in row_blocks:
-                dhidden_rows[block] += matmul_fp32(dz[block], head.weight[start:stop])
-        if dweight is not None:
-            write_product(dz.T, h, unit, at_once, out=dweight[start:stop])
-        if dbias is not None:
-            dbias[start:stop] = times(dz.sum(0, dtype=torch.float32), unit)
-        if head.lora is not None:
-            if through_a is not None:
-                through_a += head.lora[2] * matmul_fp32(dz, head.lora[1][start:stop])
-            if dlora_b is not None and lora_h is not None:
-                write_product(dz.T, lora_h, unit, at_once, out=dlora_b[start:stop])
-
-    dlora_a = dhidden = None
-    if head.lora is not None and through_a is not None:
-        a = head.lora[0]
-        if need_a:
-            dlora_a = times(through_a.T @ h.float(), unit).to(a.dtype)
-        if dhidden_rows is not None:
-            dhidden_rows += through_a @ a.to(hidden.dtype).float()
-    if dhidden_rows is not None:
-        dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
-        for block in row_blocks:
-            dhidden.index_copy_(0, rows[block], times(dhidden_rows[block], unit).to(hidden.dtype))
-    return HeadGrads(dhidden, dweight, dbias, dlora_a, dlora_b)
+        if sums.need_hidden:
+            add_matmul_fp32(sums.hidden[:, :D], dz, head.weight[start:stop])
+        if lora_b is not None:
+            add_matmul_fp32(sums.hidden[:, -operands.rank :], dz, lora_b[start:stop])
+        if sums.dweight is not None:
+            write_product(dz.T, h, unit, at_once, out=sums.dweight[start:stop])
+        if sums.dlora_b is not None and lora_h is not None:
+            write_product(dz.T, lora_h, unit, at_once, out=sums.dlora_b[start:stop])
+        if sums.dbias is not None:
+            sums.dbias[start:stop] = times(dz.sum(0, dtype=torch.float32), unit)
 
 
 def times(values: Tensor, unit: Tensor | None) -> Tensor:

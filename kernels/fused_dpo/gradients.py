@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fused_dpo.head import HeadGrads
 from fused_dpo.operands import Operands
-from fused_dpo.precision import matmul_precision
+from fused_dpo.precision import add_matmul_fp32, matmul_precision
 
 ROWS_AT_ONCE, ROWS_AT_ONCE_ON_CUDA = 256, 2048
 """Rows that are brought through the adapter and rounded at a time: nothing there is as large as the batch. On CUDA each
@@ -66,6 +66,14 @@ class GradientSums:
             self.dlora_b[start:stop] = self.weight[:, -rank:]
         if self.dbias is not None and self.bias is not None:
             self.dbias[start:stop] = self.bias
+
+    def add_hidden(self, out: Tensor, dz: Tensor, start: int, stop: int) -> None:
+        """`out += dz @ [weight | b][start:stop]`, those columns of it that `hidden` has; `dz` in the compute dtype."""
+        D, rank, head = self.operands.D, self.operands.rank, self.operands.head
+        if self.need_hidden:
+            add_matmul_fp32(out[:, :D], dz, head.weight[start:stop])
+        if head.lora is not None and out.shape[1]:
+            add_matmul_fp32(out[:, -rank:], dz, head.lora[1][start:stop])
 
     def finish(self) -> HeadGrads:
         """Bring the hidden states' sums through the adapter, and round."""

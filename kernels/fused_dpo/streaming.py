@@ -24,9 +24,9 @@ from fused_dpo.stats import TokenStats
 ROWS_PER_TILE = 256
 """Scored rows per tile: enough to feed the matrix units, few enough that a tile stays in cache."""
 ROW_MULTIPLE = 128
-"""The last tile is padded to a multiple of this. BLAS takes other inner loops for fewer rows and answers with other bits,
-which would make a sequence's log-prob depend on the batch around it: oneDNN's bf16 products do below 128 rows in torch
-2.11, fp32 ones below 8 in any."""
+"""The last tile is padded to a multiple of this. BLAS takes other inner loops for fewer rows and answers with other
+bits, which would make a sequence's log-prob depend on the batch around it: fp32 products do below 8 rows, bf16 ones
+below 128 in torch 2.11."""
 MAX_SLICE_CPU, MAX_SLICE = 4096, 32768
 """Vocabulary columns per tile at most: on a CPU a tile has to stay in cache, elsewhere it has to fill the device."""
 

@@ -38,17 +38,15 @@ class Tail:
         z = p.clamp(min=torch.finfo(torch.float32).tiny).log_().add_(self.offset[:, None])
         return p, self.operands.through_logits(p.clone(), z)
 
-    def spread(self, width: int, buffer: Tensor | None = None) -> Tensor:
+    def spread(self, width: int, buffer: Tensor) -> Tensor:
         """`q @ weight` of every block [blocks, K], q the dropped probabilities over their sum; 0 where nothing is.
 
-        Takes `width` columns at a time, and holds six times `width * blocks` numbers, and an operand of that width, for
-        which a `buffer` [width or more, K] may be lent.
+        Takes `width` columns at a time, and holds six times `width * blocks` numbers. `buffer` [width or more, K] is
+        for operands.
         """
         operands = self.operands
         total = self.offset.new_zeros(len(self.offset))
         spread = self.offset.new_zeros(len(self.offset), operands.width)
-        if buffer is None:
-            buffer = operands.buffer(0 if operands.is_operand(operands.held_dtype) else min(width, operands.V))
         for start, stop in even_bounds(operands.V, width):
             p, dz = self.columns(start, stop)
             total += p.sum(1)

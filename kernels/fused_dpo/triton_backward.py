@@ -16,7 +16,7 @@ from torch import Tensor
 from fused_dpo.gradients import GradientSums
 from fused_dpo.head import HeadGrads, LMHead
 from fused_dpo.operands import Operands, ceil_div
-from fused_dpo.precision import add_matmul_fp32, fp32_partial_sums, in_range, matmul_fp32, matmul_precision
+from fused_dpo.precision import fp32_partial_sums, in_range, matmul_fp32, matmul_precision
 from fused_dpo.triton_autotune import choose_config
 from fused_dpo.triton_configs import TileConfig
 from fused_dpo.triton_tile import (
@@ -238,7 +238,6 @@ def _add_slices(
 ) -> None:
     """Add all slices of dz to the hidden states' sums, and write what they give for weight, bias and adapter."""
     operands, head, (R, D) = sums.operands, sums.operands.head, h.shape
-    lora_b = None if head.lora is None or not sums.hidden.shape[1] else head.lora[1]
     lora_h = None if head.lora is None or sums.dlora_b is None else through_adapter(h, head.lora)
     width = slice_width(R, operands.V, h.element_size(), workspace_mib)
     workspace = torch.empty(R, width, dtype=h.dtype, device=h.device)
@@ -247,21 +246,14 @@ def _add_slices(
         stop = min(start + width, operands.V)
         dz = workspace[:, : stop - start]
         fill(dz, start)
-        if sums.need_hidden:
-            add_matmul_fp32(sums.hidden[:, :D], dz, head.weight[start:stop])
-        if lora_b is not None:
-            add_matmul_fp32(sums.hidden[:, -operands.rank :], dz, lora_b[start:stop])
+        sums.add_hidden(sums.hidden, dz, start, stop)
         if sums.dweight is not None:
             write_product(dz.T, h, unit, at_once, out=sums.dweight[start:stop])
         if sums.dlora_b is not None and lora_h is not None:
             write_product(dz.T, lora_h, unit, at_once, out=sums.dlora_b[start:stop])
         if sums.dbias is not None:
-            sums.dbias[start:stop] = times(dz.sum(0, dtype=torch.float32), unit)
-
-
-def times(values: Tensor, unit: Tensor | None) -> Tensor:
-    """`values` in the unit that they are counted in, if it is not 1."""
-    return values if unit is None else values * unit
+            total = dz.sum(0, dtype=torch.float32)
+            sums.dbias[start:stop] = total if unit is None else total * unit
 
 
 def write_product(a: Tensor, b: Tensor, unit: Tensor | None, at_once: int, out: Tensor) -> None:
@@ -272,4 +264,5 @@ def write_product(a: Tensor, b: Tensor, unit: Tensor | None, at_once: int, out: 
         return
     for first in range(0, out.shape[0], at_once):
         here = slice(first, first + at_once)
-        out[here] = times(matmul_fp32(a[here], b), unit)
+        product = matmul_fp32(a[here], b)
+        out[here] = product if unit is None else product.mul_(unit)

@@ -19,11 +19,10 @@ from torch.nn import functional as F
 
 from fused_dpo.gradients import GradientSums
 from fused_dpo.head import HeadGrads, LMHead
-from fused_dpo.operands import Operands, ceil_div, round_up
+from fused_dpo.operands import Operands, ceil_div, even_bounds, round_up
 from fused_dpo.precision import in_range
 from fused_dpo.screen import BIAS, EVERYTHING, Judgement
 from fused_dpo.stats import TokenStats
-from fused_dpo.tail import Tail
 from fused_dpo.triton_configs import (
     PLAIN,
     RICH,
@@ -36,16 +35,15 @@ from fused_dpo.triton_configs import (
 )
 from fused_dpo.triton_forward import Scan, empty_results, fused_scan
 from fused_dpo.triton_kept import _compact_kernel, _gathered_product_kernel, _kept_dlogits_kernel
+from fused_dpo.triton_tail import TAIL_SCALE, DroppedMeans, dropped_means
 from fused_dpo.triton_tile import architecture, on_device, tile_arguments
 
 COMPACT_BLOCK = 4096
 """Flags that a program of the compaction takes at a time."""
-TAIL_COLUMNS = 16384
-"""Columns of the correction taken at a time."""
+LIST_PROGRAMS = 1024
+"""Programs that share the tiles of all lists, at least if there are as many; one that finds none costs its start."""
 BLOCKS_AT_ONCE = 8
 """Blocks of rows whose sums are taken at a time."""
-TAIL_SCALE = 4096.0
-"""Factor on mean probabilities, and divisor of what they are multiplied with: fp16 ends at 6e-8."""
 
 
 def _backward_config(hidden: Tensor, head: LMHead) -> TileConfig:
@@ -144,7 +142,8 @@ def _add_kept(
     filter_eps: float,
 ) -> None:
     """Add what is kept, and what stands for the rest, to the hidden states' sums; write the other gradients."""
-    operands, rows, (R,), V, device = sums.operands, sums.operands.rows, upstream.shape, sums.operands.V, upstream.device
+    operands, device = sums.operands, upstream.device
+    rows, R, V = operands.rows, operands.rows.numel(), operands.V
     upstream, unit = in_range(upstream, operands.dtype)
     kept = _KeptLists(operands, target, state, upstream, workspace_mib)
     blocks, config = kept.blocks, kept.config
@@ -154,20 +153,32 @@ def _add_kept(
     # Padded, so that rows of flags are read 16 at a time.
     marks = F.pad(flat, (0, -R % 16)).expand(ceil_div(V, config.narrow), -1).contiguous()
     keep = judgement.columns(screen[:blocks, 0])
-    offset = _of_blocks((state[0, rows] + state[1, rows].log()), blocks, config.block_t).sum(1)
-    tail = Tail(operands, screen[:blocks, 1], keep, offset / _block_sizes(R, blocks, config, device))
     residual = kept.add_hidden_gradient(keep, judgement.smallest[block_of_row], marks, sums)
+    offset = _of_blocks((state[0, rows] + state[1, rows].log()), blocks, config.block_t).sum(1)
+    means = dropped_means(operands, screen[:blocks, 1], keep, offset / _block_sizes(R, blocks, config, device))
     if sums.hidden.shape[1]:
-        _spread(sums.hidden, residual, tail.spread(TAIL_COLUMNS)[:, sums.hidden_columns], config.block_t)
+        _subtract_spread(sums.hidden, residual, _spread_of_blocks(sums, means, workspace_mib), config.block_t)
         if unit is not None:
             sums.hidden *= unit
     if sums.dweight is not None or sums.dbias is not None or sums.dlora_b is not None:
         judged = torch.where(judgement.magnitude > judgement.negligible, upstream, 0.0)
         unit = upstream.new_ones(()) if unit is None else unit
-        kept.write_weight_gradients(marks, sums, tail, _of_blocks(judged, blocks, config.block_t), unit)
+        kept.write_weight_gradients(marks, keep, sums, means.values, _of_blocks(judged, blocks, config.block_t), unit)
 
 
-def _spread(sums: Tensor, residual: Tensor, spread: Tensor, block_t: int) -> None:
+def _spread_of_blocks(sums: GradientSums, means: DroppedMeans, workspace_mib: int) -> Tensor:
+    """`q @ [weight | b]` of every block, the columns that the sums have; q what it drops over what that sums to."""
+    head, dtype = sums.operands.head, means.values.dtype
+    spread = means.mass.new_zeros(len(means.mass), sums.hidden.shape[1])
+    # In one piece, unless the weight has to be brought to the dtype.
+    fits = workspace_mib * 2**18 // (sums.operands.D * dtype.itemsize)
+    for start, stop in even_bounds(sums.operands.V, sums.operands.V if head.weight.dtype == dtype else max(fits, 1)):
+        sums.add_hidden(spread, means.values[:, start:stop], start, stop)
+    factor = head.logit_scale / head.temperature / TAIL_SCALE
+    return spread * (factor / torch.where(means.mass > 0, means.mass, 1.0))[:, None]
+
+
+def _subtract_spread(sums: Tensor, residual: Tensor, spread: Tensor, block_t: int) -> None:
     """Take `residual * spread` of each row's block from `sums` [R, columns], without a copy of their size."""
     R, full = residual.numel(), residual.numel() // block_t
     of_blocks = sums[: full * block_t].view(full, block_t, sums.shape[1])
@@ -212,30 +223,27 @@ class _KeptLists:
         columns = torch.empty(self.blocks, self.V, dtype=torch.int32, device=self.device)
         self._compact(keep, columns)
         tiles = self.width // config.block_v
-        residual = torch.zeros(self.R, dtype=torch.float32, device=self.device)
-        parts = torch.empty(tiles, self.R, dtype=torch.float32, device=self.device)
+        residual = torch.zeros(tiles, self.R, dtype=torch.float32, device=self.device)
         lists: dict[str, Any] = {"list_ptr": columns, "counts_ptr": self._counts, "stride_lg": columns.stride(0)}
         lists |= {"capacity": self.width, "smallest_ptr": smallest, "keep_ptr": keep}
         lists |= {"marks_ptr": marks, "stride_mg": marks.stride(0)}
         products = {"list_ptr": columns, "counts_ptr": self._counts, "stride_lg": self.V, "capacity": self.width}
         products |= {"stride_ag": config.block_t * self.width, "stride_am": self.width, "stride_ak": 1}
         for first in range(0, self.V, self.width):
-            parts.zero_()
-            self._dlogits(self.config, lists, (self.blocks, tiles), first, parts)
-            residual += parts.sum(0)
+            self._dlogits(self.config, lists, self.blocks, tiles, first, residual)
             out = sums.hidden
             if sums.need_hidden:
                 self._product(head.weight, out[:, : operands.D], products, first, config.block_t)
             if operands.rank and head.lora is not None and out.shape[1]:
                 self._product(head.lora[1], out[:, -operands.rank :], products, first, config.block_t)
-        return residual
+        return residual.sum(0)
 
     def write_weight_gradients(
-        self, marks: Tensor, sums: GradientSums, tail: Tail, upstream: Tensor, unit: Tensor
+        self, marks: Tensor, keep: Tensor, sums: GradientSums, means: Tensor, upstream: Tensor, unit: Tensor
     ) -> None:
         """Write `dz.T @ hidden`, and the same for bias and adapter, from the rows in `marks`, bool [narrow blocks, R].
 
-        What is dropped takes part by its block's mean: `upstream` is that of the rows in blocks [blocks, rows].
+        What is dropped takes part by `means` [blocks, V]: `upstream` is that of the rows in blocks [blocks, rows].
         """
         config, operands, narrow = self.config, self.operands, self.config.narrow
         others: list[tuple[Tensor, Tensor, Tensor | None]] = []  # rows to gather, where to write, index of the rows
@@ -248,30 +256,32 @@ class _KeptLists:
         block_sums = [self._block_sums(upstream, b, index) for b, _, index in others]
         rows = torch.empty(self.width // narrow, self.R, dtype=torch.int32, device=self.device)
         lists: dict[str, Any] = {"list_ptr": rows, "counts_ptr": self._counts, "stride_lg": self.R, "capacity": self.R}
-        dz_of = lists | {"keep_ptr": tail.keep, "smallest_ptr": self._dz, "marks_ptr": self._dz, "stride_mg": 0}
+        dz_of = lists | {"keep_ptr": keep, "smallest_ptr": self._dz, "marks_ptr": self._dz, "stride_mg": 0}
         strides = {"stride_ag": self.R * narrow, "stride_am": 1, "stride_ak": narrow}
         for first in range(0, len(marks), self.width // narrow):
             groups = min(self.width // narrow, len(marks) - first)
             self._compact(marks[first : first + groups], rows)
             start, stop = first * narrow, min((first + groups) * narrow, self.V)
-            self._dlogits(config.of_rows, dz_of, (groups, ceil_div(self.R, config.block_t)), start)
-            means = (tail.columns(start, stop)[1] * -TAIL_SCALE).to(operands.dtype)
+            self._dlogits(config.of_rows, dz_of, groups, ceil_div(self.R, config.block_t), start)
             for (b, out, index), of_blocks in zip(others, block_sums, strict=True):
-                correction = means, of_blocks
+                correction = means[:, start:stop], of_blocks
                 self._product(b, out[start:stop], lists | strides, 0, narrow, unit, index, correction)
 
     def _block_sums(self, upstream: Tensor, b: Tensor, index: Tensor | None) -> Tensor:
-        """Sums over each block's rows of upstream [blocks, rows] times row of `b`, over TAIL_SCALE, [blocks, N]."""
-        blocks, block_t = upstream.shape
-        weights = (upstream / TAIL_SCALE).to(b.dtype)[:, None]
+        """Sums over each block's rows of minus the upstream [blocks, rows] times row of `b`, [blocks, N].
+
+        In the unit that makes up for that of `DroppedMeans`.
+        """
+        (blocks, block_t), head = upstream.shape, self.operands.head
+        weights = (upstream * (-head.logit_scale / head.temperature / TAIL_SCALE)).to(b.dtype)[:, None]
         sums = torch.empty(blocks, 1, b.shape[1], dtype=b.dtype, device=self.device)
         for first in range(0, blocks, BLOCKS_AT_ONCE):  # a few at a time: gathered rows are as large as the batch
             here = slice(first, min(first + BLOCKS_AT_ONCE, blocks))
             span = slice(here.start * block_t, min(here.stop * block_t, self.R))
             part = b[span] if index is None else b.index_select(0, index[span])
             missing = (here.stop - here.start) * block_t - part.shape[0]
-            part = F.pad(part, (0, 0, 0, missing)).view(-1, block_t, b.shape[1])
-            torch.bmm(weights[here], part, out=sums[here])
+            part = F.pad(part, (0, 0, 0, missing)) if missing else part
+            torch.bmm(weights[here], part.view(-1, block_t, b.shape[1]), out=sums[here])
         return sums.squeeze(1)
 
     def _compact(self, flags: Tensor, lists: Tensor) -> None:
@@ -284,9 +294,19 @@ class _KeptLists:
             _compact_kernel[(groups,)](**arguments)
 
     def _dlogits(
-        self, tile: TileConfig, lists: dict[str, Any], grid: tuple[int, int], first: int, residual: Tensor | None = None
+        self,
+        tile: TileConfig,
+        lists: dict[str, Any],
+        groups: int,
+        tiles: int,
+        first: int,
+        residual: Tensor | None = None,
     ) -> None:
-        """dz of the lists into the workspace: of columns if the rows' sums go to `residual`, else of rows."""
+        """dz of the lists into the workspace: of columns if the rows' sums go to `residual`, else of rows.
+
+        Of at most so many tiles a list.
+        """
+        grid = groups, min(tiles, ceil_div(LIST_PROGRAMS, groups))
         arguments: dict[str, Any] = {**self._tile, **lists}
         arguments |= {"dz_ptr": self._dz, "first": first, "NARROW": self.config.narrow, **tile.constants}
         arguments |= {"residual_ptr": self._dz if residual is None else residual, "BY_COLUMNS": residual is not None}

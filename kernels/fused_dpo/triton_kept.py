@@ -77,34 +77,32 @@ def _kept_dlogits_kernel(
 ):
     """dz of what is kept, in the hidden states' dtype.
 
-    Grid: (groups, tiles of a list). BY_COLUMNS: group g is the g-th block of BLOCK_T scored rows, its list holds
-    columns, and slots `first` to `first + capacity` of it go to dz `[R, capacity]`, with zeros from the list's end to
-    that of its tile; `residual` `[tiles, R]` gets the sum of each row's tile, and `marks` `[narrow blocks, R]` a 1
-    where any of NARROW columns has an entry of the row above `smallest` `[R]` (all writers write the same). Else: group
-    g is the columns from `first + g * BLOCK_V` on, its list holds scored rows, and dz is `[groups, capacity, BLOCK_V]`,
-    0 in columns that the row's block does not keep (`keep`, bool `[blocks, V]`), as those are corrected for the block
-    as a whole.
+    Grid: (groups, programs that share the tiles of a list). BY_COLUMNS: group g is the g-th block of BLOCK_T scored
+    rows, its list holds columns, and slots `first` to `first + capacity` of it go to dz `[R, capacity]`, with zeros
+    from the list's end to that of its tile. To `residual` `[tiles, R]` the sum of each row's tile is added, and `marks`
+    `[narrow blocks, R]` gets a 1 where any of NARROW columns has an entry of the row above `smallest` `[R]` (all
+    writers write the same). Else: group g is the columns from `first + g * BLOCK_V` on, its list holds scored rows, and
+    dz is `[groups, capacity, BLOCK_V]`, 0 in columns that the row's block does not keep (`keep`, bool `[blocks, V]`),
+    as those are corrected for the block as a whole.
 
     Roofline: 2·D FLOP for each of the tile's entries, bound by the matrix units; gathered rows of hidden states and
     head are contiguous, so they load like any others.
     """
     group = tl.program_id(0)
-    tile = tl.program_id(1)
     count = tl.load(counts_ptr + group)
     entries = list_ptr + group.to(tl.int64) * stride_lg
-    if BY_COLUMNS:
-        slots = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-        live = first + tile * BLOCK_V < count
-        offs_t = group * BLOCK_T + tl.arange(0, BLOCK_T)
-        mask_t = offs_t < R
-        offs_v = tl.load(entries + first + slots, mask=(first + slots < count) & (slots < capacity), other=V)
-    else:
-        slots = tile * BLOCK_T + tl.arange(0, BLOCK_T)
-        live = tile * BLOCK_T < count
-        mask_t = slots < count
-        offs_t = tl.load(entries + slots, mask=mask_t, other=0)
-        offs_v = first + group * BLOCK_V + tl.arange(0, BLOCK_V)
-    if live:
+    tiles = tl.cdiv(tl.minimum(count - first, capacity), BLOCK_V) if BY_COLUMNS else tl.cdiv(count, BLOCK_T)
+    for tile in range(tl.program_id(1), tiles, tl.num_programs(1)):
+        if BY_COLUMNS:
+            slots = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+            offs_t = group * BLOCK_T + tl.arange(0, BLOCK_T)
+            mask_t = offs_t < R
+            offs_v = tl.load(entries + first + slots, mask=(first + slots < count) & (slots < capacity), other=V)
+        else:
+            slots = tile * BLOCK_T + tl.arange(0, BLOCK_T)
+            mask_t = slots < count
+            offs_t = tl.load(entries + slots, mask=mask_t, other=0)
+            offs_v = first + group * BLOCK_V + tl.arange(0, BLOCK_V)
         rows = tl.load(row_index_ptr + offs_t, mask=mask_t, other=0).to(tl.int64)
         z = logits_tile(
             hidden_ptr,  # no product is given
@@ -153,7 +151,8 @@ def _kept_dlogits_kernel(
         hit = offs_v[None, :] == target[:, None]
         dz = tl.where(hit, (upstream * surprise)[:, None], exp(z - peak[:, None]) * (-upstream / total)[:, None])
         if BY_COLUMNS:
-            tl.store(residual_ptr + tile * R + offs_t, tl.sum(dz, axis=1), mask=mask_t)
+            residual = residual_ptr + tile * R + offs_t
+            tl.store(residual, tl.load(residual, mask=mask_t, other=0.0) + tl.sum(dz, axis=1), mask=mask_t)
             smallest = tl.load(smallest_ptr + offs_t, mask=mask_t, other=float("inf"))
             marks = marks_ptr + (offs_v // NARROW).to(tl.int64)[None, :] * stride_mg + offs_t[:, None]
             above = mask_t[:, None] & (offs_v < V)[None, :] & ~(tl.abs(dz) <= smallest[:, None])  # NaN is above

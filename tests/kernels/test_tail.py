@@ -75,7 +75,7 @@ def test_tail_spread(settings: dict, width: int) -> None:
     keep[1], keep[2] = False, True
     with uninitialized_memory_is_nan():
         tail, weight = tail_of(means, keep, **settings)
-        spread = tail.spread(width)
+        spread = tail.spread(width, tail.operands.buffer(width))
     expected = dropped_means(means, keep)
     expected = expected / expected.sum(1, keepdim=True).clamp(min=1e-300) * settings.get("logit_scale", 1.0)
     torch.testing.assert_close(spread, expected @ weight, rtol=1e-12, atol=1e-12)  # float64: the fp32 sum cancels out
@@ -88,10 +88,12 @@ def test_tail_of_what_is_not_a_number() -> None:
     tail, weight = tail_of(means, torch.zeros(1, 6, dtype=torch.bool))
     p, _ = tail.columns(0, 6)
     assert p[0].tolist() == pytest.approx([2 / 3, 0, 0, 0, 0, 1 / 3], rel=1e-7)  # an inverse in fp32
-    torch.testing.assert_close(tail.spread(4)[0], (2 * weight[0] + weight[5]) / 3, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        tail.spread(4, tail.operands.buffer(4))[0], (2 * weight[0] + weight[5]) / 3, rtol=1e-12, atol=1e-12
+    )
     empty, _ = tail_of(torch.zeros(2, 6), torch.zeros(2, 6, dtype=torch.bool))
     assert (empty.columns(0, 6)[0] == 0).all()
-    assert (empty.spread(6) == 0).all()
+    assert (empty.spread(6, empty.operands.buffer(6)) == 0).all()
 
 
 def test_tail_of_no_blocks() -> None:
@@ -100,4 +102,4 @@ def test_tail_of_no_blocks() -> None:
     operands = Operands(problem.hidden, torch.arange(4), problem.head)
     tail = Tail(operands, levels, keep, torch.zeros(0, dtype=torch.float64))
     assert tail.columns(2, 5)[0].shape == (0, 3)
-    assert tail.spread(6).shape == (0, operands.width)
+    assert tail.spread(6, operands.buffer(6)).shape == (0, operands.width)

@@ -1,0 +1,93 @@
+"""The tail of `fused_dpo.tail` on CUDA, for all blocks of rows and all columns in one launch."""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fused_dpo.operands import Operands, round_up
+from fused_dpo.triton_tile import on_device
+
+TAIL_SCALE = 4096.0
+"""Factor on mean probabilities, and divisor of what they are multiplied with: fp16 ends at 6e-8."""
+TAIL_BLOCK = 8192
+"""Columns that a program takes at a time."""
+
+
+@triton.jit
+def _power(exponent):
+    """2 to the power of a biased exponent, 0 for the smallest; what is not finite counts for nothing."""
+    bits = exponent.to(tl.int32)
+    return tl.where(bits == 255, 0.0, (bits << 23).to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def _dropped_means_kernel(
+    means_ptr,
+    keep_ptr,
+    offset_ptr,
+    out_ptr,
+    mass_ptr,
+    V,
+    stride_mb,
+    stride_kb,
+    stride_ob,
+    scale,
+    inverse_softcap,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """`DroppedMeans` of one block of rows.
+
+    Grid: blocks. Reads 2·V bytes twice and writes 2·V or 4·V; bound by latency.
+    """
+    block = tl.program_id(0).to(tl.int64)
+    means_ptr += block * stride_mb
+    keep_ptr += block * stride_kb
+    everything = tl.zeros([BLOCK_V], dtype=tl.float32)
+    dropped = tl.zeros([BLOCK_V], dtype=tl.float32)
+    for start in range(0, V, BLOCK_V):
+        offs_v = start + tl.arange(0, BLOCK_V)
+        power = _power(tl.load(means_ptr + offs_v, mask=offs_v < V, other=0))
+        keep = tl.load(keep_ptr + offs_v, mask=offs_v < V, other=1)
+        everything += power
+        dropped += tl.where(keep != 0, 0.0, power)
+    unit = 1.0 / tl.maximum(tl.sum(everything), 1.1754944e-38)
+    tl.store(mass_ptr + block, tl.sum(dropped) * unit)
+    for start in range(0, V, BLOCK_V):
+        offs_v = start + tl.arange(0, BLOCK_V)
+        keep = tl.load(keep_ptr + offs_v, mask=offs_v < V, other=1)
+        p = tl.where(keep != 0, 0.0, _power(tl.load(means_ptr + offs_v, mask=offs_v < V, other=0)) * unit)
+        if HAS_SOFTCAP:  # d tanh(u) = 1 - tanh(u)^2, at the logit that has this probability
+            ratio = (tl.log(tl.maximum(p, 1.1754944e-38)) + tl.load(offset_ptr + block)) * inverse_softcap
+            p *= 1.0 - ratio * ratio
+        tl.store(out_ptr + block * stride_ob + offs_v, (p * scale).to(out_ptr.dtype.element_ty), mask=offs_v < V)
+
+
+class DroppedMeans(NamedTuple):
+    """What stands for the columns that each block of rows drops: their mean probabilities."""
+
+    values: Tensor
+    """[blocks, V] in the hidden states' dtype: times the derivative of the softcap there, times TAIL_SCALE; 0 where a
+    column is kept. The factors that all logits have in common are left out."""
+    mass: Tensor
+    """fp32 [blocks]: what the probabilities themselves sum to."""
+
+
+def dropped_means(operands: Operands, means: Tensor, keep: Tensor, offset: Tensor) -> DroppedMeans:
+    """The tail of `fused_dpo.tail.Tail`, which has the arguments, in half precision where the hidden states are."""
+    (blocks, V), head = keep.shape, operands.head
+    values = means.new_empty(blocks, round_up(V, 64), dtype=operands.dtype)[
+        :, :V
+    ]  # rows begin at multiples of 16 bytes
+    mass = means.new_empty(blocks, dtype=torch.float32)
+    arguments: dict[str, Any] = {"means_ptr": means, "stride_mb": means.stride(0), "keep_ptr": keep}
+    arguments |= {"stride_kb": keep.stride(0), "offset_ptr": offset, "mass_ptr": mass, "V": V}
+    arguments |= {"out_ptr": values, "stride_ob": values.stride(0), "scale": TAIL_SCALE}
+    arguments |= {"HAS_SOFTCAP": head.softcap is not None, "inverse_softcap": head.temperature / (head.softcap or 1.0)}
+    arguments |= {"BLOCK_V": TAIL_BLOCK, "num_warps": 8}
+    with on_device(values):
+        _dropped_means_kernel[(blocks,)](**arguments)
+    return DroppedMeans(values, mass)

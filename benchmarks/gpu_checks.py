@@ -6,7 +6,7 @@ Every check raises AssertionError with the numbers it found, or returns the numb
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise, product
 from typing import Any, NamedTuple
@@ -62,16 +62,14 @@ class Case(NamedTuple):
     def to(self, dtype: torch.dtype) -> "Case":
         """The same numbers in another dtype."""
         bias = None if self.head.bias is None else self.head.bias.to(dtype)
-        head = LMHead(self.head.weight.to(dtype), bias, softcap=self.head.softcap)
+        head = replace(self.head, weight=self.head.weight.to(dtype), bias=bias)
         return self._replace(hidden=self.hidden.to(dtype), head=head)
 
     def leaves(self) -> "Case":
         """The same problem on fresh leaves."""
         weight = self.head.weight.detach().clone().requires_grad_()
-        return self._replace(
-            hidden=self.hidden.detach().clone().requires_grad_(),
-            head=LMHead(weight, self.head.bias, softcap=self.head.softcap),
-        )
+        hidden = self.hidden.detach().clone().requires_grad_()
+        return self._replace(hidden=hidden, head=replace(self.head, weight=weight))
 
 
 def make_case(scale: Scale, dtype: torch.dtype, *, V: int, D: int, extras: bool = False, seed: int = 0) -> Case:
@@ -89,6 +87,14 @@ def make_case(scale: Scale, dtype: torch.dtype, *, V: int, D: int, extras: bool 
     offsets = torch.tensor([0, *scale.lengths]).cumsum(0).to(scale.device, torch.int32)
     upstream = torch.randn(len(scale.lengths), generator=rng).to(scale.device)
     return Case(hidden.to(scale.device, dtype), head, labels.to(scale.device), offsets, upstream)
+
+
+def with_adapter(case: Case, rank: int = 12) -> Case:
+    """The same problem with a low-rank adapter on its head."""
+    V, D = case.head.weight.shape
+    rng = torch.Generator().manual_seed(1)
+    a, b = (torch.randn(*shape, generator=rng).to(case.hidden) / D**0.5 for shape in ((rank, D), (V, rank)))
+    return case._replace(head=replace(case.head, lora=(a, b, 2.0)))
 
 
 def eager_logps(case: Case) -> Tensor:
@@ -181,14 +187,15 @@ def check_run_to_run(scale: Scale) -> None:
 
 
 def check_batch_invariance(scale: Scale) -> None:
-    """A sequence's log-prob has the same bits alone, in another order, and without gradient."""
+    """A sequence's log-prob has the same bits alone and without gradient, with and without an adapter on the head."""
     if scale.device == "cpu":
         raise NotHereError("the interpreter's NumPy loops round by an element's place in the array")
-    for dtype, (way, function) in product(scale.dtypes, WAYS.items()):
+    for dtype, adapter, (way, function) in product(scale.dtypes, (False, True), WAYS.items()):
         case = make_case(scale, dtype, V=scale.V, D=scale.D)
-        together = evaluate(case, function)[0]
-        with torch.no_grad():
-            assert torch.equal(function(case), together), f"{way}, {dtype}: differs without gradient"
+        case = with_adapter(case) if adapter else case
+        way = f"{way}, adapter" if adapter else way
+        together = function(case).detach()
+        assert torch.equal(evaluate(case, function)[0], together), f"{way}, {dtype}: differs with gradient"
         bounds = case.cu_seqlens.tolist()
         for index, (start, stop) in enumerate(pairwise(bounds)):
             offsets = torch.tensor([0, stop - start], dtype=torch.int32, device=scale.device)

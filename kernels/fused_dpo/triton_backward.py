@@ -29,6 +29,7 @@ from fused_dpo.triton_tile import (
     logits_tile,
     on_device,
     product_arguments,
+    scored,
     through_adapter,
     tile_arguments,
 )
@@ -197,7 +198,7 @@ def slice_width(R: int, V: int, itemsize: int, workspace_mib: int) -> int:
     The last quarter is for products on their way into a sum. Few, wide slices: each reads and writes the fp32 gradient
     of the hidden states once.
     """
-    fits = workspace_mib * 2**20 * 3 // 4 // (max(R, 1) * itemsize)
+    fits = workspace_mib * 2**20 * 3 // 4 // (R * itemsize)
     return min(max(fits // 256, 1), -(-V // 256)) * 256
 
 
@@ -225,7 +226,7 @@ def triton_backward(
     if not R:
         return sums.finish()
     upstream, unit = in_range(dlogps[rows].float(), hidden.dtype)
-    h = hidden if hidden.shape[0] == R else hidden[rows]
+    h = scored(hidden, rows)
     fill = form_dlogits(h, target[rows], state[:, rows], upstream, head)
     _add_slices(sums, h, fill, unit, workspace_mib)
     if unit is not None:

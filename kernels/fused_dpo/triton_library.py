@@ -10,21 +10,14 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fused_dpo.head import LMHead
 from fused_dpo.operands import ceil_div
 from fused_dpo.precision import matmul_fp32
 from fused_dpo.triton_backward import DLogits
-from fused_dpo.triton_configs import LibraryConfig, library_config
+from fused_dpo.triton_configs import library_config
 from fused_dpo.triton_forward import Partials, Results
-from fused_dpo.triton_tile import Product, architecture
-
-
-def padded(h: Tensor, config: LibraryConfig) -> Tensor:
-    """Hidden rows `h` [chunk_rows at most, D] and rows of zeros up to `chunk_rows`; a copy only if some are missing."""
-    missing = config.chunk_rows - h.shape[0]
-    return F.pad(h, (0, 0, 0, missing)) if missing else h
+from fused_dpo.triton_tile import Product, architecture, padded
 
 
 def products(h: Tensor, weight: Tensor, first: int, last: int, values: Tensor) -> Iterator[Product]:
@@ -56,7 +49,7 @@ def library_scan(
         chunk = rows[first : first + config.chunk_rows]
         screen = None if results.screen is None else results.screen[first // tile.block_t :]
         partials = Partials(hidden, target, chunk, head, results._replace(screen=screen), filter_eps, tile, split)
-        for product in products(padded(hidden[chunk], config), head.weight, 0, V, values):
+        for product in products(padded(hidden[chunk], config.chunk_rows), head.weight, 0, V, values):
             first_split, splits = product.first // split, ceil_div(product.values.shape[1], split)
             if first_split == 0 and screen is not None:
                 partials.forward(0, splits, product)
@@ -75,7 +68,7 @@ def library_dlogits(
     config = library_config(architecture(hidden.device), hidden.dtype)
     chunks = [slice(first, first + config.chunk_rows) for first in range(0, hidden.shape[0], config.chunk_rows)]
     launches = [DLogits(hidden[c], target[c], state[:, c], upstream[c], head, config.dz_tile) for c in chunks]
-    operands = [padded(hidden[c], config) for c in chunks]
+    operands = [padded(hidden[c], config.chunk_rows) for c in chunks]
     width = min(config.slice_columns, head.weight.shape[0])
     values = torch.empty(config.chunk_rows, width, dtype=torch.float32, device=hidden.device)
 

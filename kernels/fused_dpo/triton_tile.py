@@ -7,10 +7,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fused_dpo.head import LMHead
+from fused_dpo.precision import matmul_fp32
 from fused_dpo.triton_configs import TileConfig
+
+ADAPTER_ROWS = 1024
+"""Rows that are brought through an adapter at a time."""
 
 
 def interpreted() -> bool:
@@ -52,10 +57,29 @@ def product_arguments(product: Product | None, stand_in: Tensor) -> dict[str, An
     }
 
 
+def scored(hidden: Tensor, rows: Tensor) -> Tensor:
+    """The scored rows; a copy only if there are others."""
+    return hidden if hidden.shape[0] == rows.numel() else hidden[rows]
+
+
+def padded(h: Tensor, rows: int) -> Tensor:
+    """Hidden rows `h` [rows at most, D] and rows of zeros up to so many; a copy only if some are missing."""
+    missing = rows - h.shape[0]
+    return F.pad(h, (0, 0, 0, missing)) if missing else h
+
+
 def through_adapter(hidden: Tensor, lora: tuple[Tensor, Tensor, float]) -> Tensor:
-    """The adapter's inner product `scale * hidden @ a.T` [rows, rank]."""
+    """The adapter's inner product `scale * hidden @ a.T` [rows, rank], rounded once to the hidden states' dtype.
+
+    By products of one shape: for another the library may choose a kernel that sums in another order, and a row's bits
+    would depend on how many there are.
+    """
     a, _, scale = lora
-    return (scale * (hidden @ a.to(hidden.dtype).T)).contiguous()
+    through = hidden.new_empty(hidden.shape[0], a.shape[0])
+    for first in range(0, hidden.shape[0], ADAPTER_ROWS):
+        part = hidden[first : first + ADAPTER_ROWS]
+        through[first : first + ADAPTER_ROWS] = scale * matmul_fp32(padded(part, ADAPTER_ROWS), a.T)[: part.shape[0]]
+    return through
 
 
 def tile_arguments(hidden: Tensor, rows: Tensor, head: LMHead) -> dict[str, Any]:
@@ -68,7 +92,7 @@ def tile_arguments(hidden: Tensor, rows: Tensor, head: LMHead) -> dict[str, Any]
     if head.lora is not None:
         a, lora_b, _ = head.lora
         rank = a.shape[0]
-        lora_h = through_adapter(hidden[rows], head.lora)
+        lora_h = through_adapter(scored(hidden, rows), head.lora)
     return {
         "hidden_ptr": hidden,
         "weight_ptr": weight,
@@ -104,9 +128,8 @@ def described(hidden: Tensor, rows: Tensor, weight: Tensor, config: TileConfig) 
     aligned = all(t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == t.data_ptr() % 16 == 0 for t in operands)
     if not (config.described and aligned and hidden.dtype == weight.dtype):
         return {"DESCRIBED": False}
-    gathered = hidden if hidden.shape[0] == rows.numel() else hidden[rows]
     return {
-        "hidden_ptr": TensorDescriptor.from_tensor(gathered, [config.block_t, config.block_d]),
+        "hidden_ptr": TensorDescriptor.from_tensor(scored(hidden, rows), [config.block_t, config.block_d]),
         "weight_ptr": TensorDescriptor.from_tensor(weight, [config.block_v, config.block_d]),
         "DESCRIBED": True,
     }

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fused_dpo import KernelOptions, LMHead, fused_dpo_logps, triton_autotune
+from fused_dpo import KernelOptions, LMHead, fused_dpo_logps, triton_autotune, triton_tile
 from fused_dpo.triton_backward import slice_width
 from fused_dpo.triton_configs import (
     INTERPRETER_CONFIG,
@@ -34,6 +35,7 @@ from fused_dpo.triton_configs import (
     product_config,
     tile_config,
 )
+from fused_dpo.triton_tile import ADAPTER_ROWS
 from tests.kernels.helpers import (
     DIFFERENTIABLE,
     EVERY_FEATURE,
@@ -377,6 +379,33 @@ def test_the_compile_table_can_fail() -> None:
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+def test_products_with_an_adapter_have_one_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the batch: for another shape the library may choose a kernel that sums in another order."""
+    shapes: set[torch.Size] = set()
+    multiply = triton_tile.matmul_fp32
+
+    def noted(a: Tensor, b: Tensor) -> Tensor:
+        shapes.add(a.shape)
+        return multiply(a, b)
+
+    monkeypatch.setattr(triton_tile, "matmul_fp32", noted)
+    for rows in (1, ADAPTER_ROWS, 2 * ADAPTER_ROWS + 3):
+        by_triton(on_device(make_problem((rows,), V=40, D=9, lora_rank=3, shift=False).to(torch.float32)))
+    assert shapes == {(ADAPTER_ROWS, 9)}
+
+
+def test_check_of_batch_invariance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU suite's, on code that keeps it without a GPU, and on code that does not."""
+    from benchmarks import gpu_checks
+
+    scale = replace(gpu_checks.SMALL, device="cpu:0", dtypes=(torch.float32,))
+    monkeypatch.setattr(gpu_checks, "WAYS", {"torch": partial(gpu_checks.Case.logps, impl="streaming")})
+    gpu_checks.check_batch_invariance(scale)
+    monkeypatch.setitem(gpu_checks.WAYS, "batch", lambda case: case.logps("streaming") + 1e-3 * len(case.hidden))
+    with pytest.raises(AssertionError, match="sequence 0 differs alone"):
+        gpu_checks.check_batch_invariance(scale)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU runs the whole suite: python -m benchmarks.gpu_suite")

@@ -1,0 +1,192 @@
+"""The code around the Triton kernels as CUDA runs it, on tensors without data: no GPU needed, at any size.
+
+On torch's meta device an operation knows shapes and dtypes and nothing else, so what the code allocates can be counted
+for the largest problems in no time, and reading a value back from the device is an error, as it has none. Launches do
+nothing here; the kernels themselves are tested elsewhere.
+"""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from fused_dpo import KernelOptions, LMHead, triton_tile
+from fused_dpo.autograd import _exact, _filtered, _screen_shape
+from fused_dpo.head import HeadGrads
+from fused_dpo.triton_forward import _logps_forward_kernel
+from tests.kernels.allocations import MIB
+
+WAYS = list(product(("triton", "library"), ("exact", "filtered")))
+GOAL_MIB = 0.3 * 1024
+"""Beyond inputs and gradients, at 8192 tokens and Qwen3-8B's head."""
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch.ops.aten.addmm, "dtype_out") or torch.__version__.startswith("2.11."),
+    reason="torch 2.11 has no shapes for addmm with an out_dtype",
+)
+
+
+@dataclass(frozen=True)
+class Call:
+    """Forward and backward of a problem, by the implementations themselves: the operators would only trace shapes."""
+
+    T: int = 8192
+    D: int = 4096
+    V: int = 151936
+    R: int | None = None
+    """Scored rows, None for all."""
+    dtype: torch.dtype = torch.bfloat16
+    weight_dtype: torch.dtype | None = None
+    """None for that of the hidden states."""
+    bias: bool = False
+    rank: int = 0
+    frozen: bool = False
+    """Whether hidden states alone need a gradient."""
+    stats: bool = False
+    workspace_mib: int = KernelOptions.workspace_mib
+
+    def leaf(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.dtype, device="meta")
+
+    def run(self, impl: str, mode: str) -> tuple[Tensor, HeadGrads, "Alive"]:
+        rows = self.R or self.T
+        hidden, weight = self.leaf(self.T, self.D), self.leaf(self.V, self.D, dtype=self.weight_dtype)
+        target, index, offsets = (self.leaf(size, dtype=torch.int64) for size in (self.T, rows, 17))
+        lora = (self.leaf(self.rank, self.D), self.leaf(self.V, self.rank), 2.0) if self.rank else None
+        head = LMHead(weight, self.leaf(self.V) if self.bias else None, lora=lora)
+        parts = [hidden, weight, target, index, offsets, head.bias, *(lora or ())[:2]]
+        needs = not self.frozen, self.bias and not self.frozen, bool(lora), bool(lora)
+        filtering: dict[str, Any] = {"cu_seqlens": offsets, "filter_eps": 2**-12}
+        with as_on_cuda(), Alive([part for part in parts if part is not None]) as alive:
+            forward, backward = (_exact if mode == "exact" else _filtered)(impl)
+            arguments = hidden, target, index
+            if mode == "exact":
+                logps, state, _ = forward(*arguments, head, self.workspace_mib, want_stats=self.stats)
+                filtering = {}
+            else:
+                shape = _screen_shape(hidden, head, index, offsets, impl, self.workspace_mib)
+                logps, state, _, screen = forward(
+                    *arguments, head, self.workspace_mib, **filtering, tail_guard=1 / 16, screen_shape=shape,
+                    want_stats=self.stats,
+                )  # fmt: skip
+                filtering["screen"] = screen
+            grads = backward(logps, *arguments, state, head, self.workspace_mib, **filtering, needs=(True, *needs))
+        return logps, grads, alive
+
+    def extra_mib(self, impl: str, mode: str) -> float:
+        """Peak beyond inputs and gradients."""
+        _, grads, alive = self.run(impl, mode)
+        return (alive.peak - sum(grad.untyped_storage().nbytes() for grad in grads if grad is not None)) / MIB
+
+    def stated_mib(self, impl: str, mode: str) -> float:
+        """What the docstrings of the implementations state, and 100 bytes a row for what is one number a row."""
+        R, itemsize = self.R or self.T, self.dtype.itemsize
+        stated = self.workspace_mib + (4 * R * (self.D + self.rank) + 100 * self.T) / MIB
+        if impl == "library":
+            stated += (4 * 1024 * 8192 + 1024 * self.D * itemsize) / MIB
+        if mode == "exact":
+            return stated + (R * self.D * itemsize / MIB if R < self.T else 0)
+        blocks = R // (128 if itemsize == 2 else 64) + 1
+        return stated + (7 * self.V * blocks + self.V / 64 * R + 1024 * self.D * itemsize) / MIB
+
+
+class Alive(TorchDispatchMode):
+    """Bytes of the storages that operations made and that are alive: now, and at most."""
+
+    def __init__(self, known: list[Tensor]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
+            if storage is not None and storage._cdata not in self._seen:
+                self._seen.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+        return result
+
+    def _free(self, key: int, size: int) -> None:
+        self._seen.remove(key)
+        self.now -= size
+
+
+@contextmanager
+def as_on_cuda() -> Iterator[None]:
+    """Tensors pass for those of a Hopper GPU, and kernels are not launched."""
+
+    def launch(*_arguments: Any, **_named: Any) -> None:  # a mock would keep the tensors alive
+        pass
+
+    with (
+        mock.patch.object(Tensor, "is_cuda", True),
+        mock.patch.object(type(_logps_forward_kernel), "run", launch),
+        mock.patch.object(triton_tile, "interpreted", return_value=False),
+        mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)),
+        mock.patch.object(torch.cuda, "device", return_value=nullcontext()),
+    ):
+        yield
+
+
+@pytest.mark.parametrize(("impl", "mode"), WAYS)
+def test_memory_of_a_large_head(impl: str, mode: str) -> None:
+    """The figures of DESIGN.md, below the goal; the measurement sees another workspace."""
+    extra = Call().extra_mib(impl, mode)
+    assert extra == pytest.approx({"triton exact": 160, "library exact": 192}.get(f"{impl} {mode}", 278), rel=0.01)
+    assert extra < GOAL_MIB
+    more = Call(workspace_mib=192).extra_mib(impl, mode) - extra
+    assert more == pytest.approx(64 if mode == "filtered" else 48, rel=0.1)  # a quarter is not for dz
+
+
+SIZES = {
+    "large head": Call(),
+    "some rows": Call(R=5000),
+    "many rows": Call(T=65536),
+    "few rows": Call(T=1024),
+    "another head": Call(D=2048, V=128256),
+    "small head": Call(T=4096, D=576, V=49152),
+    "odd sizes": Call(T=3000, D=1001, V=50257),
+    "small workspace": Call(T=2048, workspace_mib=16),
+    "fp32": Call(dtype=torch.float32),
+    "fp16": Call(dtype=torch.float16),
+    "autocast": Call(weight_dtype=torch.float32),
+    "adapter": Call(rank=16, frozen=True),
+    "adapter and all": Call(rank=16, bias=True, stats=True),
+    "frozen head": Call(frozen=True),
+}
+
+
+@pytest.mark.parametrize(("impl", "mode"), WAYS)
+@pytest.mark.parametrize("call", SIZES.values(), ids=SIZES.keys())
+def test_memory_as_stated(call: Call, impl: str, mode: str) -> None:
+    assert call.extra_mib(impl, mode) <= call.stated_mib(impl, mode)
+
+
+@pytest.mark.parametrize(("impl", "mode"), WAYS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_nothing_is_read_back(dtype: torch.dtype, impl: str, mode: str) -> None:
+    """With the scored rows given nothing waits for the device, and every gradient has the dtype of its tensor."""
+    call = Call(T=300, D=40, V=5000, R=200, dtype=dtype, bias=True, rank=3, stats=True)
+    logps, grads, _ = call.run(impl, mode)
+    assert logps.dtype == torch.float32
+    assert [grad.dtype for grad in grads if grad is not None] == [dtype] * 5
+    shapes = [tuple(grad.shape) for grad in grads if grad is not None]
+    assert shapes == [(300, 40), (5000, 40), (5000,), (3, 40), (5000, 3)]
+
+
+def test_control_reading_back_is_an_error() -> None:
+    """The filter in plain torch does read back, which is why CUDA has one of its own."""
+    with pytest.raises(RuntimeError, match="meta"):
+        Call(T=300, D=40, V=5000).run("streaming", "filtered")

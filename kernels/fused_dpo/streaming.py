@@ -9,6 +9,7 @@ rounded once, on the way out. Rows that are not scored are never gathered.
 """
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -18,17 +19,37 @@ from fused_dpo.gradients import GradientSums
 from fused_dpo.head import HeadGrads, LMHead
 from fused_dpo.online_softmax import OnlineSoftmax
 from fused_dpo.operands import Operands, even_bounds, logits_gradient, round_up
-from fused_dpo.precision import accumulate_product, accumulation_dtype, matmul_precision, product
+from fused_dpo.precision import accumulate_product, accumulation_dtype, as_operand, matmul_precision, product
 from fused_dpo.stats import TokenStats
 
 ROWS_PER_TILE = 256
 """Scored rows per tile: enough to feed the matrix units, few enough that a tile stays in cache."""
-ROW_MULTIPLE = 128
-"""The last tile is padded to a multiple of this. BLAS takes other inner loops for fewer rows and answers with other
-bits, which would make a sequence's log-prob depend on the batch around it: fp32 products do below 8 rows, bf16 ones
-below 128 in torch 2.11."""
+ROW_MULTIPLE = 64
+"""The last tile is padded to a multiple of this, or of what `row_multiple` finds."""
 MAX_SLICE_CPU, MAX_SLICE = 4096, 32768
 """Vocabulary columns per tile at most: on a CPU a tile has to stay in cache, elsewhere it has to fill the device."""
+
+
+@lru_cache(maxsize=64)
+def row_multiple(K: int, dtype: torch.dtype, threads: int) -> int:
+    """Fewest rows whose product over K dimensions has the same bits as in a full tile: 64, 128 or 256, on this CPU.
+
+    BLAS takes other inner loops for fewer rows and answers with other bits, which would make a sequence's log-prob
+    depend on the batch around it. Below 8 rows it always does; where the limit lies beyond that depends on the release,
+    the processor and K, so it is found by trying (bf16, K from 448 to 768: 128 with torch 2.11, fewer with 2.13). As
+    it may depend on the threads as well, they are an argument.
+    """
+    rng = torch.Generator().manual_seed(0)
+    hidden, weight = (
+        as_operand(torch.randn(count, K, generator=rng, dtype=torch.float32), dtype) for count in (ROWS_PER_TILE, 64)
+    )
+    with matmul_precision(dtype):
+        full = hidden @ weight.T
+        for multiple in (ROW_MULTIPLE, 2 * ROW_MULTIPLE):
+            counts = range(multiple, ROWS_PER_TILE, multiple)
+            if all(torch.equal(hidden[:count] @ weight.T, full[:count]) for count in counts):
+                return multiple
+    return ROWS_PER_TILE
 
 
 class _Slice(NamedTuple):
@@ -71,14 +92,15 @@ def slice_bounds(V: int, K: int, workspace_mib: int, dtype: torch.dtype, device:
 class _Tiles:
     """Tiles of logits of the scored rows, recomputed alike in forward and backward.
 
-    Scored rows are padded to ROW_MULTIPLE, and so is every per-row state: padded rows compute along and are cut off at
-    the end.
+    Scored rows are padded, and so is every per-row state: padded rows compute along and are cut off at the end.
     """
 
     def __init__(self, operands: Operands, workspace_mib: int) -> None:
         self.operands, self.rows = operands, operands.rows
         device, R = operands.hidden.device, operands.rows.numel()
-        self.padded_rows = round_up(R, ROW_MULTIPLE)
+        on_cpu = device.type == "cpu"
+        multiple = row_multiple(operands.width, operands.dtype, torch.get_num_threads()) if on_cpu else ROW_MULTIPLE
+        self.padded_rows = round_up(R, multiple)
         bounds = slice_bounds(operands.V, operands.width, workspace_mib, operands.dtype, device)
         self.bounds = bounds if R else []
         self.width = max(stop - start for start, stop in bounds)

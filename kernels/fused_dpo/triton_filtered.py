@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from fused_dpo.gradients import GradientSums
 from fused_dpo.head import HeadGrads, LMHead
 from fused_dpo.operands import Operands, ceil_div, even_bounds, round_up
-from fused_dpo.precision import in_range
+from fused_dpo.precision import in_range, matmul_precision
 from fused_dpo.screen import BIAS, EVERYTHING, Judgement
 from fused_dpo.stats import TokenStats
 from fused_dpo.triton_configs import (
@@ -281,7 +281,8 @@ class _KeptLists:
             part = b[span] if index is None else b.index_select(0, index[span])
             missing = (here.stop - here.start) * block_t - part.shape[0]
             part = F.pad(part, (0, 0, 0, missing)) if missing else part
-            torch.bmm(weights[here], part.view(-1, block_t, b.shape[1]), out=sums[here])
+            with matmul_precision(torch.float32):
+                torch.bmm(weights[here], part.view(-1, block_t, b.shape[1]), out=sums[here])
         return sums.squeeze(1)
 
     def _compact(self, flags: Tensor, lists: Tensor) -> None:

@@ -4,12 +4,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
-from fused_dpo.streaming import slice_bounds
+from fused_dpo import streaming
+from fused_dpo.operands import Operands
+from fused_dpo.streaming import row_multiple, slice_bounds
 from tests.kernels.helpers import (
     DTYPES,
     EVERY_FEATURE,
@@ -121,6 +124,32 @@ def assert_tokens_do_not_depend_on_company(problem: Problem) -> None:
         rows = torch.randperm(700)[:count]
         differing = int((logps_of_rows(rows) != together[rows]).sum())
         assert differing == 0, f"{differing} of {count} token log-probs differ from those among 700"
+
+
+@pytest.mark.parametrize(("same_above", "expected"), [(0, 64), (64, 128), (128, 256), (256, 256)])
+def test_row_multiple_is_found_by_trying(same_above: int, expected: int) -> None:
+    """Fewer rows than the tried machine computes alike are padded, and never fewer than 64."""
+    with mock.patch.object(torch, "equal", side_effect=lambda a, b: len(a) > same_above and len(a) == len(b)):
+        assert row_multiple.__wrapped__(96, torch.bfloat16, 1) == expected
+
+
+@pytest.mark.parametrize("multiple", [64, 256])
+def test_rows_are_padded_to_the_multiple(multiple: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = make_problem((65,), V=100, D=33, shift=False)
+    problem = replace(problem, labels=problem.labels.clamp(min=0)).to(torch.bfloat16)
+    expected = fused(problem, grad_mode="exact")
+    seen: list[int] = []
+    read_hidden = Operands.read_hidden
+
+    def noted(self: Operands, start: int, stop: int, out: Tensor) -> Tensor:
+        seen.append(len(out))
+        return read_hidden(self, start, stop, out)
+
+    monkeypatch.setattr(Operands, "read_hidden", noted)
+    monkeypatch.setattr(streaming, "row_multiple", lambda K, dtype, threads: multiple)
+    # fp32 sums of 65 numbers; another multiple may have other bits, which is why it is found by trying.
+    torch.testing.assert_close(fused(problem, grad_mode="exact"), expected, rtol=1e-6, atol=0)
+    assert set(seen) == {max(128, multiple)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)

@@ -192,14 +192,12 @@ FormDLogits = Callable[[Tensor, Tensor, Tensor, Tensor, LMHead], Callable[[Tenso
 """What fills dz, for hidden states, target, state, upstream gradient (as in `DLogits`) and head."""
 
 
-def slice_width(R: int, V: int, itemsize: int, workspace_mib: int) -> int:
-    """Columns of a slice whose dz fits into three quarters of the workspace: a multiple of 256, and not much beyond V.
+def slice_width(R: int, V: int, itemsize: int, size: int) -> int:
+    """Columns of a slice whose dz fits into `size` bytes: a multiple of 256, and not much beyond V.
 
-    The last quarter is for products on their way into a sum. Few, wide slices: each reads and writes the fp32 gradient
-    of the hidden states once.
+    Few, wide slices: each reads and writes the fp32 gradient of the hidden states once.
     """
-    fits = workspace_mib * 2**20 * 3 // 4 // (R * itemsize)
-    return min(max(fits // 256, 1), -(-V // 256)) * 256
+    return min(max(size // (R * itemsize) // 256, 1), ceil_div(V, 256)) * 256
 
 
 def triton_backward(
@@ -240,9 +238,12 @@ def _add_slices(
     """Add all slices of dz to the hidden states' sums, and write what they give for weight, bias and adapter."""
     operands, head, (R, D) = sums.operands, sums.operands.head, h.shape
     lora_h = None if head.lora is None or sums.dlora_b is None else through_adapter(h, head.lora)
-    width = slice_width(R, operands.V, h.element_size(), workspace_mib)
+    # The weight's gradient is written by the matmul, or a quarter of the workspace takes products on their way there.
+    quarter = workspace_mib * 2**18
+    quarters = 4 if written_by_matmul(head.weight, h, unit) else 3
+    at_once = max(quarter // (4 * D), 256)
+    width = slice_width(R, operands.V, h.element_size(), quarters * quarter)
     workspace = torch.empty(R, width, dtype=h.dtype, device=h.device)
-    at_once = max(workspace_mib * 2**20 // 4 // (4 * D), 256)  # rows of fp32 products on their way into a result
     for start in range(0, operands.V, width):
         stop = min(start + width, operands.V)
         dz = workspace[:, : stop - start]
@@ -257,9 +258,14 @@ def _add_slices(
             sums.dbias[start:stop] = total if unit is None else total * unit
 
 
+def written_by_matmul(out: Tensor, a: Tensor, unit: Tensor | None) -> bool:
+    """Whether the matmul of tensors like `a` can write its result into tensors like `out` as it is."""
+    return unit is None and out.dtype == a.dtype
+
+
 def write_product(a: Tensor, b: Tensor, unit: Tensor | None, at_once: int, out: Tensor) -> None:
     """`a @ b` in `unit` into `out`, accumulated in fp32 and rounded once: by the library or by `at_once` rows."""
-    if unit is None and out.dtype == a.dtype:
+    if written_by_matmul(out, a, unit):
         with matmul_precision(torch.float32), fp32_partial_sums():
             torch.mm(a, b, out=out)
         return

@@ -68,7 +68,7 @@ def test_options(settings: dict[str, Any], dtype: torch.dtype) -> None:
 def test_several_slices_of_the_backward() -> None:
     """The workspace holds less than the vocabulary, and a product less than the workspace."""
     rows, V = 260, 900
-    assert SLICE < slice_width(rows, V, 4, 1) < V
+    assert SLICE < slice_width(rows, V, 4, 2**20) < V
     problem = make_problem((rows,), V=V, D=5, bias=True, shift=False)
     check(replace(problem, labels=problem.labels.clamp(min=0)), torch.float32, workspace_mib=1)
 

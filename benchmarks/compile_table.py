@@ -191,7 +191,8 @@ def rows_of(
         tile = "x".join(str(constants[name]) for name in TILE if name in constants)
         registers, stack = resource_usage(binary.asm["cubin"])
         wgmma = binary.asm["ptx"].count("wgmma.mma_async")
-        multiplies = kernel.__name__ in MULTIPLY and not constants.get("GIVEN")
+        of_tile = constants.get("OPTIONS")
+        multiplies = kernel.__name__ in MULTIPLY and not (of_tile and of_tile.GIVEN)
         label = f"{tile} w{binary.metadata.num_warps} s{binary.metadata.num_stages}"
         measured = registers, stack, binary.metadata.shared, wgmma, multiplies
         # A product with a single column, for the gradient of a bias, has nothing wider to load.

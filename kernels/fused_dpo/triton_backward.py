@@ -22,29 +22,26 @@ from fused_dpo.triton_configs import TileConfig
 from fused_dpo.triton_tile import (
     Product,
     architecture,
-    described,
     exp,
     grouped_block,
     grouped_other,
     logits_tile,
     on_device,
-    product_arguments,
     scored,
     through_adapter,
+    through_softcap,
     tile_arguments,
+    with_product,
 )
 
 
 @triton.jit
 def _dlogits_kernel(
-    product_ptr,
     hidden_ptr,
+    weight_ptr,
+    inputs,
     row_index_ptr,
     target_ptr,
-    weight_ptr,
-    bias_ptr,
-    lora_h_ptr,
-    lora_b_ptr,
     state_ptr,
     upstream_ptr,
     dz_ptr,
@@ -54,27 +51,7 @@ def _dlogits_kernel(
     group,
     T,
     R,
-    product_first,
-    V,
-    D,
-    stride_pt,
-    stride_pv,
-    stride_ht,
-    stride_hd,
-    stride_wv,
-    stride_wd,
-    stride_bv,
-    stride_br,
-    logit_scale,
-    softcap,
-    inverse_temperature,
-    GIVEN: tl.constexpr,
-    DESCRIBED: tl.constexpr,
-    RANK: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
+    OPTIONS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -100,39 +77,16 @@ def _dlogits_kernel(
         target = tl.load(target_ptr + rows, mask=mask_t, other=-1)
         offs_v = first_v + columns
         z = logits_tile(
-            product_ptr,
             hidden_ptr,
+            weight_ptr,
+            inputs,
             rows,
             mask_t,
-            weight_ptr,
-            offs_v,
-            bias_ptr,
-            lora_h_ptr,
             offs_t,
-            lora_b_ptr,
+            offs_v,
             pid_t * BLOCK_T,
             first_v + pid_v * BLOCK_V,
-            product_first,
-            V,
-            D,
-            stride_pt,
-            stride_pv,
-            stride_ht,
-            stride_hd,
-            stride_wv,
-            stride_wd,
-            stride_bv,
-            stride_br,
-            logit_scale,
-            softcap,
-            inverse_temperature,
-            GIVEN,
-            DESCRIBED,
-            RANK,
-            BLOCK_R,
-            HAS_SCALE,
-            HAS_BIAS,
-            HAS_SOFTCAP,
+            OPTIONS,
             BLOCK_T,
             BLOCK_V,
             BLOCK_D,
@@ -142,10 +96,8 @@ def _dlogits_kernel(
         surprise = tl.load(state_ptr + 2 * T + rows, mask=mask_t, other=0.0)
         hit = offs_v[None, :] == target[:, None]
         dz = tl.where(hit, surprise[:, None], exp(z - peak[:, None]) * (-1.0 / total)[:, None])
-        if HAS_SOFTCAP:  # d tanh(u) = 1 - tanh(u)^2
-            ratio = z * (1.0 / (softcap * inverse_temperature))
-            dz *= 1.0 - ratio * ratio
-        dz *= (upstream * (logit_scale * inverse_temperature))[:, None]
+        dz = through_softcap(dz, z, inputs, OPTIONS)
+        dz *= (upstream * (inputs.logit_scale * inputs.inverse_temperature))[:, None]
     out = dz_ptr + offs_t.to(tl.int64)[:, None] * stride_z + columns[None, :]
     tl.store(out, dz.to(dz_ptr.dtype.element_ty), mask=mask_t[:, None] & (columns < width)[None, :])
 
@@ -167,8 +119,7 @@ class DLogits:
         rows = torch.arange(R, device=hidden.device)
         self._config = config or choose_config(architecture(hidden.device), hidden, head, want_stats=False)
         self._arguments: dict[str, Any] = {
-            **tile_arguments(hidden, rows, head),
-            **described(hidden, rows, head.weight, self._config),
+            **tile_arguments(hidden, rows, head, self._config),
             **self._config.constants,
             "row_index_ptr": rows,
             "target_ptr": target,
@@ -181,8 +132,8 @@ class DLogits:
 
     def __call__(self, dz: Tensor, start: int, product: Product | None = None) -> None:
         """Fill `dz` [R, columns] for the columns from `start` on: of a product that holds them, or by multiplying."""
-        arguments = {**self._arguments, **product_arguments(product, dz)}
-        arguments |= {"dz_ptr": dz, "first_v": start, "width": dz.shape[1], "stride_z": dz.stride(0)}
+        arguments = with_product(self._arguments, product)
+        arguments = {**arguments, "dz_ptr": dz, "first_v": start, "width": dz.shape[1], "stride_z": dz.stride(0)}
         grid = ceil_div(dz.shape[0], self._config.block_t) * ceil_div(dz.shape[1], self._config.block_v)
         with on_device(dz):
             _dlogits_kernel[(grid,)](**arguments)

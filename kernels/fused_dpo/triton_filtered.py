@@ -250,7 +250,7 @@ class _KeptLists:
         if sums.dweight is not None:
             others.append((operands.hidden, sums.dweight, operands.rows))
         if sums.dlora_b is not None:
-            others.append((self._tile["lora_h_ptr"], sums.dlora_b, None))
+            others.append((self._tile["inputs"].lora_h, sums.dlora_b, None))
         if sums.dbias is not None:
             others.append((torch.ones(self.R, 1, dtype=operands.dtype, device=self.device), sums.dbias[:, None], None))
         block_sums = [self._block_sums(upstream, b, index) for b, _, index in others]

@@ -16,15 +16,14 @@ from fused_dpo.triton_configs import HOT_SPLITS, SPLIT_COLUMNS, TileConfig, epil
 from fused_dpo.triton_tile import (
     Product,
     architecture,
-    described,
     exp,
     grouped_block,
     grouped_other,
     logits_tile,
     on_device,
-    product_arguments,
     surprise_of,
     tile_arguments,
+    with_product,
 )
 
 MERGE_ROWS = 32
@@ -35,14 +34,11 @@ MERGE_SPLITS = 64
 
 @triton.jit
 def _logps_forward_kernel(
-    product_ptr,
     hidden_ptr,
+    weight_ptr,
+    inputs,
     row_index_ptr,
     target_ptr,
-    weight_ptr,
-    bias_ptr,
-    lora_h_ptr,
-    lora_b_ptr,
     peak_ptr,
     total_ptr,
     weighted_ptr,
@@ -56,28 +52,8 @@ def _logps_forward_kernel(
     first_split,
     group,
     R,
-    product_first,
-    V,
-    D,
-    stride_pt,
-    stride_pv,
-    stride_ht,
-    stride_hd,
-    stride_wv,
-    stride_wd,
-    stride_bv,
-    stride_br,
-    logit_scale,
-    softcap,
-    inverse_temperature,
     SPLIT_COLUMNS: tl.constexpr,
-    GIVEN: tl.constexpr,
-    DESCRIBED: tl.constexpr,
-    RANK: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
+    OPTIONS: tl.constexpr,
     WANT_STATS: tl.constexpr,
     SCREEN: tl.constexpr,
     FLATTENED: tl.constexpr,
@@ -102,6 +78,7 @@ def _logps_forward_kernel(
     (R·D), everything else comes from L2. Bound by the matrix units from a few hundred rows on. GIVEN: 4·R·V bytes, from
     L2 where the product still lies there.
     """
+    V = inputs.V
     blocks = tl.cdiv(R, BLOCK_T)
     pid_t = grouped_block(blocks, group)
     split = first_split + grouped_other(blocks, group)
@@ -123,39 +100,16 @@ def _logps_forward_kernel(
     for start_v in tl.range(first_v, tl.minimum(first_v + SPLIT_COLUMNS, V), BLOCK_V, flatten=FLATTENED):
         offs_v = start_v + tl.arange(0, BLOCK_V)
         z = logits_tile(
-            product_ptr,
             hidden_ptr,
+            weight_ptr,
+            inputs,
             rows,
             mask_t,
-            weight_ptr,
-            offs_v,
-            bias_ptr,
-            lora_h_ptr,
             offs_t,
-            lora_b_ptr,
+            offs_v,
             pid_t * BLOCK_T,
             start_v,
-            product_first,
-            V,
-            D,
-            stride_pt,
-            stride_pv,
-            stride_ht,
-            stride_hd,
-            stride_wv,
-            stride_wd,
-            stride_bv,
-            stride_br,
-            logit_scale,
-            softcap,
-            inverse_temperature,
-            GIVEN,
-            DESCRIBED,
-            RANK,
-            BLOCK_R,
-            HAS_SCALE,
-            HAS_BIAS,
-            HAS_SOFTCAP,
+            OPTIONS,
             BLOCK_T,
             BLOCK_V,
             BLOCK_D,
@@ -327,7 +281,7 @@ class Partials:
             "R": R,
             "WANT_STATS": with_stats,
         }
-        self._tile = {**tile_arguments(hidden, rows, head), **described(hidden, rows, head.weight, config)}
+        self._tile = tile_arguments(hidden, rows, head, config)
         self._bound: tuple[Tensor, int] | None = None
 
     def bound(self, hot_splits: int) -> None:
@@ -343,10 +297,9 @@ class Partials:
             bound, hot_splits = self._bound
             screening = {"screen_ptr": self._results.screen, "bound_ptr": bound, "hot_splits": hot_splits}
         arguments: dict[str, Any] = {
-            **self._tile,
+            **with_product(self._tile, product),
             **self._arguments,
             **screening,
-            **product_arguments(product, weight),
             **config.constants,
             "FLATTENED": config.flattened,
             "SCREEN": self._bound is not None,

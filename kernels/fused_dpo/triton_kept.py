@@ -8,7 +8,7 @@ covers the longest list there can be, and a program beyond the end of its own do
 import triton
 import triton.language as tl
 
-from fused_dpo.triton_tile import exp, logits_tile
+from fused_dpo.triton_tile import exp, logits_tile, through_softcap
 
 
 @triton.jit
@@ -32,12 +32,10 @@ def _compact_kernel(flags_ptr, list_ptr, counts_ptr, N, stride_fg, stride_lg, BL
 @triton.jit
 def _kept_dlogits_kernel(
     hidden_ptr,
+    weight_ptr,
+    inputs,
     row_index_ptr,
     target_ptr,
-    weight_ptr,
-    bias_ptr,
-    lora_h_ptr,
-    lora_b_ptr,
     state_ptr,
     upstream_ptr,
     list_ptr,
@@ -53,24 +51,9 @@ def _kept_dlogits_kernel(
     stride_mg,
     T,
     R,
-    V,
-    D,
-    stride_ht,
-    stride_hd,
-    stride_wv,
-    stride_wd,
-    stride_bv,
-    stride_br,
-    logit_scale,
-    softcap,
-    inverse_temperature,
     BY_COLUMNS: tl.constexpr,
     NARROW: tl.constexpr,
-    RANK: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
+    OPTIONS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -88,6 +71,7 @@ def _kept_dlogits_kernel(
     Roofline: 2·D FLOP for each of the tile's entries, bound by the matrix units; gathered rows of hidden states and
     head are contiguous, so they load like any others.
     """
+    V = inputs.V
     group = tl.program_id(0)
     count = tl.load(counts_ptr + group)
     entries = list_ptr + group.to(tl.int64) * stride_lg
@@ -105,42 +89,7 @@ def _kept_dlogits_kernel(
             offs_v = first + group * BLOCK_V + tl.arange(0, BLOCK_V)
         rows = tl.load(row_index_ptr + offs_t, mask=mask_t, other=0).to(tl.int64)
         z = logits_tile(
-            hidden_ptr,  # no product is given
-            hidden_ptr,
-            rows,
-            mask_t,
-            weight_ptr,
-            offs_v,
-            bias_ptr,
-            lora_h_ptr,
-            offs_t,
-            lora_b_ptr,
-            0,
-            0,
-            0,
-            V,
-            D,
-            0,
-            0,
-            stride_ht,
-            stride_hd,
-            stride_wv,
-            stride_wd,
-            stride_bv,
-            stride_br,
-            logit_scale,
-            softcap,
-            inverse_temperature,
-            False,
-            False,
-            RANK,
-            BLOCK_R,
-            HAS_SCALE,
-            HAS_BIAS,
-            HAS_SOFTCAP,
-            BLOCK_T,
-            BLOCK_V,
-            BLOCK_D,
+            hidden_ptr, weight_ptr, inputs, rows, mask_t, offs_t, offs_v, 0, 0, OPTIONS, BLOCK_T, BLOCK_V, BLOCK_D
         )
         target = tl.load(target_ptr + rows, mask=mask_t, other=-1)
         target = tl.where(target < V, target, -1)  # slots without a column stand at V, and their dz is 0
@@ -157,10 +106,8 @@ def _kept_dlogits_kernel(
             marks = marks_ptr + (offs_v // NARROW).to(tl.int64)[None, :] * stride_mg + offs_t[:, None]
             above = mask_t[:, None] & (offs_v < V)[None, :] & ~(tl.abs(dz) <= smallest[:, None])  # NaN is above
             tl.store(marks, tl.full([BLOCK_T, BLOCK_V], 1, dtype=tl.uint8), mask=above)
-        if HAS_SOFTCAP:  # d tanh(u) = 1 - tanh(u)^2
-            ratio = tl.where(z == float("-inf"), 0.0, z) * (1.0 / (softcap * inverse_temperature))
-            dz *= 1.0 - ratio * ratio
-        dz *= logit_scale * inverse_temperature
+        dz = through_softcap(dz, z, inputs, OPTIONS)
+        dz *= inputs.logit_scale * inputs.inverse_temperature
         if BY_COLUMNS:
             out = dz_ptr + offs_t.to(tl.int64)[:, None] * capacity + slots[None, :]
             tl.store(out, dz.to(dz_ptr.dtype.element_ty), mask=mask_t[:, None] & (slots < capacity)[None, :])

@@ -1,5 +1,8 @@
 """The tile that every Triton kernel here computes: logits of some rows and some vocabulary columns, in registers."""
 
+# pyright: reportAttributeAccessIssue=false
+# Kernels read the fields of a constexpr.
+
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -45,16 +48,43 @@ class Product(NamedTuple):
     first: int
 
 
-def product_arguments(product: Product | None, stand_in: Tensor) -> dict[str, Any]:
-    """What `logits_tile` takes from a product, by name; without one it multiplies, and never reads `stand_in`."""
-    values, first = product or (stand_in, 0)
-    return {
-        "product_ptr": values,
-        "stride_pt": values.stride(0),
-        "stride_pv": values.stride(1),
-        "product_first": first,
-        "GIVEN": product is not None,
-    }
+class TileInputs(NamedTuple):
+    """What `logits_tile` takes beside hidden states and weight. Stand-ins are never read."""
+
+    bias: Tensor
+    lora_h: Tensor
+    """Contiguous [scored rows, RANK], times the adapter's scale."""
+    lora_b: Tensor
+    product: Tensor
+    V: int
+    D: int
+    stride_ht: int
+    stride_hd: int
+    stride_wv: int
+    stride_wd: int
+    stride_bv: int
+    stride_br: int
+    stride_pt: int
+    stride_pv: int
+    product_first: int
+    logit_scale: float
+    softcap: float
+    inverse_temperature: float
+
+
+class TileOptions(NamedTuple):
+    """What `logits_tile` is compiled for."""
+
+    RANK: int
+    """Of the adapter, 0 without one."""
+    BLOCK_R: int
+    HAS_SCALE: bool
+    HAS_BIAS: bool
+    HAS_SOFTCAP: bool
+    DESCRIBED: bool
+    """Operands are loaded by tensor descriptors."""
+    GIVEN: bool
+    """The product of hidden states and weight is read, not formed."""
 
 
 def scored(hidden: Tensor, rows: Tensor) -> Tensor:
@@ -82,10 +112,13 @@ def through_adapter(hidden: Tensor, lora: tuple[Tensor, Tensor, float]) -> Tenso
     return through
 
 
-def tile_arguments(hidden: Tensor, rows: Tensor, head: LMHead) -> dict[str, Any]:
-    """What `logits_tile` takes from hidden states and head, by name.
+def tile_arguments(hidden: Tensor, rows: Tensor, head: LMHead, config: TileConfig | None = None) -> dict[str, Any]:
+    """What a kernel that computes tiles of logits takes for `logits_tile`, by name.
 
-    The adapter's inner product is formed here. A part that is missing is stood in for by the weight, and never read.
+    The adapter's inner product is formed here. A part that is missing is stood in for by the weight. If the
+    configuration asks for tensor descriptors, two of them take the places of hidden states and weight: they name
+    contiguous rows of one dtype that begin at multiples of 16 bytes, so scored rows are gathered first; other operands
+    keep their pointers.
     """
     weight = head.weight
     lora_h, lora_b, rank = weight, weight, 0
@@ -93,46 +126,57 @@ def tile_arguments(hidden: Tensor, rows: Tensor, head: LMHead) -> dict[str, Any]
         a, lora_b, _ = head.lora
         rank = a.shape[0]
         lora_h = through_adapter(scored(hidden, rows), head.lora)
-    return {
-        "hidden_ptr": hidden,
-        "weight_ptr": weight,
-        "bias_ptr": weight if head.bias is None else head.bias.contiguous(),
-        "lora_h_ptr": lora_h,
-        "lora_b_ptr": lora_b,
-        "V": weight.shape[0],
-        "D": weight.shape[1],
-        "stride_ht": hidden.stride(0),
-        "stride_hd": hidden.stride(1),
-        "stride_wv": weight.stride(0),
-        "stride_wd": weight.stride(1),
-        "stride_bv": lora_b.stride(0),
-        "stride_br": lora_b.stride(1),
-        "logit_scale": head.logit_scale,
-        "softcap": head.softcap or 1.0,
-        "inverse_temperature": 1.0 / head.temperature,
-        "RANK": rank,
-        "BLOCK_R": max(16, triton.next_power_of_2(rank)),
-        "HAS_SCALE": head.logit_scale != 1.0 or head.temperature != 1.0,
-        "HAS_BIAS": head.bias is not None,
-        "HAS_SOFTCAP": head.softcap is not None,
-    }
+    power: Any = triton.next_power_of_2(rank)
+    described = config is not None and config.described and describable(hidden, weight)
+    inputs = TileInputs(
+        bias=weight if head.bias is None else head.bias.contiguous(),
+        lora_h=lora_h,
+        lora_b=lora_b,
+        product=weight,
+        V=weight.shape[0],
+        D=weight.shape[1],
+        stride_ht=hidden.stride(0),
+        stride_hd=hidden.stride(1),
+        stride_wv=weight.stride(0),
+        stride_wd=weight.stride(1),
+        stride_bv=lora_b.stride(0),
+        stride_br=lora_b.stride(1),
+        stride_pt=0,
+        stride_pv=0,
+        product_first=0,
+        logit_scale=head.logit_scale,
+        softcap=head.softcap or 1.0,
+        inverse_temperature=1.0 / head.temperature,
+    )
+    options = TileOptions(
+        RANK=rank,
+        BLOCK_R=max(16, power),
+        HAS_SCALE=head.logit_scale != 1.0 or head.temperature != 1.0,
+        HAS_BIAS=head.bias is not None,
+        HAS_SOFTCAP=head.softcap is not None,
+        DESCRIBED=described,
+        GIVEN=False,
+    )
+    arguments: dict[str, Any] = {"hidden_ptr": hidden, "weight_ptr": weight, "inputs": inputs, "OPTIONS": options}
+    if described and config is not None:
+        arguments["hidden_ptr"] = TensorDescriptor.from_tensor(scored(hidden, rows), [config.block_t, config.block_d])
+        arguments["weight_ptr"] = TensorDescriptor.from_tensor(weight, [config.block_v, config.block_d])
+    return arguments
 
 
-def described(hidden: Tensor, rows: Tensor, weight: Tensor, config: TileConfig) -> dict[str, Any]:
-    """Tensor descriptors for `logits_tile` in place of two pointers, by name, if the configuration asks for them.
-
-    They name contiguous rows of one dtype that begin at multiples of 16 bytes, so scored rows are gathered first; other
-    operands keep their pointers.
-    """
-    operands = hidden, weight
+def describable(*operands: Tensor) -> bool:
+    """Whether tensor descriptors can name the operands."""
     aligned = all(t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == t.data_ptr() % 16 == 0 for t in operands)
-    if not (config.described and aligned and hidden.dtype == weight.dtype):
-        return {"DESCRIBED": False}
-    return {
-        "hidden_ptr": TensorDescriptor.from_tensor(scored(hidden, rows), [config.block_t, config.block_d]),
-        "weight_ptr": TensorDescriptor.from_tensor(weight, [config.block_v, config.block_d]),
-        "DESCRIBED": True,
-    }
+    return aligned and len({t.dtype for t in operands}) == 1
+
+
+def with_product(arguments: dict[str, Any], product: Product | None) -> dict[str, Any]:
+    """`tile_arguments` for tiles that read a product, if there is one."""
+    if product is None:
+        return arguments
+    strides = dict(zip(("stride_pt", "stride_pv"), product.values.stride(), strict=True))
+    inputs = arguments["inputs"]._replace(product=product.values, product_first=product.first, **strides)
+    return {**arguments, "inputs": inputs, "OPTIONS": arguments["OPTIONS"]._replace(GIVEN=True)}
 
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -176,100 +220,86 @@ def surprise_of(logp):
 
 @triton.jit
 def logits_tile(
-    product_ptr,
     hidden_ptr,
+    weight_ptr,
+    inputs,
     rows,
     mask_t,
-    weight_ptr,
-    offs_v,
-    bias_ptr,
-    lora_h_ptr,
     offs_t,
-    lora_b_ptr,
+    offs_v,
     first_t,
     first_v,
-    product_first,
-    V,
-    D,
-    stride_pt,
-    stride_pv,
-    stride_ht,
-    stride_hd,
-    stride_wv,
-    stride_wd,
-    stride_bv,
-    stride_br,
-    logit_scale,
-    softcap,
-    inverse_temperature,
-    GIVEN: tl.constexpr,
-    DESCRIBED: tl.constexpr,
-    RANK: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
+    OPTIONS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """fp32 logits `[BLOCK_T, BLOCK_V]` of hidden rows `rows` and weight rows `offs_v`; -inf beyond V.
 
-    `rows` int64 are positions in the hidden states, `offs_t` those among the scored rows (for `lora_h`, contiguous
-    `[scored rows, RANK]` and scaled already). Operands are taken in the hidden states' dtype, products are accumulated
-    in fp32; fp32 operands are multiplied in full fp32. GIVEN reads their product instead, of the scored rows and the
-    weight's rows from `product_first` on (see `Product`). DESCRIBED loads by tensor descriptors, the scored rows from
-    `first_t` on and the weight's from `first_v` on, and fills up with zeros.
+    `rows` int64 are positions in the hidden states, `offs_t` those among the scored rows. Operands are taken in the
+    hidden states' dtype, products are accumulated in fp32; fp32 operands are multiplied in full fp32. `inputs` and
+    OPTIONS are `TileInputs` and `TileOptions`: GIVEN reads a `Product` of the scored rows, DESCRIBED loads by tensor
+    descriptors, the scored rows from `first_t` on and the weight's from `first_v` on, and fills up with zeros.
     """
-    mask_v = offs_v < V
+    mask_v = offs_v < inputs.V
     wide_v = offs_v.to(tl.int64)  # V x D passes 2^31
-    if GIVEN:
+    if OPTIONS.GIVEN:
+        columns = (offs_v - inputs.product_first)[None, :]
         acc = tl.load(
-            product_ptr + offs_t[:, None] * stride_pt + (offs_v - product_first)[None, :] * stride_pv,
+            inputs.product + offs_t[:, None] * inputs.stride_pt + columns * inputs.stride_pv,
             mask=mask_v[None, :],
             other=0.0,
         )
     else:
         acc = tl.zeros([BLOCK_T, BLOCK_V], dtype=tl.float32)
-        for start_d in range(0, D, BLOCK_D):
-            if DESCRIBED:
+        for start_d in range(0, inputs.D, BLOCK_D):
+            if OPTIONS.DESCRIBED:
                 h = hidden_ptr.load([first_t, start_d])
                 w = weight_ptr.load([first_v, start_d]).T
             else:
                 offs_d = start_d + tl.arange(0, BLOCK_D)
-                mask_d = offs_d < D
+                mask_d = offs_d < inputs.D
                 h = tl.load(
-                    hidden_ptr + rows[:, None] * stride_ht + offs_d[None, :] * stride_hd,
+                    hidden_ptr + rows[:, None] * inputs.stride_ht + offs_d[None, :] * inputs.stride_hd,
                     mask=mask_t[:, None] & mask_d[None, :],
                     other=0.0,
                 )
                 w = tl.load(
-                    weight_ptr + wide_v[None, :] * stride_wv + offs_d[:, None] * stride_wd,
+                    weight_ptr + wide_v[None, :] * inputs.stride_wv + offs_d[:, None] * inputs.stride_wd,
                     mask=mask_v[None, :] & mask_d[:, None],
                     other=0.0,
                 )
             acc = tl.dot(h, w.to(h.dtype), acc, input_precision="ieee")
-    if RANK > 0:
-        offs_r = tl.arange(0, BLOCK_R)
-        mask_r = offs_r < RANK
+    if OPTIONS.RANK > 0:
+        offs_r = tl.arange(0, OPTIONS.BLOCK_R)
+        mask_r = offs_r < OPTIONS.RANK
         lora_h = tl.load(
-            lora_h_ptr + offs_t.to(tl.int64)[:, None] * RANK + offs_r[None, :],
+            inputs.lora_h + offs_t.to(tl.int64)[:, None] * OPTIONS.RANK + offs_r[None, :],
             mask=mask_t[:, None] & mask_r[None, :],
             other=0.0,
         )
         lora_b = tl.load(
-            lora_b_ptr + wide_v[None, :] * stride_bv + offs_r[:, None] * stride_br,
+            inputs.lora_b + wide_v[None, :] * inputs.stride_bv + offs_r[:, None] * inputs.stride_br,
             mask=mask_v[None, :] & mask_r[:, None],
             other=0.0,
         )
         acc = tl.dot(lora_h, lora_b.to(lora_h.dtype), acc, input_precision="ieee")
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)[None, :]
-    if HAS_SCALE:
-        acc *= logit_scale
-    if HAS_SOFTCAP:
+    if OPTIONS.HAS_BIAS:
+        acc += tl.load(inputs.bias + offs_v, mask=mask_v, other=0.0).to(tl.float32)[None, :]
+    if OPTIONS.HAS_SCALE:
+        acc *= inputs.logit_scale
+    if OPTIONS.HAS_SOFTCAP:
         # tanh(x) = 1 - 2 / (1 + exp(2x)): saturates instead of overflowing
-        acc = softcap * (1.0 - 2.0 / (1.0 + exp(acc * (2.0 / softcap))))
-    if HAS_SCALE:
-        acc *= inverse_temperature
+        acc = inputs.softcap * (1.0 - 2.0 / (1.0 + exp(acc * (2.0 / inputs.softcap))))
+    if OPTIONS.HAS_SCALE:
+        acc *= inputs.inverse_temperature
     return tl.where(mask_v[None, :], acc, float("-inf"))
+
+
+@triton.jit
+def through_softcap(dz, z, inputs, OPTIONS: tl.constexpr):
+    """`dz` times the derivative of the softcap, if there is one, where it gives the logits `z`; beyond V as it is."""
+    if OPTIONS.HAS_SOFTCAP:  # d tanh(u) = 1 - tanh(u)^2
+        ratio = tl.where(z == float("-inf"), 0.0, z) * (1.0 / (inputs.softcap * inputs.inverse_temperature))
+        dz *= 1.0 - ratio * ratio
+    return dz

@@ -21,15 +21,15 @@ def names(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     config = replace(triton_configs.INTERPRETER_CONFIG, described=True, flattened=True)
     monkeypatch.setattr(triton_configs, "INTERPRETER_CONFIG", config)
     seen: list[str] = []
-    real = triton_tile.described
+    real = triton_tile.tile_arguments
 
     def noted(*arguments: Any) -> dict[str, Any]:
         found = real(*arguments)
-        seen.append("descriptors" if found["DESCRIBED"] else "pointers")
+        seen.append("descriptors" if found["OPTIONS"].DESCRIBED else "pointers")
         return found
 
-    monkeypatch.setattr("fused_dpo.triton_forward.described", noted)
-    monkeypatch.setattr("fused_dpo.triton_backward.described", noted)
+    monkeypatch.setattr("fused_dpo.triton_forward.tile_arguments", noted)
+    monkeypatch.setattr("fused_dpo.triton_backward.tile_arguments", noted)
     return seen
 
 
@@ -68,12 +68,7 @@ def test_what_descriptors_cannot_name_keeps_its_pointers(
 
 def test_which_tensors_descriptors_can_name() -> None:
     """Contiguous rows that begin at multiples of 16 bytes, of one dtype."""
-    config = replace(triton_configs.INTERPRETER_CONFIG, described=True)
-    hidden, weight, rows = torch.zeros(6, 16), torch.zeros(40, 16), torch.arange(6)
-
-    def can(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
-        return triton_tile.described(hidden, rows[: len(hidden)], weight, config)["DESCRIBED"]
-
+    hidden, weight, can = torch.zeros(6, 16), torch.zeros(40, 16), triton_tile.describable
     assert can(hidden, weight)
     assert can(torch.zeros(6, 20)[:, 4:], weight)
     assert not can(torch.zeros(6, 20)[:, 1:17], weight), "between multiples of 16 bytes"

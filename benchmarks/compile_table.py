@@ -128,7 +128,7 @@ def call(dtype: torch.dtype, impl: str, eps: float, *, all_rows: bool = False, *
         return torch.zeros(shape, dtype=dtype).requires_grad_()
 
     head = LMHead(
-        leaf(V, D),
+        torch.zeros(V, D).requires_grad_() if options.get("autocast") else leaf(V, D),
         bias=leaf(V) if options.get("bias") else None,
         logit_scale=options.get("logit_scale", 1.0),
         softcap=options.get("softcap"),
@@ -151,6 +151,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "softcap": {"softcap": 30.0},
     "lora": {"lora": True},
     "stats": {"stats": True},
+    "autocast": {"autocast": True},
     "all": EVERYTHING,
 }
 

@@ -203,6 +203,23 @@ def check_batch_invariance(scale: Scale) -> None:
             assert torch.equal(function(alone)[0], together[index]), f"{way}, {dtype}: sequence {index} differs alone"
 
 
+def check_autocast(scale: Scale) -> None:
+    """A weight in fp32 under autocast: the log-probs of one in bf16, bit for bit, and a gradient in fp32."""
+    if scale.device == "cpu":
+        raise NotHereError("Triton's interpreter does not multiply bf16")
+    case = make_case(scale, torch.bfloat16, V=scale.V, D=scale.D)
+    wide = case._replace(head=replace(case.head, weight=case.head.weight.float()))
+    for way, function in WAYS.items():
+        expected = evaluate(case, function)
+        with torch.autocast(torch.device(scale.device).type, torch.bfloat16):
+            got = evaluate(wide, function)
+        assert torch.equal(got[0], expected[0]), f"{way}: the log-probs differ"
+        assert got[2].dtype == torch.float32, f"{way}: the weight's gradient is in {got[2].dtype}"
+        for name, a, b in zip(("dhidden", "dweight"), got[1:], expected[1:], strict=True):
+            error = float((a.double() - b.double()).norm() / b.double().norm())
+            assert error <= 2**-8, f"{way}, {name}: {error:.3g} from the gradient in bf16"
+
+
 def check_large_offsets(scale: Scale) -> None:
     """V x D beyond 2^31: labels in the last rows of the weight, against a few rows of logits in full."""
     V, D, T = scale.large_vocab, scale.large_dim, 40
@@ -321,6 +338,7 @@ CHECKS: dict[str, Callable[[Scale], Any]] = {
     "run to run, NaN-poisoned": check_run_to_run,
     "filtered gradients": check_filtered,
     "batch invariance": check_batch_invariance,
+    "autocast": check_autocast,
     "streaming agrees": check_streaming_agrees,
     "offsets beyond 2^31": check_large_offsets,
     "memory": check_memory,

@@ -67,11 +67,11 @@ class GradientSums:
         if self.dbias is not None and self.bias is not None:
             self.dbias[start:stop] = self.bias
 
-    def add_hidden(self, out: Tensor, dz: Tensor, start: int, stop: int) -> None:
-        """`out += dz @ [weight | b][start:stop]`, those columns of it that `hidden` has; `dz` in the compute dtype."""
+    def add_hidden(self, out: Tensor, dz: Tensor, weight: Tensor, start: int, stop: int) -> None:
+        """`out += dz @ [weight | b[start:stop]]`, those columns of it that `hidden` has; `dz` in the compute dtype."""
         D, rank, head = self.operands.D, self.operands.rank, self.operands.head
         if self.need_hidden:
-            add_matmul_fp32(out[:, :D], dz, head.weight[start:stop])
+            add_matmul_fp32(out[:, :D], dz, weight)
         if head.lora is not None and out.shape[1]:
             add_matmul_fp32(out[:, -rank:], dz, head.lora[1][start:stop])
 

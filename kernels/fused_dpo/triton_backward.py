@@ -21,6 +21,8 @@ from fused_dpo.triton_autotune import choose_config
 from fused_dpo.triton_configs import TileConfig
 from fused_dpo.triton_tile import (
     Product,
+    Tiles,
+    WeightSlice,
     architecture,
     exp,
     grouped_block,
@@ -30,8 +32,7 @@ from fused_dpo.triton_tile import (
     scored,
     through_adapter,
     through_softcap,
-    tile_arguments,
-    with_product,
+    weight_slices,
 )
 
 
@@ -118,8 +119,8 @@ class DLogits:
         R, D = hidden.shape
         rows = torch.arange(R, device=hidden.device)
         self._config = config or choose_config(architecture(hidden.device), hidden, head, want_stats=False)
+        self._tiles = Tiles(hidden, rows, head, self._config)
         self._arguments: dict[str, Any] = {
-            **tile_arguments(hidden, rows, head, self._config),
             **self._config.constants,
             "row_index_ptr": rows,
             "target_ptr": target,
@@ -130,16 +131,16 @@ class DLogits:
             "group": self._config.blocks_in_cache(D * hidden.element_size()),
         }
 
-    def __call__(self, dz: Tensor, start: int, product: Product | None = None) -> None:
-        """Fill `dz` [R, columns] for the columns from `start` on: of a product that holds them, or by multiplying."""
-        arguments = with_product(self._arguments, product)
-        arguments = {**arguments, "dz_ptr": dz, "first_v": start, "width": dz.shape[1], "stride_z": dz.stride(0)}
+    def __call__(self, dz: Tensor, operand: WeightSlice | Product) -> None:
+        """Fill `dz` [R, columns] for the columns from the operand's first on; see `Tiles.arguments`."""
+        arguments = {**self._tiles.arguments(operand), **self._arguments}
+        arguments |= {"dz_ptr": dz, "first_v": operand.first, "width": dz.shape[1], "stride_z": dz.stride(0)}
         grid = ceil_div(dz.shape[0], self._config.block_t) * ceil_div(dz.shape[1], self._config.block_v)
         with on_device(dz):
             _dlogits_kernel[(grid,)](**arguments)
 
 
-FormDLogits = Callable[[Tensor, Tensor, Tensor, Tensor, LMHead], Callable[[Tensor, int], None]]
+FormDLogits = Callable[[Tensor, Tensor, Tensor, Tensor, LMHead], Callable[[Tensor, WeightSlice], None]]
 """What fills dz, for hidden states, target, state, upstream gradient (as in `DLogits`) and head."""
 
 
@@ -184,7 +185,7 @@ def triton_backward(
 
 
 def _add_slices(
-    sums: GradientSums, h: Tensor, fill: Callable[[Tensor, int], None], unit: Tensor | None, workspace_mib: int
+    sums: GradientSums, h: Tensor, fill: Callable[[Tensor, WeightSlice], None], unit: Tensor | None, workspace_mib: int
 ) -> None:
     """Add all slices of dz to the hidden states' sums, and write what they give for weight, bias and adapter."""
     operands, head, (R, D) = sums.operands, sums.operands.head, h.shape
@@ -193,13 +194,14 @@ def _add_slices(
     quarter = workspace_mib * 2**18
     quarters = 4 if written_by_matmul(head.weight, h, unit) else 3
     at_once = max(quarter // (4 * D), 256)
-    width = slice_width(R, operands.V, h.element_size(), quarters * quarter)
+    rows_a_column = R if head.weight.dtype == h.dtype else R + D  # of dz, and of the weight where it is converted
+    width = slice_width(rows_a_column, operands.V, h.element_size(), quarters * quarter)
     workspace = torch.empty(R, width, dtype=h.dtype, device=h.device)
-    for start in range(0, operands.V, width):
-        stop = min(start + width, operands.V)
+    for weight in weight_slices(head.weight, h.dtype, width):
+        start, stop = weight.first, weight.first + weight.values.shape[0]
         dz = workspace[:, : stop - start]
-        fill(dz, start)
-        sums.add_hidden(sums.hidden, dz, start, stop)
+        fill(dz, weight)
+        sums.add_hidden(sums.hidden, dz, weight.values, start, stop)
         if sums.dweight is not None:
             write_product(dz.T, h, unit, at_once, out=sums.dweight[start:stop])
         if sums.dlora_b is not None and lora_h is not None:
@@ -222,5 +224,4 @@ def write_product(a: Tensor, b: Tensor, unit: Tensor | None, at_once: int, out: 
         return
     for first in range(0, out.shape[0], at_once):
         here = slice(first, first + at_once)
-        product = matmul_fp32(a[here], b)
-        out[here] = product if unit is None else product.mul_(unit)
+        out[here] = matmul_fp32(a[here], b) if unit is None else matmul_fp32(a[here], b).mul_(unit)

@@ -36,7 +36,7 @@ from fused_dpo.triton_configs import (
 from fused_dpo.triton_forward import Scan, empty_results, fused_scan
 from fused_dpo.triton_kept import _compact_kernel, _gathered_product_kernel, _kept_dlogits_kernel
 from fused_dpo.triton_tail import TAIL_SCALE, DroppedMeans, dropped_means
-from fused_dpo.triton_tile import architecture, on_device, tile_arguments
+from fused_dpo.triton_tile import Tiles, architecture, on_device
 
 COMPACT_BLOCK = 4096
 """Flags that a program of the compaction takes at a time."""
@@ -62,7 +62,7 @@ def triton_filtered_forward(
     target: Tensor,
     rows: Tensor,
     head: LMHead,
-    _workspace_mib: int,
+    workspace_mib: int,
     *,
     cu_seqlens: Tensor,
     filter_eps: float,
@@ -80,7 +80,7 @@ def triton_filtered_forward(
     logps, state, _, screen = results
     assert screen is not None
     if rows.numel():
-        scan(hidden, target, rows, head, results, filter_eps)
+        scan(hidden, target, rows, head, results, filter_eps, workspace_mib)
         R, V, config, device = rows.numel(), head.weight.shape[0], _backward_config(hidden, head), hidden.device
         blocks = ceil_div(R, config.block_t)
         columns = (screen[:blocks, 0] >= math.floor(BIAS + math.log2(filter_eps))).sum(1, dtype=torch.float32)
@@ -173,7 +173,7 @@ def _spread_of_blocks(sums: GradientSums, means: DroppedMeans, workspace_mib: in
     # In one piece, unless the weight has to be brought to the dtype.
     fits = workspace_mib * 2**18 // (sums.operands.D * dtype.itemsize)
     for start, stop in even_bounds(sums.operands.V, sums.operands.V if head.weight.dtype == dtype else max(fits, 1)):
-        sums.add_hidden(spread, means.values[:, start:stop], start, stop)
+        sums.add_hidden(spread, means.values[:, start:stop], head.weight[start:stop], start, stop)
     factor = head.logit_scale / head.temperature / TAIL_SCALE
     return spread * (factor / torch.where(means.mass > 0, means.mass, 1.0))[:, None]
 
@@ -198,10 +198,13 @@ class _KeptLists:
         self.product: ProductConfig = product_config(architecture(hidden.device), hidden.dtype)
         self.blocks = ceil_div(self.R, self.config.block_t)
         multiple = max(self.config.block_v, self.config.narrow)
-        fits = workspace_mib * 2**20 // (self.R * hidden.element_size()) // multiple * multiple
+        quarters = 4 if head.weight.dtype == hidden.dtype else 3  # one for slices of the weight that are converted
+        fits = quarters * workspace_mib * 2**18 // (self.R * hidden.element_size()) // multiple * multiple
         self.width = min(max(fits, multiple), round_up(self.V, multiple))
+        tiles = Tiles(hidden, rows, head)
+        self._lora_h = tiles.lora_h
         self._tile: dict[str, Any] = {
-            **tile_arguments(hidden, rows, head),
+            **tiles.arguments(),
             "row_index_ptr": rows,
             "target_ptr": target,
             "state_ptr": state,
@@ -250,7 +253,7 @@ class _KeptLists:
         if sums.dweight is not None:
             others.append((operands.hidden, sums.dweight, operands.rows))
         if sums.dlora_b is not None:
-            others.append((self._tile["inputs"].lora_h, sums.dlora_b, None))
+            others.append((self._lora_h, sums.dlora_b, None))
         if sums.dbias is not None:
             others.append((torch.ones(self.R, 1, dtype=operands.dtype, device=self.device), sums.dbias[:, None], None))
         block_sums = [self._block_sums(upstream, b, index) for b, _, index in others]

@@ -15,6 +15,8 @@ from fused_dpo.triton_autotune import choose_config
 from fused_dpo.triton_configs import HOT_SPLITS, SPLIT_COLUMNS, TileConfig, epilogue_of, tile_config
 from fused_dpo.triton_tile import (
     Product,
+    Tiles,
+    WeightSlice,
     architecture,
     exp,
     grouped_block,
@@ -22,8 +24,7 @@ from fused_dpo.triton_tile import (
     logits_tile,
     on_device,
     surprise_of,
-    tile_arguments,
-    with_product,
+    weight_slices,
 )
 
 MERGE_ROWS = 32
@@ -281,7 +282,7 @@ class Partials:
             "R": R,
             "WANT_STATS": with_stats,
         }
-        self._tile = tile_arguments(hidden, rows, head, config)
+        self._tiles = Tiles(hidden, rows, head, config)
         self._bound: tuple[Tensor, int] | None = None
 
     def bound(self, hot_splits: int) -> None:
@@ -289,15 +290,15 @@ class Partials:
         log_sum_exp = (self._peak[:hot_splits] + self._total[:hot_splits].log()).logsumexp(0)
         self._bound = log_sum_exp, hot_splits
 
-    def forward(self, first_split: int, splits: int, product: Product | None = None) -> None:
-        """Run some splits of the vocabulary, of a product that holds them or by multiplying; screen them if bounded."""
+    def forward(self, first_split: int, splits: int, operand: WeightSlice | Product | None = None) -> None:
+        """Run some splits of the vocabulary, for `operand` see `Tiles.arguments`; screen them if bounded."""
         weight, R, config = self._weight, self._rows.numel(), self._config
         screening: dict[str, Any] = {"screen_ptr": self._peak, "bound_ptr": self._peak, "hot_splits": 0}
         if self._bound is not None:
             bound, hot_splits = self._bound
             screening = {"screen_ptr": self._results.screen, "bound_ptr": bound, "hot_splits": hot_splits}
         arguments: dict[str, Any] = {
-            **with_product(self._tile, product),
+            **self._tiles.arguments(operand),
             **self._arguments,
             **screening,
             **config.constants,
@@ -321,8 +322,8 @@ class Partials:
             _merge_splits_kernel[(ceil_div(self._rows.numel(), MERGE_ROWS),)](**self._arguments, **arguments)
 
 
-Scan = Callable[[Tensor, Tensor, Tensor, LMHead, Results, float], None]
-"""Fills the results of scored rows (one at least): hidden states, target, rows, head, results, threshold."""
+Scan = Callable[[Tensor, Tensor, Tensor, LMHead, Results, float, int], None]
+"""Fills the results of scored rows (one at least): hidden states, target, rows, head, results, threshold, workspace."""
 
 
 def fused_scan(
@@ -332,20 +333,27 @@ def fused_scan(
     head: LMHead,
     results: Results,
     filter_eps: float,
+    workspace_mib: int,
     config: TileConfig | None = None,
 ) -> None:
-    """All rows and splits at once, by kernels that multiply; the logits never leave the registers."""
+    """All rows at once, by kernels that multiply; the logits never leave the registers."""
     want_stats, screening = results.stats is not None, results.screen is not None
     if screening:  # never tuned: the rows of a tile are the blocks of the screen
         epilogue = epilogue_of(head, want_stats=want_stats, screen=True)
         config = tile_config(architecture(hidden.device), hidden.dtype, epilogue)
     config = config or choose_config(architecture(hidden.device), hidden, head, want_stats=want_stats)
     partials = Partials(hidden, target, rows, head, results, filter_eps, config, SPLIT_COLUMNS)
-    if screening:
-        hot = min(HOT_SPLITS, partials.splits)
-        partials.forward(0, hot)
-        partials.bound(hot)
-    partials.forward(0, partials.splits)
+    V, D = head.weight.shape
+    rows_at_once = V  # of the weight, in whole splits
+    if head.weight.dtype != hidden.dtype:
+        fits = workspace_mib * 2**20 // (SPLIT_COLUMNS * D * hidden.element_size())
+        rows_at_once = max(fits, 1) * SPLIT_COLUMNS
+    for part in weight_slices(head.weight, hidden.dtype, rows_at_once):
+        if screening and part.first == 0:
+            hot = min(HOT_SPLITS, partials.splits)
+            partials.forward(0, hot, part)
+            partials.bound(hot)
+        partials.forward(part.first // SPLIT_COLUMNS, ceil_div(part.values.shape[0], SPLIT_COLUMNS), part)
     partials.merge()
 
 
@@ -354,7 +362,7 @@ def triton_forward(
     target: Tensor,
     rows: Tensor,
     head: LMHead,
-    _workspace_mib: int,
+    workspace_mib: int,
     *,
     want_stats: bool,
     scan: Scan = fused_scan,
@@ -362,9 +370,9 @@ def triton_forward(
     """Log-prob and softmax state of every row, and the stats if wanted: `streaming_forward` on CUDA.
 
     Memory: log-prob and state, 16 bytes a row, and what the scan takes: 8 bytes (16 with stats) a scored row and split
-    of SPLIT_COLUMNS columns. No synchronisation with the host.
+    of SPLIT_COLUMNS columns; `workspace_mib` where the weight has another dtype. No synchronisation with the host.
     """
     results = empty_results(hidden, want_stats=want_stats)
     if rows.numel():
-        scan(hidden, target, rows, head, results, 0.0)
+        scan(hidden, target, rows, head, results, 0.0, workspace_mib)
     return results.logps, results.state, results.token_stats

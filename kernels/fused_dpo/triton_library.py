@@ -17,24 +17,31 @@ from fused_dpo.precision import matmul_fp32
 from fused_dpo.triton_backward import DLogits
 from fused_dpo.triton_configs import library_config
 from fused_dpo.triton_forward import Partials, Results
-from fused_dpo.triton_tile import Product, architecture, padded
+from fused_dpo.triton_tile import Product, WeightSlice, architecture, padded
 
 
-def products(h: Tensor, weight: Tensor, first: int, last: int, values: Tensor) -> Iterator[Product]:
-    """Products of `padded` hidden rows with the weight's rows `first:last`, in slices of the columns of `values`.
+def products(h: Tensor, weight: Tensor, first: int, values: Tensor) -> Iterator[Product]:
+    """Products of `padded` hidden rows with a weight whose row `first` of the head is its first.
+
+    They come in slices of as many columns as `values` has.
 
     `values` is where each of them overwrites the one before: two in turn would not stay in the L2 cache.
     """
-    width = values.shape[1]
-    for start in range(first, last, width):
-        weight_slice = weight[start : min(start + width, last)].to(h.dtype)
+    for start in range(0, weight.shape[0], values.shape[1]):
+        weight_slice = weight[start : start + values.shape[1]].to(h.dtype)
         part = values[:, : weight_slice.shape[0]]
         matmul_fp32(h, weight_slice.T, out=part)
-        yield Product(part, start)
+        yield Product(part, first + start)
 
 
 def library_scan(
-    hidden: Tensor, target: Tensor, rows: Tensor, head: LMHead, results: Results, filter_eps: float
+    hidden: Tensor,
+    target: Tensor,
+    rows: Tensor,
+    head: LMHead,
+    results: Results,
+    filter_eps: float,
+    _workspace_mib: int,
 ) -> None:
     """`fused_dpo.triton_forward.Scan` by given products; the first slice bounds the log-sum-exp for a screen.
 
@@ -49,7 +56,7 @@ def library_scan(
         chunk = rows[first : first + config.chunk_rows]
         screen = None if results.screen is None else results.screen[first // tile.block_t :]
         partials = Partials(hidden, target, chunk, head, results._replace(screen=screen), filter_eps, tile, split)
-        for product in products(padded(hidden[chunk], config.chunk_rows), head.weight, 0, V, values):
+        for product in products(padded(hidden[chunk], config.chunk_rows), head.weight, 0, values):
             first_split, splits = product.first // split, ceil_div(product.values.shape[1], split)
             if first_split == 0 and screen is not None:
                 partials.forward(0, splits, product)
@@ -60,7 +67,7 @@ def library_scan(
 
 def library_dlogits(
     hidden: Tensor, target: Tensor, state: Tensor, upstream: Tensor, head: LMHead
-) -> Callable[[Tensor, int], None]:
+) -> Callable[[Tensor, WeightSlice], None]:
     """`fused_dpo.triton_backward.FormDLogits` by given products.
 
     Memory: 4 bytes for each entry of a product, and the last chunk's hidden states.
@@ -72,11 +79,10 @@ def library_dlogits(
     width = min(config.slice_columns, head.weight.shape[0])
     values = torch.empty(config.chunk_rows, width, dtype=torch.float32, device=hidden.device)
 
-    def fill(dz: Tensor, start: int) -> None:
+    def fill(dz: Tensor, weight: WeightSlice) -> None:
         for chunk, dlogits, h in zip(chunks, launches, operands, strict=True):
-            last = start + dz.shape[1]
-            for product in products(h, head.weight, start, last, values):
-                columns = slice(product.first - start, product.first - start + product.values.shape[1])
-                dlogits(dz[chunk, columns], product.first, product)
+            for product in products(h, weight.values, weight.first, values):
+                start = product.first - weight.first
+                dlogits(dz[chunk, start : start + product.values.shape[1]], product)
 
     return fill

@@ -3,6 +3,7 @@
 # pyright: reportAttributeAccessIssue=false
 # Kernels read the fields of a constexpr.
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -48,6 +49,25 @@ class Product(NamedTuple):
     first: int
 
 
+class WeightSlice(NamedTuple):
+    """Rows of the head's weight from `first` on, in the hidden states' dtype."""
+
+    values: Tensor
+    first: int
+
+
+def weight_slices(weight: Tensor, dtype: torch.dtype, rows: int) -> Iterator[WeightSlice]:
+    """Slices of so many rows of the weight in `dtype`: views, or copies that each overwrite the one before.
+
+    Kernels that multiply would convert every tile on its way to the matrix units, and these would wait for it.
+    """
+    V, D = weight.shape
+    copies = None if weight.dtype == dtype else torch.empty(min(rows, V), D, dtype=dtype, device=weight.device)
+    for first in range(0, V, rows):
+        part = weight[first : first + rows]
+        yield WeightSlice(part if copies is None else copies[: part.shape[0]].copy_(part), first)
+
+
 class TileInputs(NamedTuple):
     """What `logits_tile` takes beside hidden states and weight. Stand-ins are never read."""
 
@@ -62,6 +82,8 @@ class TileInputs(NamedTuple):
     stride_hd: int
     stride_wv: int
     stride_wd: int
+    weight_first: int
+    """Row of the head that is the first of the weight."""
     stride_bv: int
     stride_br: int
     stride_pt: int
@@ -112,71 +134,83 @@ def through_adapter(hidden: Tensor, lora: tuple[Tensor, Tensor, float]) -> Tenso
     return through
 
 
-def tile_arguments(hidden: Tensor, rows: Tensor, head: LMHead, config: TileConfig | None = None) -> dict[str, Any]:
-    """What a kernel that computes tiles of logits takes for `logits_tile`, by name.
+class Tiles:
+    """What kernels that compute tiles of logits of the scored rows take for `logits_tile`.
 
-    The adapter's inner product is formed here. A part that is missing is stood in for by the weight. If the
-    configuration asks for tensor descriptors, two of them take the places of hidden states and weight: they name
-    contiguous rows of one dtype that begin at multiples of 16 bytes, so scored rows are gathered first; other operands
-    keep their pointers.
+    Attributes:
+        lora_h: the adapter's inner product, formed once; without an adapter the weight.
     """
-    weight = head.weight
-    lora_h, lora_b, rank = weight, weight, 0
-    if head.lora is not None:
-        a, lora_b, _ = head.lora
-        rank = a.shape[0]
-        lora_h = through_adapter(scored(hidden, rows), head.lora)
-    power: Any = triton.next_power_of_2(rank)
-    described = config is not None and config.described and describable(hidden, weight)
-    inputs = TileInputs(
-        bias=weight if head.bias is None else head.bias.contiguous(),
-        lora_h=lora_h,
-        lora_b=lora_b,
-        product=weight,
-        V=weight.shape[0],
-        D=weight.shape[1],
-        stride_ht=hidden.stride(0),
-        stride_hd=hidden.stride(1),
-        stride_wv=weight.stride(0),
-        stride_wd=weight.stride(1),
-        stride_bv=lora_b.stride(0),
-        stride_br=lora_b.stride(1),
-        stride_pt=0,
-        stride_pv=0,
-        product_first=0,
-        logit_scale=head.logit_scale,
-        softcap=head.softcap or 1.0,
-        inverse_temperature=1.0 / head.temperature,
-    )
-    options = TileOptions(
-        RANK=rank,
-        BLOCK_R=max(16, power),
-        HAS_SCALE=head.logit_scale != 1.0 or head.temperature != 1.0,
-        HAS_BIAS=head.bias is not None,
-        HAS_SOFTCAP=head.softcap is not None,
-        DESCRIBED=described,
-        GIVEN=False,
-    )
-    arguments: dict[str, Any] = {"hidden_ptr": hidden, "weight_ptr": weight, "inputs": inputs, "OPTIONS": options}
-    if described and config is not None:
-        arguments["hidden_ptr"] = TensorDescriptor.from_tensor(scored(hidden, rows), [config.block_t, config.block_d])
-        arguments["weight_ptr"] = TensorDescriptor.from_tensor(weight, [config.block_v, config.block_d])
-    return arguments
+
+    def __init__(self, hidden: Tensor, rows: Tensor, head: LMHead, config: TileConfig | None = None) -> None:
+        weight = head.weight
+        self.lora_h, lora_b, rank = weight, weight, 0
+        if head.lora is not None:
+            a, lora_b, _ = head.lora
+            rank = a.shape[0]
+            self.lora_h = through_adapter(scored(hidden, rows), head.lora)
+        power: Any = triton.next_power_of_2(rank)
+        self._config = config if config is not None and config.described else None
+        self._hidden, self._scored = hidden, scored(hidden, rows) if self._config else hidden
+        self._weight = WeightSlice(weight, 0)
+        self._inputs = TileInputs(
+            bias=weight if head.bias is None else head.bias.contiguous(),
+            lora_h=self.lora_h,
+            lora_b=lora_b,
+            product=weight,
+            V=weight.shape[0],
+            D=weight.shape[1],
+            stride_ht=hidden.stride(0),
+            stride_hd=hidden.stride(1),
+            stride_wv=0,
+            stride_wd=0,
+            weight_first=0,
+            stride_bv=lora_b.stride(0),
+            stride_br=lora_b.stride(1),
+            stride_pt=0,
+            stride_pv=0,
+            product_first=0,
+            logit_scale=head.logit_scale,
+            softcap=head.softcap or 1.0,
+            inverse_temperature=1.0 / head.temperature,
+        )
+        self._options = TileOptions(
+            RANK=rank,
+            BLOCK_R=max(16, power),
+            HAS_SCALE=head.logit_scale != 1.0 or head.temperature != 1.0,
+            HAS_BIAS=head.bias is not None,
+            HAS_SOFTCAP=head.softcap is not None,
+            DESCRIBED=False,
+            GIVEN=False,
+        )
+
+    def arguments(self, operand: WeightSlice | Product | None = None) -> dict[str, Any]:
+        """By name: of tiles that multiply with the weight or a slice that holds their columns, or read a product.
+
+        Where the configuration asks for tensor descriptors, they take the places of hidden states and weight: they name
+        contiguous rows of one dtype that begin at multiples of 16 bytes, so scored rows are gathered first; other
+        operands keep their pointers.
+        """
+        hidden: Any = self._hidden
+        weight: Any = self._weight.values
+        inputs, options, config = self._inputs, self._options, self._config
+        if isinstance(operand, Product):
+            stride_pt, stride_pv = operand.values.stride()
+            inputs = inputs._replace(product=operand.values, stride_pt=stride_pt, stride_pv=stride_pv)
+            inputs, options = inputs._replace(product_first=operand.first), options._replace(GIVEN=True)
+        else:
+            weight, first = operand or self._weight
+            inputs = inputs._replace(stride_wv=weight.stride(0), stride_wd=weight.stride(1), weight_first=first)
+            if config is not None and describable(hidden, weight):
+                hidden = TensorDescriptor.from_tensor(self._scored, [config.block_t, config.block_d])
+                weight = TensorDescriptor.from_tensor(weight, [config.block_v, config.block_d])
+                options = options._replace(DESCRIBED=True)
+        return {"hidden_ptr": hidden, "weight_ptr": weight, "inputs": inputs, "OPTIONS": options}
 
 
 def describable(*operands: Tensor) -> bool:
     """Whether tensor descriptors can name the operands."""
     aligned = all(t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == t.data_ptr() % 16 == 0 for t in operands)
     return aligned and len({t.dtype for t in operands}) == 1
-
-
-def with_product(arguments: dict[str, Any], product: Product | None) -> dict[str, Any]:
-    """`tile_arguments` for tiles that read a product, if there is one."""
-    if product is None:
-        return arguments
-    strides = dict(zip(("stride_pt", "stride_pv"), product.values.stride(), strict=True))
-    inputs = arguments["inputs"]._replace(product=product.values, product_first=product.first, **strides)
-    return {**arguments, "inputs": inputs, "OPTIONS": arguments["OPTIONS"]._replace(GIVEN=True)}
 
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -243,6 +277,7 @@ def logits_tile(
     """
     mask_v = offs_v < inputs.V
     wide_v = offs_v.to(tl.int64)  # V x D passes 2^31
+    weight_rows = wide_v - inputs.weight_first
     if OPTIONS.GIVEN:
         columns = (offs_v - inputs.product_first)[None, :]
         acc = tl.load(
@@ -255,7 +290,7 @@ def logits_tile(
         for start_d in range(0, inputs.D, BLOCK_D):
             if OPTIONS.DESCRIBED:
                 h = hidden_ptr.load([first_t, start_d])
-                w = weight_ptr.load([first_v, start_d]).T
+                w = weight_ptr.load([first_v - inputs.weight_first, start_d]).T
             else:
                 offs_d = start_d + tl.arange(0, BLOCK_D)
                 mask_d = offs_d < inputs.D
@@ -265,7 +300,7 @@ def logits_tile(
                     other=0.0,
                 )
                 w = tl.load(
-                    weight_ptr + wide_v[None, :] * inputs.stride_wv + offs_d[:, None] * inputs.stride_wd,
+                    weight_ptr + weight_rows[None, :] * inputs.stride_wv + offs_d[:, None] * inputs.stride_wd,
                     mask=mask_v[None, :] & mask_d[:, None],
                     other=0.0,
                 )

@@ -161,6 +161,7 @@ SIZES = {
     "fp32": Call(dtype=torch.float32),
     "fp16": Call(dtype=torch.float16),
     "autocast": Call(weight_dtype=torch.float32),
+    "autocast, few rows": Call(T=512, weight_dtype=torch.float32),
     "adapter": Call(rank=16, frozen=True),
     "adapter and all": Call(rank=16, bias=True, stats=True),
     "frozen head": Call(frozen=True),

@@ -10,7 +10,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,8 @@ import torch
 import triton
 from torch import Tensor
 
-from fused_dpo import KernelOptions, LMHead, fused_dpo_logps, triton_autotune, triton_tile
+from fused_dpo import KernelOptions, LMHead, fused_dpo_logps, triton_autotune, triton_forward, triton_tile
+from fused_dpo.autograd import Filtering, token_logps
 from fused_dpo.triton_backward import slice_width
 from fused_dpo.triton_configs import (
     INTERPRETER_CONFIG,
@@ -50,6 +51,8 @@ from tests.kernels.helpers import (
     fused,
     leaves,
     make_problem,
+    present,
+    relative_error,
     tokens,
     uninitialized_memory_is_nan,
 )
@@ -220,6 +223,38 @@ def test_strided_inputs(dtype: torch.dtype) -> None:
     strided = replace(problem, hidden=wide[:, 0], weight=problem.weight.T.contiguous().T)
     assert not strided.weight.is_contiguous()
     assert bits_equal(by_triton(strided), by_triton(problem))
+
+
+@pytest.mark.parametrize("grad_mode", ["exact", "filtered"])
+@pytest.mark.parametrize("impl", ["triton", "library"])
+def test_a_weight_in_fp32_is_converted_in_slices(impl: str, grad_mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As autocast leaves it: the bits of a weight in fp16, but for its own gradient, which is not rounded to that."""
+    V, split = 600, 64
+    slices: list[triton_tile.WeightSlice] = []
+
+    def of_one_split(weight: Tensor, dtype: torch.dtype, rows: int) -> Iterator[triton_tile.WeightSlice]:
+        for part in triton_tile.weight_slices(weight, dtype, split if weight.dtype != dtype else rows):
+            slices.append(part)
+            yield part
+
+    monkeypatch.setattr(triton_forward, "SPLIT_COLUMNS", split)
+    monkeypatch.setattr(triton_forward, "weight_slices", of_one_split)
+    problem = on_device(make_problem((9, 12), V=V, D=20, shift=False).to(torch.float16))
+    target = problem.labels.masked_fill(problem.labels == IGNORE, -1)
+    filtering = Filtering(2**-12 if grad_mode == "filtered" else 0.0, 1 / 16)
+    results = []
+    for dtype in (torch.float16, torch.float32):
+        hidden, weight = problem.hidden.clone().requires_grad_(), problem.weight.to(dtype).requires_grad_()
+        offsets = present(problem.cu_seqlens).long()
+        logps, *_ = token_logps(hidden, target, offsets, None, LMHead(weight), impl, 1, filtering, want_stats=False)
+        results.append((logps.detach(), *torch.autograd.grad(logps.sum(), (hidden, weight))))
+    assert [part.first for part in slices] == ([0, *range(0, V, split)] if impl == "triton" else [])
+    assert {part.values.dtype for part in slices} <= {torch.float16}
+    (logps, dhidden, dweight), (*same, dweight_fp32) = results
+    assert dweight_fp32.dtype == torch.float32
+    assert bits_equal(same[0], logps)
+    assert relative_error(same[1], dhidden) < 2**-11  # slices of another width: another order of fp32 sums
+    torch.testing.assert_close(dweight_fp32.half(), dweight, rtol=2**-10, atol=2**-24)
 
 
 def test_autocast_keeps_the_weight_in_fp32() -> None:
@@ -396,16 +431,21 @@ def test_products_with_an_adapter_have_one_shape(monkeypatch: pytest.MonkeyPatch
     assert shapes == {(ADAPTER_ROWS, 9)}
 
 
-def test_check_of_batch_invariance(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The GPU suite's, on code that keeps it without a GPU, and on code that does not."""
+def test_checks_that_only_a_gpu_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of the GPU suite's, on code that passes them without a GPU, and on code that does not."""
     from benchmarks import gpu_checks
 
     scale = replace(gpu_checks.SMALL, device="cpu:0", dtypes=(torch.float32,))
     monkeypatch.setattr(gpu_checks, "WAYS", {"torch": partial(gpu_checks.Case.logps, impl="streaming")})
     gpu_checks.check_batch_invariance(scale)
+    gpu_checks.check_autocast(scale)
     monkeypatch.setitem(gpu_checks.WAYS, "batch", lambda case: case.logps("streaming") + 1e-3 * len(case.hidden))
     with pytest.raises(AssertionError, match="sequence 0 differs alone"):
         gpu_checks.check_batch_invariance(scale)
+    widened = {"widened": lambda case: case.logps("streaming") + 1e-3 * case.head.weight.dtype.itemsize}
+    monkeypatch.setattr(gpu_checks, "WAYS", widened)
+    with pytest.raises(AssertionError, match="widened: the log-probs differ"):
+        gpu_checks.check_autocast(scale)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU runs the whole suite: python -m benchmarks.gpu_suite")
@@ -415,7 +455,7 @@ def test_gpu_suite_in_the_interpreter(tmp_path: Path, monkeypatch: pytest.Monkey
     from benchmarks.gpu_checks import CHECKS, SMALL
 
     record = gpu_suite.run(tmp_path, minutes=5, scale=SMALL)
-    only_on_a_gpu = {"batch invariance", "memory", "no synchronisation", "attention backends"}
+    only_on_a_gpu = {"batch invariance", "autocast", "memory", "no synchronisation", "attention backends"}
     assert {name: entry["status"] for name, entry in record["parts"].items()} == {
         f"check: {name}": "skipped" if name in only_on_a_gpu else "ok" for name in CHECKS
     }

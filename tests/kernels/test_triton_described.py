@@ -21,15 +21,15 @@ def names(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     config = replace(triton_configs.INTERPRETER_CONFIG, described=True, flattened=True)
     monkeypatch.setattr(triton_configs, "INTERPRETER_CONFIG", config)
     seen: list[str] = []
-    real = triton_tile.tile_arguments
+    real = triton_tile.Tiles.arguments
 
-    def noted(*arguments: Any) -> dict[str, Any]:
-        found = real(*arguments)
-        seen.append("descriptors" if found["OPTIONS"].DESCRIBED else "pointers")
+    def noted(tiles: triton_tile.Tiles, operand: Any = None) -> dict[str, Any]:
+        found = real(tiles, operand)
+        if operand is not None:  # kept columns and rows are gathered by pointers
+            seen.append("descriptors" if found["OPTIONS"].DESCRIBED else "pointers")
         return found
 
-    monkeypatch.setattr("fused_dpo.triton_forward.tile_arguments", noted)
-    monkeypatch.setattr("fused_dpo.triton_backward.tile_arguments", noted)
+    monkeypatch.setattr(triton_tile.Tiles, "arguments", noted)
     return seen
 
 

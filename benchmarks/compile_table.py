@@ -4,8 +4,9 @@
 
 The package's own code runs, forward and backward, on tensors in main memory, up to each launch; Triton compiles what
 would be launched there for a GPU that is not there. Prints registers, spilled bytes and shared memory of each kernel,
-and exits with 1 if one spills more than its allowance, takes more shared memory than the architecture has, or
-multiplies half-precision tiles on sm_90 without wgmma. Needs the compiler, so TRITON_INTERPRET must not be set.
+and exits with 1 if one spills more than its allowance, takes more shared memory than the architecture has, multiplies
+half-precision tiles on sm_90 without wgmma, or loads single numbers or waits for the matrix units in a loop that
+multiplies. Needs the compiler, so TRITON_INTERPRET must not be set.
 """
 
 import argparse
@@ -41,6 +42,7 @@ SPILL_ALLOWANCE = 64
 HALF = {"bf16", "fp16"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MULTIPLY = ("_logps_forward_kernel", "_dlogits_kernel", "_kept_dlogits_kernel", "_gathered_product_kernel")
+OF_LOGITS = ("_logps_forward_kernel", "_dlogits_kernel")
 TILE = ("BLOCK_T", "BLOCK_M", "BLOCK_V", "BLOCK_N", "BLOCK_D", "BLOCK_K")
 ROWS, V, D = 304, 4640, 256
 """Sizes of the calls: multiples of 16, as those of real heads are, beyond a split, a workspace of 1 MiB and a block."""
@@ -63,6 +65,9 @@ class Compiled:
     multiplies: bool
     narrow_loads: int
     """Loads of one half-precision number at a time in loops that multiply."""
+    waits: int
+    """Loops that multiply and wait for the product in every step, of kernels that compute whole tiles of logits; where
+    operands are gathered and converted on the way, it cannot be helped."""
 
     def problems(self) -> list[str]:
         """What is wrong with it."""
@@ -75,6 +80,8 @@ class Compiled:
             found.append("multiplies without wgmma")
         if self.narrow_loads:
             found.append(f"{self.narrow_loads} loads of 2 bytes in its loop")
+        if self.waits:
+            found.append("waits for the matrix units in every step")
         return found
 
 
@@ -198,21 +205,31 @@ def rows_of(
         measured = registers, stack, binary.metadata.shared, wgmma, multiplies
         # A product with a single column, for the gradient of a bias, has nothing wider to load.
         narrow = 0 if constants.get("N") == 1 else narrow_loads(binary.asm["ptx"])
-        yield Compiled(kernel.__name__, architecture, dtype, options, label, *measured, narrow)
+        waits = waiting_loops(binary.asm["ptx"]) if kernel.__name__ in OF_LOGITS else 0
+        yield Compiled(kernel.__name__, architecture, dtype, options, label, *measured, narrow, waits)
 
 
 def narrow_loads(ptx: str) -> int:
     """Loads of two bytes in the loops of a kernel that multiply tiles."""
+    pattern = r"\bld\.global\S*\.b16\b|\bcp\.async\.c\w\.\S+ .*, 0x2,"
+    return sum(len(re.findall(pattern, body)) for body in multiplying_loops(ptx))
+
+
+def waiting_loops(ptx: str) -> int:
+    """Loops of a kernel that multiply tiles by wgmma and let no product run into the next step."""
+    return sum("wgmma.wait_group.sync.aligned 0" in body for body in multiplying_loops(ptx))
+
+
+def multiplying_loops(ptx: str) -> Iterator[str]:
+    """Innermost loops that multiply tiles."""
     lines = ptx.splitlines()
     labels = {match[1]: number for number, line in enumerate(lines) if (match := re.match(r"(\$\w+):", line.strip()))}
-    found: set[int] = set()
     for number, line in enumerate(lines):
         branch = re.search(r"\bbra(?:\.uni)?\s+(\$\w+);", line)
-        body = range(labels.get(branch[1], number), number) if branch else range(0)  # empty where it leads ahead
-        inner = not any(re.search(r"\bbra\b", lines[i]) for i in body)
-        if inner and any(re.search(r"\bw?g?mma\.", lines[i]) for i in body):
-            found |= {i for i in body if re.search(r"\bld\.global\S*\.b16\b|\bcp\.async\.c\w\.\S+ .*, 0x2,", lines[i])}
-    return len(found)
+        body = lines[labels.get(branch[1], number) : number] if branch else []  # empty where it leads ahead
+        inner = not any(re.search(r"\bbra\b", one) for one in body)
+        if inner and any(re.search(r"\bw?g?mma\.", one) for one in body):
+            yield "\n".join(body)
 
 
 def resource_usage(cubin: bytes) -> tuple[int, int]:

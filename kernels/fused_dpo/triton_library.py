@@ -21,11 +21,9 @@ from fused_dpo.triton_tile import Product, WeightSlice, architecture, padded
 
 
 def products(h: Tensor, weight: Tensor, first: int, values: Tensor) -> Iterator[Product]:
-    """Products of `padded` hidden rows with a weight whose row `first` of the head is its first.
+    """Products of `padded` hidden rows with rows of the head's weight from `first` on, some columns at a time.
 
-    They come in slices of as many columns as `values` has.
-
-    `values` is where each of them overwrites the one before: two in turn would not stay in the L2 cache.
+    `values` has that many, and each product overwrites the one before: two in turn would not stay in the L2 cache.
     """
     for start in range(0, weight.shape[0], values.shape[1]):
         weight_slice = weight[start : start + values.shape[1]].to(h.dtype)

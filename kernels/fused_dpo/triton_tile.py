@@ -1,7 +1,7 @@
 """The tile that every Triton kernel here computes: logits of some rows and some vocabulary columns, in registers."""
 
 # pyright: reportAttributeAccessIssue=false
-# Kernels read the fields of a constexpr.
+# for the fields of a constexpr, which kernels read
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -24,7 +24,7 @@ ADAPTER_ROWS = 1024
 
 def interpreted() -> bool:
     """Whether Triton runs its kernels in Python, on CPU tensors (TRITON_INTERPRET=1 when triton was imported)."""
-    return bool(triton.knobs.runtime.interpret)  # pyright: ignore[reportAttributeAccessIssue]
+    return bool(triton.knobs.runtime.interpret)
 
 
 def architecture(device: torch.device) -> int:

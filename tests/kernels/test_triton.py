@@ -396,21 +396,25 @@ def test_every_kernel_compiles_for_both_architectures(
 
 
 def test_the_compile_table_can_fail() -> None:
-    """The judgement itself: spills, shared memory, missing wgmma and narrow loads are each called out."""
+    """The judgement itself: spills, shared memory, missing wgmma, narrow loads and waiting are each called out."""
     code = """if True:
-        from benchmarks.compile_table import Compiled, narrow_loads
+        from benchmarks.compile_table import Compiled, narrow_loads, waiting_loops
 
-        def problems(stack, shared, wgmma, multiplies, narrow):
-            return Compiled('', 90, 'bf16', '', '', 255, stack, shared, wgmma, multiplies, narrow).problems()
+        def problems(stack, shared, wgmma, multiplies, narrow, waits):
+            return Compiled('', 90, 'bf16', '', '', 255, stack, shared, wgmma, multiplies, narrow, waits).problems()
 
-        assert len(problems(1000, 300_000, 0, True, 3)) == 4
-        assert problems(64, 1000, 4, True, 0) == problems(0, 1000, 0, False, 0) == []
+        assert len(problems(1000, 300_000, 0, True, 3, 1)) == 5
+        assert problems(64, 1000, 4, True, 0, 0) == problems(0, 1000, 0, False, 0, 0) == []
 
         load, product = "ld.global.b16 { %rs1 }, [ %rd1 + 0 ];", "wgmma.mma_async.sync.aligned.m64n64k16 x;"
         loop = ["$L__BB0_2:", product, load, load, "@%p1 bra \\t$L__BB0_2;"]
         assert narrow_loads("\\n".join([load, *loop, load])) == 2
         assert narrow_loads("\\n".join([load, *loop[:2], loop[-1]])) == 0
         assert narrow_loads("\\n".join(["$L__BB0_2:", load, "@%p1 bra $L__BB0_2;", product])) == 0
+
+        waiting = [*loop[:2], "wgmma.wait_group.sync.aligned 0;", loop[-1]]
+        assert waiting_loops("\\n".join(waiting)) == 1
+        assert waiting_loops("\\n".join([*loop, waiting[2]])) == 0
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)

@@ -39,10 +39,9 @@ def row_multiple(K: int, dtype: torch.dtype, threads: int) -> int:
     the processor and K, so it is found by trying (bf16, K from 448 to 768: 128 with torch 2.11, fewer with 2.13). As
     it may depend on the threads as well, they are an argument.
     """
-    rng = torch.Generator().manual_seed(0)
-    hidden, weight = (
-        as_operand(torch.randn(count, K, generator=rng, dtype=torch.float32), dtype) for count in (ROWS_PER_TILE, 64)
-    )
+    rng = torch.Generator("cpu").manual_seed(0)
+    random = (torch.randn(n, K, generator=rng, dtype=torch.float32, device="cpu") for n in (ROWS_PER_TILE, 64))
+    hidden, weight = (as_operand(numbers, dtype) for numbers in random)
     with matmul_precision(dtype):
         full = hidden @ weight.T
         for multiple in (ROW_MULTIPLE, 2 * ROW_MULTIPLE):

@@ -133,6 +133,19 @@ def test_row_multiple_is_found_by_trying(same_above: int, expected: int) -> None
         assert row_multiple.__wrapped__(96, torch.bfloat16, 1) == expected
 
 
+@pytest.mark.parametrize("grad_mode", ["exact", "filtered"])
+def test_torchs_default_device_changes_nothing(grad_mode: str) -> None:
+    """Loaders of models set it, to meta among others, and what is allocated here must not follow."""
+    problem = make_problem((30, 40), V=500, D=33).to(torch.bfloat16)
+    expected = evaluate(lambda p: fused(p, grad_mode=grad_mode), problem)
+    row_multiple.cache_clear()
+    with torch.device("meta"):
+        logps = fused(problem.map(Tensor.requires_grad_), grad_mode=grad_mode)
+        grads = torch.autograd.grad(logps, (problem.hidden, problem.weight), torch.ones_like(logps, device="cpu"))
+    assert bits_equal(logps.detach(), expected.logps)
+    assert all(grad.device.type == "cpu" and bool(grad.isfinite().all()) for grad in grads)
+
+
 @pytest.mark.parametrize("multiple", [64, 256])
 def test_rows_are_padded_to_the_multiple(multiple: int, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = make_problem((65,), V=100, D=33, shift=False)

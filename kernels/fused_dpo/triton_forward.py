@@ -347,7 +347,7 @@ def fused_scan(
     rows_at_once = V  # of the weight, in whole splits
     if head.weight.dtype != hidden.dtype:
         fits = workspace_mib * 2**20 // (SPLIT_COLUMNS * D * hidden.element_size())
-        rows_at_once = max(fits, 1) * SPLIT_COLUMNS
+        rows_at_once = max(fits, HOT_SPLITS) * SPLIT_COLUMNS
     for part in weight_slices(head.weight, hidden.dtype, rows_at_once):
         if screening and part.first == 0:
             hot = min(HOT_SPLITS, partials.splits)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from fused_dpo.gradients import GradientSums
 from fused_dpo.head import HeadGrads, LMHead
-from fused_dpo.operands import Operands, ceil_div, even_bounds, round_up
+from fused_dpo.operands import Operands, ceil_div, round_up
 from fused_dpo.precision import in_range, matmul_precision
 from fused_dpo.screen import BIAS, EVERYTHING, Judgement
 from fused_dpo.stats import TokenStats
@@ -36,7 +36,7 @@ from fused_dpo.triton_configs import (
 from fused_dpo.triton_forward import Scan, empty_results, fused_scan
 from fused_dpo.triton_kept import _compact_kernel, _gathered_product_kernel, _kept_dlogits_kernel
 from fused_dpo.triton_tail import TAIL_SCALE, DroppedMeans, dropped_means
-from fused_dpo.triton_tile import Tiles, architecture, on_device
+from fused_dpo.triton_tile import Tiles, architecture, on_device, weight_slices
 
 COMPACT_BLOCK = 4096
 """Flags that a program of the compaction takes at a time."""
@@ -170,10 +170,11 @@ def _spread_of_blocks(sums: GradientSums, means: DroppedMeans, workspace_mib: in
     """`q @ [weight | b]` of every block, the columns that the sums have; q what it drops over what that sums to."""
     head, dtype = sums.operands.head, means.values.dtype
     spread = means.mass.new_zeros(len(means.mass), sums.hidden.shape[1])
-    # In one piece, unless the weight has to be brought to the dtype.
-    fits = workspace_mib * 2**18 // (sums.operands.D * dtype.itemsize)
-    for start, stop in even_bounds(sums.operands.V, sums.operands.V if head.weight.dtype == dtype else max(fits, 1)):
-        sums.add_hidden(spread, means.values[:, start:stop], head.weight[start:stop], start, stop)
+    # In one piece, unless the weight has to be converted.
+    fits = max(workspace_mib * 2**18 // (sums.operands.D * dtype.itemsize), 1)
+    for weight in weight_slices(head.weight, dtype, sums.operands.V if head.weight.dtype == dtype else fits):
+        start, stop = weight.first, weight.first + weight.values.shape[0]
+        sums.add_hidden(spread, means.values[:, start:stop], weight.values, start, stop)
     factor = head.logit_scale / head.temperature / TAIL_SCALE
     return spread * (factor / torch.where(means.mass > 0, means.mass, 1.0))[:, None]
 

@@ -53,9 +53,8 @@ def test_all_ways_score_the_same(case, true, way):
         pytest.skip("trl is not installed")
     taken = build_step(case, way, true)
     outcome = taken()
-    torch.testing.assert_close(
-        outcome.logps, torch.tensor(true), rtol=5e-7, atol=0
-    )  # float32 sums in other orders: 4 eps
+    # float32 sums in other orders: 4 eps.
+    torch.testing.assert_close(outcome.logps, torch.tensor(true), rtol=5e-7, atol=0)
     assert float(outcome.loss) == pytest.approx(math.log(2), rel=1e-5)
     again = taken()
     assert torch.equal(again.logps, outcome.logps)  # no optimizer, and nothing left from the step before

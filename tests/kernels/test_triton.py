@@ -4,37 +4,20 @@ Sizes cross every edge of the interpreter's small tiles (16 rows x 32 columns x 
 exactly, and 1.
 """
 
-import itertools
-import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import triton
 from torch import Tensor
 
-from fused_dpo import KernelOptions, LMHead, fused_dpo_logps, triton_autotune, triton_forward, triton_tile
+from fused_dpo import KernelOptions, LMHead, fused_dpo_logps, triton_forward, triton_tile
 from fused_dpo.autograd import Filtering, token_logps
 from fused_dpo.triton_backward import slice_width
 from fused_dpo.triton_configs import (
-    INTERPRETER_CONFIG,
-    PLAIN,
-    RICH,
-    RICHEST,
     SPLIT_COLUMNS,
-    TILE_CONFIGS,
-    TileConfig,
-    library_config,
-    product_config,
-    tile_config,
 )
 from fused_dpo.triton_tile import ADAPTER_ROWS
 from tests.kernels.helpers import (
@@ -306,120 +289,6 @@ def test_choice_of_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
         call(hidden, weight)
 
 
-def test_configurations_never_depend_on_the_batch() -> None:
-    """Architecture, dtype and epilogue alone; every architecture from Ampere on has one, with one block of rows."""
-    assert tile_config(86, torch.bfloat16, PLAIN) == tile_config(80, torch.bfloat16, PLAIN)
-    assert tile_config(100, torch.float32, RICH) == tile_config(90, torch.float32, RICH)
-    for architecture in (0, 80, 90):
-        for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            tiles = [tile_config(architecture, dtype, epilogue) for epilogue in (PLAIN, RICH, RICHEST)]
-            assert len({tile.block_t for tile in tiles}) == 1, "the backward reads the screen of any forward"
-            step = product_config(architecture, dtype).block_k
-            assert all(tile.block_v % step == 0 for tile in tiles), "products step through whole tiles of dz"
-            library = library_config(architecture, dtype)
-            assert library.tile.block_t == tiles[0].block_t
-            assert library.slice_columns % library.split_columns == library.split_columns % library.tile.block_v == 0
-            assert library.chunk_rows % library.tile.block_t == library.chunk_rows % library.dz_tile.block_t == 0
-
-
-class TestAutotune:
-    """Off by default; where it is on, the fastest candidate that runs wins, once per head shape."""
-
-    @pytest.fixture
-    def times(self, monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
-        """Milliseconds that each call of the timer answers, by its number; a missing one does not fit the device."""
-        answers: dict[int, float] = {}
-        calls = itertools.count()
-
-        def do_bench(function: Any, **_: Any) -> float:
-            function()  # every candidate really runs
-            call = next(calls)
-            if call not in answers:
-                raise triton.runtime.errors.OutOfResources(1, 0, "shared memory")
-            return answers[call]
-
-        monkeypatch.setattr(triton.testing, "do_bench", do_bench)
-        monkeypatch.setattr(triton_autotune, "TUNING_ROWS", 8)
-        monkeypatch.setattr(triton_autotune, "_tuned", {})
-        return answers
-
-    def choose(self, architecture: int = 90) -> TileConfig:
-        head = LMHead(torch.randn(40, 9, device=DEVICE))
-        return triton_autotune.choose_config(architecture, torch.randn(3, 9, device=DEVICE), head, want_stats=False)
-
-    def test_off(self, times: dict[int, float], monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.delenv("FUSED_DPO_AUTOTUNE", raising=False)
-        assert self.choose() == TILE_CONFIGS[90, 4, PLAIN]
-        monkeypatch.setenv("FUSED_DPO_AUTOTUNE", "1")
-        assert self.choose(architecture=0) == INTERPRETER_CONFIG
-
-    def test_on(self, times: dict[int, float], monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("FUSED_DPO_AUTOTUNE", "1")
-        times.update({0: 3.0, 2: 2.0})  # the second does not fit
-        fastest = triton_autotune.CANDIDATES[4][2]
-        assert self.choose() == fastest
-        times.clear()
-        assert self.choose() == fastest, "it is timed once"
-
-    def test_nothing_fits(self, times: dict[int, float], monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("FUSED_DPO_AUTOTUNE", "1")
-        with pytest.raises(RuntimeError, match="unset FUSED_DPO_AUTOTUNE"):
-            self.choose()
-
-
-@pytest.fixture(scope="module")
-def compiled() -> list[dict[str, Any]]:
-    """Rows of the ahead-of-time compile table, made in a process without the interpreter."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    result = subprocess.run(
-        [sys.executable, "-m", "benchmarks.compile_table", "--json"],
-        capture_output=True, text=True, check=False, env=environment,
-    )  # fmt: skip
-    assert result.stdout, result.stderr
-    return json.loads(result.stdout)
-
-
-@pytest.mark.timeout(600)
-def test_every_kernel_compiles_for_both_architectures(
-    compiled: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
-) -> None:
-    columns = ("kernel", "architecture", "dtype", "options", "tile", "registers", "stack", "shared", "wgmma")
-    with capsys.disabled():
-        print("\n" + "  ".join(columns))
-        for row in compiled:
-            print("  ".join(str(row[column]) for column in columns))
-    seen = {(row["kernel"], row["architecture"], row["dtype"]) for row in compiled}
-    multiplying = ("_logps_forward_kernel", "_dlogits_kernel", "_kept_dlogits_kernel", "_gathered_product_kernel")
-    for kernel in multiplying:
-        assert {(kernel, arch, dtype) for arch in (80, 90) for dtype in ("bf16", "fp16", "fp32")} <= seen
-    assert [row for row in compiled if row["problems"]] == []
-
-
-def test_the_compile_table_can_fail() -> None:
-    """The judgement itself: spills, shared memory, missing wgmma, narrow loads and waiting are each called out."""
-    code = """if True:
-        from benchmarks.compile_table import Compiled, narrow_loads, waiting_loops
-
-        def problems(stack, shared, wgmma, multiplies, narrow, waits):
-            return Compiled('', 90, 'bf16', '', '', 255, stack, shared, wgmma, multiplies, narrow, waits).problems()
-
-        assert len(problems(1000, 300_000, 0, True, 3, 1)) == 5
-        assert problems(64, 1000, 4, True, 0, 0) == problems(0, 1000, 0, False, 0, 0) == []
-
-        load, product = "ld.global.b16 { %rs1 }, [ %rd1 + 0 ];", "wgmma.mma_async.sync.aligned.m64n64k16 x;"
-        loop = ["$L__BB0_2:", product, load, load, "@%p1 bra \\t$L__BB0_2;"]
-        assert narrow_loads("\\n".join([load, *loop, load])) == 2
-        assert narrow_loads("\\n".join([load, *loop[:2], loop[-1]])) == 0
-        assert narrow_loads("\\n".join(["$L__BB0_2:", load, "@%p1 bra $L__BB0_2;", product])) == 0
-
-        waiting = [*loop[:2], "wgmma.wait_group.sync.aligned 0;", loop[-1]]
-        assert waiting_loops("\\n".join(waiting)) == 1
-        assert waiting_loops("\\n".join([*loop, waiting[2]])) == 0
-    """
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
-
-
 def test_products_with_an_adapter_have_one_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the batch: for another shape the library may choose a kernel that sums in another order."""
     shapes: set[torch.Size] = set()
@@ -433,42 +302,3 @@ def test_products_with_an_adapter_have_one_shape(monkeypatch: pytest.MonkeyPatch
     for rows in (1, ADAPTER_ROWS, 2 * ADAPTER_ROWS + 3):
         by_triton(on_device(make_problem((rows,), V=40, D=9, lora_rank=3, shift=False).to(torch.float32)))
     assert shapes == {(ADAPTER_ROWS, 9)}
-
-
-def test_checks_that_only_a_gpu_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two of the GPU suite's, on code that passes them without a GPU, and on code that does not."""
-    from benchmarks import gpu_checks
-
-    scale = replace(gpu_checks.SMALL, device="cpu:0", dtypes=(torch.float32,))
-    monkeypatch.setattr(gpu_checks, "WAYS", {"torch": partial(gpu_checks.Case.logps, impl="streaming")})
-    gpu_checks.check_batch_invariance(scale)
-    gpu_checks.check_autocast(scale)
-    monkeypatch.setitem(gpu_checks.WAYS, "batch", lambda case: case.logps("streaming") + 1e-3 * len(case.hidden))
-    with pytest.raises(AssertionError, match="sequence 0 differs alone"):
-        gpu_checks.check_batch_invariance(scale)
-    widened = {"widened": lambda case: case.logps("streaming") + 1e-3 * case.head.weight.dtype.itemsize}
-    monkeypatch.setattr(gpu_checks, "WAYS", widened)
-    with pytest.raises(AssertionError, match="widened: the log-probs differ"):
-        gpu_checks.check_autocast(scale)
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU runs the whole suite: python -m benchmarks.gpu_suite")
-def test_gpu_suite_in_the_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The checks of the GPU suite, small; one that fails is recorded and does not stop the next."""
-    from benchmarks import gpu_suite
-    from benchmarks.gpu_checks import CHECKS, SMALL
-
-    record = gpu_suite.run(tmp_path, minutes=5, scale=SMALL)
-    only_on_a_gpu = {"batch invariance", "autocast", "memory", "no synchronisation", "attention backends"}
-    assert {name: entry["status"] for name, entry in record["parts"].items()} == {
-        f"check: {name}": "skipped" if name in only_on_a_gpu else "ok" for name in CHECKS
-    }
-    assert json.loads((tmp_path / "gpu_suite.json").read_text()) == record
-
-    monkeypatch.setitem(CHECKS, "accuracy against float64", lambda scale: 1 / 0)
-    record = gpu_suite.run(tmp_path, minutes=5, scale=SMALL)
-    statuses = [entry["status"] for entry in record["parts"].values()]
-    assert statuses[0] == "failed"
-    assert set(statuses[1:]) == {"ok", "skipped"}
-    assert "ZeroDivisionError" in record["parts"]["check: accuracy against float64"]["error"]
-    assert gpu_suite.run(tmp_path, minutes=-1, scale=SMALL)["parts"]["check: memory"]["status"] == "no time left"

@@ -1,0 +1,62 @@
+"""Every Triton kernel compiles ahead of time for the GPUs that are not there, and the judgement of it can fail."""
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict[str, Any]]:
+    """Rows of the ahead-of-time compile table, made in a process without the interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-m", "benchmarks.compile_table", "--json"],
+        capture_output=True, text=True, check=False, env=environment,
+    )  # fmt: skip
+    assert result.stdout, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.mark.timeout(600)
+def test_every_kernel_compiles_for_both_architectures(
+    compiled: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    columns = ("kernel", "architecture", "dtype", "options", "tile", "registers", "stack", "shared", "wgmma")
+    with capsys.disabled():
+        print("\n" + "  ".join(columns))
+        for row in compiled:
+            print("  ".join(str(row[column]) for column in columns))
+    seen = {(row["kernel"], row["architecture"], row["dtype"]) for row in compiled}
+    multiplying = ("_logps_forward_kernel", "_dlogits_kernel", "_kept_dlogits_kernel", "_gathered_product_kernel")
+    for kernel in multiplying:
+        assert {(kernel, arch, dtype) for arch in (80, 90) for dtype in ("bf16", "fp16", "fp32")} <= seen
+    assert [row for row in compiled if row["problems"]] == []
+
+
+def test_the_compile_table_can_fail() -> None:
+    """The judgement itself: spills, shared memory, missing wgmma, narrow loads and waiting are each called out."""
+    code = """if True:
+        from benchmarks.compile_table import Compiled, narrow_loads, waiting_loops
+
+        def problems(stack, shared, wgmma, multiplies, narrow, waits):
+            return Compiled('', 90, 'bf16', '', '', 255, stack, shared, wgmma, multiplies, narrow, waits).problems()
+
+        assert len(problems(1000, 300_000, 0, True, 3, 1)) == 5
+        assert problems(64, 1000, 4, True, 0, 0) == problems(0, 1000, 0, False, 0, 0) == []
+
+        load, product = "ld.global.b16 { %rs1 }, [ %rd1 + 0 ];", "wgmma.mma_async.sync.aligned.m64n64k16 x;"
+        loop = ["$L__BB0_2:", product, load, load, "@%p1 bra \\t$L__BB0_2;"]
+        assert narrow_loads("\\n".join([load, *loop, load])) == 2
+        assert narrow_loads("\\n".join([load, *loop[:2], loop[-1]])) == 0
+        assert narrow_loads("\\n".join(["$L__BB0_2:", load, "@%p1 bra $L__BB0_2;", product])) == 0
+
+        waiting = [*loop[:2], "wgmma.wait_group.sync.aligned 0;", loop[-1]]
+        assert waiting_loops("\\n".join(waiting)) == 1
+        assert waiting_loops("\\n".join([*loop, waiting[2]])) == 0
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)

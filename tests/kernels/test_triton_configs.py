@@ -1,0 +1,83 @@
+"""Tile shapes: the reviewed table, and the timing that takes its place where it is asked for."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import triton
+
+from fused_dpo import LMHead, triton_autotune
+from fused_dpo.triton_configs import (
+    INTERPRETER_CONFIG,
+    PLAIN,
+    RICH,
+    RICHEST,
+    TILE_CONFIGS,
+    TileConfig,
+    library_config,
+    product_config,
+    tile_config,
+)
+from tests.kernels.triton_helpers import DEVICE
+
+
+def test_configurations_never_depend_on_the_batch() -> None:
+    """Architecture, dtype and epilogue alone; every architecture from Ampere on has one, with one block of rows."""
+    assert tile_config(86, torch.bfloat16, PLAIN) == tile_config(80, torch.bfloat16, PLAIN)
+    assert tile_config(100, torch.float32, RICH) == tile_config(90, torch.float32, RICH)
+    for architecture in (0, 80, 90):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            tiles = [tile_config(architecture, dtype, epilogue) for epilogue in (PLAIN, RICH, RICHEST)]
+            assert len({tile.block_t for tile in tiles}) == 1, "the backward reads the screen of any forward"
+            step = product_config(architecture, dtype).block_k
+            assert all(tile.block_v % step == 0 for tile in tiles), "products step through whole tiles of dz"
+            library = library_config(architecture, dtype)
+            assert library.tile.block_t == tiles[0].block_t
+            assert library.slice_columns % library.split_columns == library.split_columns % library.tile.block_v == 0
+            assert library.chunk_rows % library.tile.block_t == library.chunk_rows % library.dz_tile.block_t == 0
+
+
+class TestAutotune:
+    """Off by default; where it is on, the fastest candidate that runs wins, once per head shape."""
+
+    @pytest.fixture
+    def times(self, monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
+        """Milliseconds that each call of the timer answers, by its number; a missing one does not fit the device."""
+        answers: dict[int, float] = {}
+        calls = itertools.count()
+
+        def do_bench(function: Any, **_: Any) -> float:
+            function()  # every candidate really runs
+            call = next(calls)
+            if call not in answers:
+                raise triton.runtime.errors.OutOfResources(1, 0, "shared memory")
+            return answers[call]
+
+        monkeypatch.setattr(triton.testing, "do_bench", do_bench)
+        monkeypatch.setattr(triton_autotune, "TUNING_ROWS", 8)
+        monkeypatch.setattr(triton_autotune, "_tuned", {})
+        return answers
+
+    def choose(self, architecture: int = 90) -> TileConfig:
+        head = LMHead(torch.randn(40, 9, device=DEVICE))
+        return triton_autotune.choose_config(architecture, torch.randn(3, 9, device=DEVICE), head, want_stats=False)
+
+    def test_off(self, times: dict[int, float], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("FUSED_DPO_AUTOTUNE", raising=False)
+        assert self.choose() == TILE_CONFIGS[90, 4, PLAIN]
+        monkeypatch.setenv("FUSED_DPO_AUTOTUNE", "1")
+        assert self.choose(architecture=0) == INTERPRETER_CONFIG
+
+    def test_on(self, times: dict[int, float], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("FUSED_DPO_AUTOTUNE", "1")
+        times.update({0: 3.0, 2: 2.0})  # the second does not fit
+        fastest = triton_autotune.CANDIDATES[4][2]
+        assert self.choose() == fastest
+        times.clear()
+        assert self.choose() == fastest, "it is timed once"
+
+    def test_nothing_fits(self, times: dict[int, float], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("FUSED_DPO_AUTOTUNE", "1")
+        with pytest.raises(RuntimeError, match="unset FUSED_DPO_AUTOTUNE"):
+            self.choose()

@@ -8,9 +8,12 @@ with a product in bf16. Eight bits are emulated here; the numbers are errors, no
 file of hidden states holds its head in 8 bits, so int8 without a rotation would look better than it is.)
 
 Ways to get more out of eight bits: *centred*, by `h w = (h - m)(w - c) + m w + (h - m) c`, where any m and c are right
-and only the first product is coarse; *balanced*, hidden channels scaled up and the weight's down by the square root of
-the ratio of their sizes (Xiao et al., 2023, SmoothQuant, arXiv 2211.10438, equation 4); *rotated*, both factors by
-random signs and a Hadamard matrix (Ashkboos et al., 2024, QuaRot, arXiv 2404.00456, section 4).
+and only the first product is coarse; *projected*, by `h w = h' w' + (h u)(w u)`, where h' and w' are without their
+components along the unit vector u, here the mean weight's, and only the first product is coarse; *balanced*, hidden
+channels scaled up and the weight's down by the square root of the ratio of their sizes (Xiao et al., 2023, SmoothQuant,
+arXiv 2211.10438, equation 4); *rotated*, both factors by random signs and a Hadamard matrix (Ashkboos et al., 2024,
+QuaRot, arXiv 2404.00456, section 4). Centred and balanced take means over the batch, so a sequence's log-prob would
+depend on what else is in it; projected does not.
 """
 
 import argparse
@@ -50,12 +53,14 @@ def int8(x: Tensor) -> Tensor:
 
 
 class Coarse(NamedTuple):
-    """`hidden @ weight.T + of_columns + of_rows`, rounded to bf16 if `rounded`."""
+    """`hidden @ weight.T + of_columns + of_rows + outer(along_rows, along_columns)`, rounded to bf16 if `rounded`."""
 
     hidden: Tensor
     weight: Tensor
     of_columns: Tensor | None = None
     of_rows: Tensor | None = None
+    along_columns: Tensor | None = None
+    along_rows: Tensor | None = None
     rounded: bool = False
 
     def logits(self, rows: slice) -> Tensor:
@@ -63,6 +68,8 @@ class Coarse(NamedTuple):
         z = self.hidden[rows] @ self.weight.T
         if self.of_columns is not None and self.of_rows is not None:
             z += self.of_columns + self.of_rows[rows, None]
+        if self.along_columns is not None and self.along_rows is not None:
+            z += self.along_columns * self.along_rows[rows, None]
         return z.bfloat16().float() if self.rounded else z
 
 
@@ -91,10 +98,20 @@ def prepared(hidden: Tensor, weight: Tensor, quantise: Quantise, *, balanced: bo
     return Coarse(quantise(rotate(h)), quantise(rotate(w)), of_columns, of_rows)
 
 
+def projected(hidden: Tensor, weight: Tensor, quantise: Quantise) -> Coarse:
+    """Both without their components along the mean weight, and rotated, then quantised."""
+    u = torch.nn.functional.normalize(weight.mean(0), dim=0)
+    along_h, along_w = hidden @ u, weight @ u
+    h, w = hidden - along_h[:, None] * u, weight - along_w[:, None] * u
+    return Coarse(quantise(rotate(h)), quantise(rotate(w)), along_columns=along_w, along_rows=along_h)
+
+
 SCREENS: dict[str, Callable[[Tensor, Tensor], Coarse]] = {
     "bf16 logits": lambda h, w: Coarse(h, w, rounded=True),
     "e4m3": lambda h, w: Coarse(e4m3(h), e4m3(w)),
     "e4m3, centred, rotated": lambda h, w: prepared(h, w, e4m3),
+    "e4m3, projected, rotated": lambda h, w: projected(h, w, e4m3),
+    "int8, projected, rotated": lambda h, w: projected(h, w, int8),
     "int8, centred, rotated": lambda h, w: prepared(h, w, int8),
     "int8, centred, balanced, rotated": lambda h, w: prepared(h, w, int8, balanced=True),
 }

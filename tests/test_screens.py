@@ -1,5 +1,7 @@
 """`python -m benchmarks.screens`: what a coarse screen costs in accuracy."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ from torch import Tensor
 
 from benchmarks import records, screens
 from benchmarks.replay import SHARED_HIDDEN, Replay
-from benchmarks.screens import Coarse, e4m3, hadamard, int8, prepared, rows_of
+from benchmarks.screens import Coarse, e4m3, hadamard, int8, prepared, projected, rows_of
 
 
 @pytest.fixture
@@ -37,16 +39,25 @@ def test_hadamard_is_orthogonal() -> None:
     assert torch.allclose(hadamard(64) @ hadamard(64).T, torch.eye(64), atol=1e-6)
 
 
-@pytest.mark.parametrize("balanced", [False, True])
-def test_preparation_alone_changes_nothing(balanced: bool, problem: Replay) -> None:
+@pytest.mark.parametrize("prepare", [prepared, partial(prepared, balanced=True), projected])
+def test_preparation_alone_changes_nothing(prepare: Callable[..., Coarse], problem: Replay) -> None:
     hidden, weight = problem.hidden.double(), problem.weight.double()
 
     def unchanged(x: Tensor) -> Tensor:
         return x
 
-    got = prepared(hidden.float(), weight.float(), unchanged, balanced=balanced).logits(slice(0, 150))
+    got = prepare(hidden.float(), weight.float(), unchanged).logits(slice(0, 150))
     true = hidden @ weight.T
     assert (got - true).abs().max() < 1e-4 * true.abs().max()  # fp32 sums of 64 products
+
+
+def test_projected_depends_on_no_other_row(problem: Replay) -> None:
+    """A control: the batch's mean gives each row other errors in another batch."""
+    hidden, weight, rows = problem.hidden.float(), problem.weight.float(), slice(0, 10)
+    alone, together = (projected(h, weight, int8).logits(rows) for h in (hidden[rows], hidden))
+    assert (alone - together).abs().max() < 1e-5 * together.abs().max()  # one may be summed in another order
+    alone, together = (prepared(h, weight, int8).logits(rows) for h in (hidden[rows], hidden))
+    assert (alone - together).abs().max() > 1e-3 * together.abs().max()
 
 
 def test_rows(problem: Replay, monkeypatch: pytest.MonkeyPatch) -> None:

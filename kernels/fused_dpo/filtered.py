@@ -58,6 +58,7 @@ from fused_dpo.screen import (
     block_spans,
     exponents,
     largest_of,
+    means_of_blocks,
     rows_screened,
 )
 from fused_dpo.stats import TokenStats
@@ -196,9 +197,7 @@ def filtered_backward(
     if bool(keep.all()):  # all of it flat, as at random initialisation: nothing to choose
         return exact_backward(dlogps, hidden, target, rows, state[:3], head, workspace_mib, needs=needs)
     kept = Kept(operands, workspace_mib)
-    log_sum_exp = upstream.new_zeros(len(spans)).scatter_reduce(
-        0, block_of_row, peak + total.log(), "mean", include_self=False
-    )
+    log_sum_exp = means_of_blocks(peak + total.log(), block_of_row, len(spans))
     tail = Tail(operands, screen[: len(spans), 1], keep, log_sum_exp)
 
     bounds = even_bounds(V, max(workspace_mib * 2**19 // (operands.width * operands.acc_dtype.itemsize), kept.multiple))
@@ -285,5 +284,8 @@ def _add_products(
         else:
             sums.weight.index_add_(0, columns - first, share)
     if sums.bias is not None:
-        where = torch.arange(columns.start, columns.stop) if isinstance(columns, slice) else columns
-        sums.bias.index_add_(0, where - first, dz.sum(0))
+        share = dz.sum(0)
+        if isinstance(columns, slice):
+            sums.bias[columns.start - first : columns.stop - first] += share
+        else:
+            sums.bias.index_add_(0, columns - first, share)

@@ -49,6 +49,15 @@ def exponents(probabilities: Tensor) -> Tensor:
     return (probabilities.float().view(torch.int32) >> 23).to(torch.uint8)
 
 
+def means_of_blocks(values: Tensor, block_of_row: Tensor, blocks: int) -> Tensor:
+    """Means [blocks] of `values` [R] over each block, `block_of_row` int64 [R] ascending.
+
+    Not by `scatter_reduce`, which adds in any order on CUDA: other last bits in a threshold keep other entries.
+    """
+    offsets = torch.searchsorted(block_of_row, torch.arange(blocks + 1, device=values.device))
+    return torch.segment_reduce(values, "mean", offsets=offsets, unsafe=True)
+
+
 class Judgement:
     """What is dropped, now that the upstream gradients are known.
 
@@ -57,7 +66,7 @@ class Judgement:
     end of its exponent, it is at most `eps * max(G s, S)`. Targets are kept, unless `|upstream| * surprise <= eps * S`.
 
     Args:
-        block_of_row: int64 [R].
+        block_of_row: int64 [R], ascending.
         blocks: how many there are.
         upstream, surprise: [R], the latter 1 - p of the target: the size of the row's gradient is about their product.
             Where they are not finite nothing is dropped.
@@ -74,7 +83,7 @@ class Judgement:
         size = torch.where(upstream == 0, 0.0, (upstream * surprise).abs())
         zeros = upstream.new_zeros(blocks)
         self.largest = zeros.scatter_reduce(0, block_of_row, self.magnitude, "amax")
-        squares = zeros.scatter_reduce(0, block_of_row, surprise.square(), "mean", include_self=False)
+        squares = means_of_blocks(surprise.square(), block_of_row, blocks)
         scale = size.square().mean().sqrt() if size.numel() else zeros.sum()
         scale = torch.where(scale.isfinite(), scale, torch.nan)  # and NaN is below no limit
         self.negligible = eps * scale

@@ -225,7 +225,7 @@ def _shift(labels: Tensor, offsets: Tensor, ignore_index: int) -> Tensor:
     """Align unshifted labels with the rows that predict them; the last row of a sequence predicts nothing."""
     T = labels.numel()
     starts_sequence = torch.zeros(T + 1, dtype=torch.bool, device=labels.device)
-    starts_sequence[offsets] = True
+    starts_sequence.index_fill_(0, offsets, True)  # an assignment would copy its value from the host, and wait for it
     following = torch.cat((labels[1:], labels.new_full((min(T, 1),), ignore_index)))
     return following.masked_fill(starts_sequence[1:], ignore_index)
 

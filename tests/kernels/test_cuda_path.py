@@ -23,6 +23,7 @@ from fused_dpo import KernelOptions, LMHead, triton_tile
 from fused_dpo.autograd import _exact, _filtered, _screen_shape
 from fused_dpo.head import HeadGrads
 from fused_dpo.triton_forward import _logps_forward_kernel
+from fused_dpo.validation import check_scoring
 from tests.kernels.allocations import MIB
 
 WAYS = list(product(("triton", "library"), ("exact", "filtered")))
@@ -58,6 +59,7 @@ class Call:
         return torch.empty(shape, dtype=dtype or self.dtype, device="meta")
 
     def run(self, impl: str, mode: str) -> tuple[Tensor, HeadGrads, "Alive"]:
+        """Log-probs, gradients, and what was allocated."""
         rows = self.R or self.T
         hidden, weight = self.leaf(self.T, self.D), self.leaf(self.V, self.D, dtype=self.weight_dtype)
         target, index, offsets = (self.leaf(size, dtype=torch.int64) for size in (self.T, rows, 17))
@@ -123,6 +125,20 @@ class Alive(TorchDispatchMode):
         self.now -= size
 
 
+class Fixed(TorchDispatchMode):
+    """Refuses operations whose results on CUDA depend on the order in which threads come, or that wait for the host."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, named = func.overloadpacket.__name__.rstrip("_"), dict(kwargs or {})
+        named |= {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)}
+        adds = name in ("scatter_add", "index_add", "bincount", "put") or bool(named.get("accumulate"))
+        adds |= name == "scatter_reduce" and named["reduce"] not in ("amax", "amin")
+        assert not adds, f"{func} adds atomically on CUDA"
+        if name in ("index_put", "_index_put_impl"):
+            assert named["values"].dim(), f"{func} copies a single value from the host on CUDA, and waits for it"
+        return func(*args, **(kwargs or {}))
+
+
 @contextmanager
 def as_on_cuda() -> Iterator[None]:
     """Tensors pass for those of a Hopper GPU, and kernels are not launched."""
@@ -184,6 +200,43 @@ def test_nothing_is_read_back(dtype: torch.dtype, impl: str, mode: str) -> None:
     assert [grad.dtype for grad in grads if grad is not None] == [dtype] * 5
     shapes = [tuple(grad.shape) for grad in grads if grad is not None]
     assert shapes == [(300, 40), (5000, 40), (5000,), (3, 40), (5000, 3)]
+
+
+@pytest.mark.parametrize(("impl", "mode"), WAYS)
+def test_order_decides_nothing(impl: str, mode: str) -> None:
+    with Fixed():
+        Call(T=300, D=40, V=5000, R=200, bias=True, rank=3, stats=True).run(impl, mode)
+
+
+@pytest.mark.parametrize("shift", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
+def test_arguments_are_checked_on_the_device(packed: bool, shift: bool) -> None:
+    """What stands before the kernels reads nothing back either, and copies nothing there."""
+    call, shape = Call(), (60,) if packed else (3, 20)
+    labels, offsets, rows = (call.leaf(*size, dtype=torch.int64) for size in (shape, (4,), (30,)))
+    arguments: Any = {"cu_seqlens": offsets if packed else None, "shift": shift, "ignore_index": -100}
+    no_autocast = mock.patch.object(torch, "is_autocast_enabled", return_value=False)  # knows no meta device
+    with as_on_cuda(), no_autocast, Fixed():
+        scoring = check_scoring(
+            call.leaf(*shape, 8), call.leaf(50, 8), labels, **arguments, options=KernelOptions(row_index=rows)
+        )
+    assert scoring.target.shape == (60,)
+    assert scoring.cu_seqlens.shape == (4,)
+
+
+def test_control_what_is_not_fixed_is_refused() -> None:
+    values, index = torch.ones(4), torch.tensor([0, 0, 1, 1])
+    refused = [
+        lambda: torch.zeros(2).index_add_(0, index, values),
+        lambda: torch.zeros(2).scatter_reduce(0, index, values, "mean"),
+        lambda: torch.zeros(2).index_put_((index,), values, accumulate=True),
+        lambda: torch.zeros(2).__setitem__(index, 1.0),
+    ]
+    for operation in refused:
+        with Fixed(), pytest.raises(AssertionError, match="on CUDA"):
+            operation()
+    with Fixed():
+        torch.zeros(2).scatter_reduce(0, index, values, "amax").index_fill_(0, index, 1.0)
 
 
 def test_control_reading_back_is_an_error() -> None:

@@ -5,10 +5,11 @@ Every check raises AssertionError with the numbers it found, or returns the numb
 `Scale` makes them small enough for Triton's interpreter, where the tests run them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise, product
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,9 +17,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.replay import describe, replay
-from fused_dpo import KernelOptions, LMHead, fused_dpo_logps
+from benchmarks.verify import EXACT, FILTERED
+from fused_dpo import KernelOptions, LMHead, fused_dpo_logps, fused_token_logps
 
 IMPLS = ("triton", "library")
+SLOPE = 3.0
+"""Logits of peaked cases fall by this times the logarithm of the column's number, as byte-pair vocabularies begin with
+their most frequent tokens; of normal logits alone the filter drops nothing."""
 
 
 class NotHereError(Exception):
@@ -38,10 +43,12 @@ class Scale:
     large_dim: int = 8192
     filter_vocab: int = 151936
     filter_dim: int = 1024
+    hidden_file: Path | None = None
+    """Of real hidden states, for the check of filtered gradients; see `replay`."""
 
 
-SMALL = Scale("cpu", (torch.float16, torch.float32), (1, 17, 30), V=67, D=20, large_vocab=100, large_dim=16,
-    filter_vocab=600, filter_dim=16)  # fmt: skip
+SMALL = Scale("cpu", (torch.float16, torch.float32), (1, 17, 30), V=200, D=20, large_vocab=100, large_dim=16,
+    filter_vocab=1200, filter_dim=16)  # fmt: skip
 
 
 class Case(NamedTuple):
@@ -53,11 +60,19 @@ class Case(NamedTuple):
     cu_seqlens: Tensor
     upstream: Tensor
 
-    def logps(self, impl: str, grad_mode: str = "exact", **options: Any) -> Tensor:
+    def logps(self, impl: str, grad_mode: str = "exact", *, shift: bool = False, **options: Any) -> Tensor:
         """By the package."""
-        arguments: Any = {"cu_seqlens": self.cu_seqlens, "shift": False, "grad_mode": grad_mode}
+        arguments: Any = {"cu_seqlens": self.cu_seqlens, "shift": shift, "grad_mode": grad_mode}
         arguments["options"] = KernelOptions(impl=impl, **options)
         return fused_dpo_logps(self.hidden, self.head, self.labels, **arguments)
+
+    def kept_fraction(self, impl: str) -> float:
+        """Of the vocabulary by filtered gradients, on the average of the scored rows."""
+        arguments: Any = {"cu_seqlens": self.cu_seqlens, "shift": False, "grad_mode": "filtered"}
+        arguments |= {"with_stats": ("kept_fraction",), "options": KernelOptions(impl=impl)}
+        kept = fused_token_logps(self.hidden.detach(), self.head, self.labels, **arguments).kept_fraction
+        assert kept is not None
+        return float(kept[self.labels >= 0].mean())
 
     def to(self, dtype: torch.dtype) -> "Case":
         """The same numbers in another dtype."""
@@ -72,17 +87,20 @@ class Case(NamedTuple):
         return self._replace(hidden=hidden, head=replace(self.head, weight=weight))
 
 
-def make_case(scale: Scale, dtype: torch.dtype, *, V: int, D: int, extras: bool = False, seed: int = 0) -> Case:
-    """Random hidden states and head with logits of standard deviation 3."""
-    rng = torch.Generator().manual_seed(seed)
+def make_case(scale: Scale, dtype: torch.dtype, *, peaked: bool = False, extras: bool = False) -> Case:
+    """Random hidden states and head with logits of standard deviation 3; a bias and a softcap as `extras`."""
+    V, D, rng = scale.V, scale.D, torch.Generator().manual_seed(0)
     T = sum(scale.lengths)
     labels = torch.randint(V, (T,), generator=rng).masked_fill(torch.rand(T, generator=rng) < 1 / 3, -100)
     hidden = torch.randn(T, D, generator=rng)
     weight = 3 * torch.randn(V, D, generator=rng) / D**0.5
+    if peaked:
+        hidden[:, 0] = 1.0
+        weight[:, 0] = -SLOPE * torch.arange(1, V + 1).log()
     head = LMHead(
         weight.to(scale.device, dtype),
         torch.randn(V, generator=rng).to(scale.device, dtype) if extras else None,
-        softcap=10.0 if extras else None,
+        softcap=(30.0 if peaked else 10.0) if extras else None,
     )
     offsets = torch.tensor([0, *scale.lengths]).cumsum(0).to(scale.device, torch.int32)
     upstream = torch.randn(len(scale.lengths), generator=rng).to(scale.device)
@@ -118,6 +136,24 @@ WAYS: dict[str, Callable[..., Tensor]] = {
 }
 
 
+def cases_of(
+    scale: Scale, dtype: torch.dtype, *, extras: bool = False
+) -> Iterator[tuple[str, Callable[..., Tensor], Case]]:
+    """Every way with a flat case, and where it filters with a peaked one as well: name, function, case."""
+    flat, peaked = (make_case(scale, dtype, peaked=shape, extras=extras) for shape in (False, True))
+    for way, function in WAYS.items():
+        yield f"{way}, {dtype}", function, flat
+        if "filtered" in way:
+            yield f"{way}, peaked, {dtype}", function, peaked
+
+
+def check_something_is_dropped(case: Case) -> None:
+    """A filter that keeps everything would pass every other check."""
+    for impl in IMPLS:
+        kept = case.kept_fraction(impl)
+        assert kept < 0.5, f"{impl}: {kept:.0%} of the vocabulary kept"
+
+
 def evaluate(case: Case, function: Callable[[Case], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs and the gradients of hidden states and weight."""
     leaves = case.leaves()
@@ -127,11 +163,14 @@ def evaluate(case: Case, function: Callable[[Case], Tensor]) -> tuple[Tensor, Te
 
 
 def check_accuracy(scale: Scale) -> dict[str, Any]:
-    """Error against float64 at most twice that of same-dtype eager code (and the rounding of the result's dtype)."""
+    """Error against float64 at most twice that of same-dtype eager code (and the rounding of the result's dtype).
+
+    In bf16, where eager code is far off, gradients keep the budget of the benchmarks.
+    """
     record = {}
     for dtype in scale.dtypes:
         for extras in (False, True):
-            case = make_case(scale, dtype, V=scale.V, D=scale.D, extras=extras)
+            case = make_case(scale, dtype, extras=extras)
             truth, eager = evaluate(case.to(torch.float64), eager_logps), evaluate(case, eager_logps)
             for impl in IMPLS:
                 ours = evaluate(case, WAYS[f"{impl}, exact"])
@@ -141,28 +180,34 @@ def check_accuracy(scale: Scale) -> dict[str, Any]:
                     unit = torch.finfo(a.dtype).eps
                     label = f"{impl}, {name}, {dtype}, {'bias and softcap' if extras else 'plain'}"
                     record[label] = {"error": error, "eager_error": eager_error}
-                    assert error <= 2 * eager_error + unit, f"{label}: error {error:.3g}, eager {eager_error:.3g}"
+                    bound = EXACT.gradient if a.dtype == torch.bfloat16 else 2 * eager_error + unit
+                    assert error <= bound, f"{label}: error {error:.3g}, bound {bound:.3g}, eager {eager_error:.3g}"
     return record
 
 
 def check_filtered(scale: Scale) -> dict[str, Any]:
-    """Filtered gradients on realistic logits: half of eager bf16's error, or within the theorem's bound elsewhere."""
+    """On realistic logits something is dropped, and log-probs have at most half of eager code's error.
+
+    Gradients in bf16 keep the budget of the benchmarks, in other dtypes the theorem's bound.
+    """
     dtype = scale.dtypes[0]
     N = sum(scale.lengths)
-    problem = replay(N, scale.filter_dim, scale.filter_vocab, device=scale.device)
+    problem = replay(N, scale.filter_dim, scale.filter_vocab, device=scale.device, hidden_file=scale.hidden_file)
     rng = torch.Generator().manual_seed(0)
     offsets = torch.tensor([0, *scale.lengths]).cumsum(0).to(scale.device, torch.int32)
     upstream = torch.randn(len(scale.lengths), generator=rng).to(scale.device)
     head = LMHead(problem.weight.to(dtype))
     case = Case(problem.hidden.to(dtype), head, problem.target, offsets, upstream)
+    check_something_is_dropped(case)
     truth = evaluate(case.to(torch.float64), eager_logps)
     eager = evaluate(case, eager_logps)
+    of_gradients = FILTERED.gradient if dtype == torch.bfloat16 else (2 * 2**-12) ** 0.5
     record: dict[str, Any] = {"source": problem.source, **describe(problem)}
     for impl in IMPLS:
         ours = evaluate(case, WAYS[f"{impl}, filtered"])
         for name, a, b, t in zip(("logps", "dhidden", "dweight"), ours, eager, truth, strict=True):
             error, eager_error = (float((x.double() - t).norm() / t.norm()) for x in (a, b))
-            bound = eager_error / 2 if dtype == torch.bfloat16 else (2 * 2**-12) ** 0.5
+            bound = eager_error / 2 if name == "logps" else of_gradients
             record[f"{impl}, {name}"] = {"error": error, "eager_error": eager_error}
             assert error <= bound, f"{impl}, {name}: error {error:.3g}, bound {bound:.3g}"
     return record
@@ -170,54 +215,61 @@ def check_filtered(scale: Scale) -> dict[str, Any]:
 
 def check_run_to_run(scale: Scale) -> None:
     """Log-probs and gradients have the same bits in a second run, and with uninitialised memory full of NaN."""
+    for dtype in scale.dtypes:
+        check_something_is_dropped(make_case(scale, dtype, peaked=True))
+        for label, function, case in cases_of(scale, dtype):
+            first, second = evaluate(case, function), evaluate(case, function)
+            assert all(map(torch.equal, first, second)), f"{label}: the second run differs"
+            poisoned, clean = (evaluate_deterministic(case, function, poisoned=poisoned) for poisoned in (True, False))
+            assert all(map(torch.equal, poisoned, clean)), f"{label}: reads uninitialised memory"
+
+
+def evaluate_deterministic(
+    case: Case, function: Callable[[Case], Tensor], *, poisoned: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `evaluate`, in torch's deterministic mode, in which alone it can fill uninitialised memory with NaN."""
     deterministic: Any = torch.utils.deterministic
-    for dtype, (way, function) in product(scale.dtypes, WAYS.items()):
-        case = make_case(scale, dtype, V=scale.V, D=scale.D)
-        label = f"{way}, {dtype}"
-        first = evaluate(case, function)
-        assert all(map(torch.equal, first, evaluate(case, function))), f"{label}: the second run differs"
-        before = deterministic.fill_uninitialized_memory
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        deterministic.fill_uninitialized_memory = True
-        try:
-            assert all(map(torch.equal, first, evaluate(case, function))), f"{label}: reads uninitialised memory"
-        finally:
-            torch.use_deterministic_algorithms(False)
-            deterministic.fill_uninitialized_memory = before
+    before = torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    deterministic.fill_uninitialized_memory = poisoned
+    try:
+        return evaluate(case, function)
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        deterministic.fill_uninitialized_memory = before[1]
 
 
 def check_batch_invariance(scale: Scale) -> None:
     """A sequence's log-prob has the same bits alone and without gradient, with and without an adapter on the head."""
     if scale.device == "cpu":
         raise NotHereError("the interpreter's NumPy loops round by an element's place in the array")
-    for dtype, adapter, (way, function) in product(scale.dtypes, (False, True), WAYS.items()):
-        case = make_case(scale, dtype, V=scale.V, D=scale.D)
-        case = with_adapter(case) if adapter else case
-        way = f"{way}, adapter" if adapter else way
-        together = function(case).detach()
-        assert torch.equal(evaluate(case, function)[0], together), f"{way}, {dtype}: differs with gradient"
-        bounds = case.cu_seqlens.tolist()
-        for index, (start, stop) in enumerate(pairwise(bounds)):
-            offsets = torch.tensor([0, stop - start], dtype=torch.int32, device=scale.device)
-            alone = case._replace(hidden=case.hidden[start:stop], labels=case.labels[start:stop], cu_seqlens=offsets)
-            assert torch.equal(function(alone)[0], together[index]), f"{way}, {dtype}: sequence {index} differs alone"
+    for dtype, adapter in product(scale.dtypes, (False, True)):
+        for label, function, plain in cases_of(scale, dtype):
+            case, label = (with_adapter(plain), f"{label}, adapter") if adapter else (plain, label)
+            together = function(case).detach()
+            assert torch.equal(evaluate(case, function)[0], together), f"{label}: differs with gradient"
+            for index, (start, stop) in enumerate(pairwise(case.cu_seqlens.tolist())):
+                offsets = torch.tensor([0, stop - start], dtype=torch.int32, device=scale.device)
+                alone = case._replace(
+                    hidden=case.hidden[start:stop], labels=case.labels[start:stop], cu_seqlens=offsets
+                )
+                assert torch.equal(function(alone)[0], together[index]), f"{label}: sequence {index} differs alone"
 
 
 def check_autocast(scale: Scale) -> None:
     """A weight in fp32 under autocast: the log-probs of one in bf16, bit for bit, and a gradient in fp32."""
     if scale.device == "cpu":
         raise NotHereError("Triton's interpreter does not multiply bf16")
-    case = make_case(scale, torch.bfloat16, V=scale.V, D=scale.D)
-    wide = case._replace(head=replace(case.head, weight=case.head.weight.float()))
-    for way, function in WAYS.items():
+    for label, function, case in cases_of(scale, torch.bfloat16):
+        wide = case._replace(head=replace(case.head, weight=case.head.weight.float()))
         expected = evaluate(case, function)
         with torch.autocast(torch.device(scale.device).type, torch.bfloat16):
             got = evaluate(wide, function)
-        assert torch.equal(got[0], expected[0]), f"{way}: the log-probs differ"
-        assert got[2].dtype == torch.float32, f"{way}: the weight's gradient is in {got[2].dtype}"
+        assert torch.equal(got[0], expected[0]), f"{label}: the log-probs differ"
+        assert got[2].dtype == torch.float32, f"{label}: the weight's gradient is in {got[2].dtype}"
         for name, a, b in zip(("dhidden", "dweight"), got[1:], expected[1:], strict=True):
             error = float((a.double() - b.double()).norm() / b.double().norm())
-            assert error <= 2**-8, f"{way}, {name}: {error:.3g} from the gradient in bf16"
+            assert error <= 2**-8, f"{label}, {name}: {error:.3g} from the gradient in bf16"
 
 
 def check_large_offsets(scale: Scale) -> None:
@@ -280,31 +332,35 @@ def check_memory(scale: Scale) -> dict[str, Any]:
 
 
 def check_no_synchronisation(scale: Scale) -> None:
-    """With the scored rows given, forward and backward never wait for the device."""
+    """With the scored rows given, forward and backward never wait for the device, labels shifted or not."""
     if scale.device == "cpu":
         raise NotHereError("nothing to synchronise with")
-    case = make_case(scale, torch.bfloat16, V=scale.V, D=scale.D).leaves()
-    rows = (case.labels >= 0).nonzero().squeeze(1)
-    for way in WAYS.values():
-        way(case, row_index=rows).sum().backward()  # compiles
+    for (_, function, case), shift in product(cases_of(scale, torch.bfloat16), (False, True)):
+        leaves = case.leaves()
+        aligned = case.labels
+        if shift:  # row i predicts label i + 1, the last row of a sequence nothing
+            aligned = aligned.roll(-1).index_fill(0, case.cu_seqlens[1:].long() - 1, -100)
+        rows = (aligned >= 0).nonzero().squeeze(1)
+        function(leaves, shift=shift, row_index=rows).sum().backward()  # compiles
         torch.cuda.set_sync_debug_mode("error")
         try:
-            way(case, row_index=rows).sum().backward()
+            function(leaves, shift=shift, row_index=rows).sum().backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
 
 def check_streaming_agrees(scale: Scale) -> None:
-    """The torch implementation on this device gives the same numbers as the kernels."""
-    for dtype in scale.dtypes:
-        case = make_case(scale, dtype, V=scale.V, D=scale.D)
-        torch_only = evaluate(case, partial(Case.logps, impl="streaming"))
-        for impl in IMPLS:
-            kernels = evaluate(case, WAYS[f"{impl}, exact"])
+    """The torch implementation on this device gives the same numbers as the kernels, filtered within both bounds."""
+    for dtype, extras in product(scale.dtypes, (False, True)):
+        for label, function, case in cases_of(scale, dtype, extras=extras):
+            mode = "filtered" if "filtered" in label else "exact"
+            torch_only = evaluate(case, partial(Case.logps, impl="streaming", grad_mode=mode))
+            kernels = evaluate(case, function)
+            of_gradients = 2 * (2 * 2**-12) ** 0.5 if mode == "filtered" else max(torch.finfo(dtype).eps, 1e-5)
             for name, a, b in zip(("logps", "dhidden", "dweight"), kernels, torch_only, strict=True):
                 difference = float((a.double() - b.double()).norm() / b.double().norm())
-                bound = 4 * torch.finfo(dtype).eps  # both round once or twice
-                assert difference <= bound, f"{impl}, {name}, {dtype}: {difference:.3g}"
+                bound = 1e-5 if name == "logps" else of_gradients
+                assert difference <= bound, f"{label}, {name}, {extras=}: {difference:.3g}"
 
 
 def check_attention_backends(scale: Scale) -> dict[str, str]:

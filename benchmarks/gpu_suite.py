@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +124,8 @@ def sanitizer() -> dict[str, Any]:
         "from benchmarks.gpu_checks import *\n"
         "scale = Scale(lengths=(1, 63, 130), V=5003, D=200)\n"
         "for dtype in scale.dtypes:\n"
-        "    for way in WAYS.values():\n"
-        "        evaluate(make_case(scale, dtype, V=scale.V, D=scale.D, extras=True), way)\n"
+        "    for _, way, case in cases_of(scale, dtype, extras=True):\n"
+        "        evaluate(case, way)\n"
         "torch.cuda.synchronize()\n"
     )
     record = {}
@@ -140,6 +141,7 @@ def parts(
     scale: Scale, hidden_file: Path | None = None, model: str | None = None
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Name and work of every part, in order."""
+    scale = replace(scale, hidden_file=hidden_file)
     for name, check in CHECKS.items():
         yield f"check: {name}", lambda check=check: check(scale)
     if scale.device != "cuda":

@@ -13,7 +13,6 @@ import torch
 
 from fused_dpo import triton_library
 from fused_dpo.triton_backward import slice_width
-from fused_dpo.triton_configs import INTERPRETER_LIBRARY
 from tests.kernels.helpers import (
     DIFFERENTIABLE,
     EVERY_FEATURE,
@@ -29,10 +28,10 @@ from tests.kernels.helpers import (
     tokens,
     uninitialized_memory_is_nan,
 )
-from tests.kernels.triton_helpers import TRITON_DTYPES, assert_invariant, on_device
+from tests.kernels.triton_helpers import LIBRARY, TRITON_DTYPES, assert_invariant, on_device
 
 EVERYTHING = {**EVERY_FEATURE, "softcap": 4.0}
-CHUNK, SLICE, SPLIT = (getattr(INTERPRETER_LIBRARY, f) for f in ("chunk_rows", "slice_columns", "split_columns"))
+CHUNK, SLICE, SPLIT = LIBRARY.chunk_rows, LIBRARY.slice_columns, LIBRARY.split_columns
 
 
 def by_library(problem: Problem, **options: Any):

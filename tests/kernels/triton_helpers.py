@@ -7,11 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_dpo.triton_configs import PLAIN, library_config, tile_config
+from fused_dpo.triton_tile import architecture
 from tests.kernels.helpers import Problem, assert_same_bits, bits_equal, compose, evaluate, make_problem
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRITON_DTYPES = (torch.float32, torch.float16) + ((torch.bfloat16,) if DEVICE == "cuda" else ())
 """The interpreter multiplies fp32 and fp16 alone, so bf16 is left to GPUs."""
+TILE = tile_config(architecture(torch.device(DEVICE)), torch.float32, PLAIN)
+LIBRARY = library_config(architecture(torch.device(DEVICE)), torch.float32)
+"""Of fp32 problems; those of half precision on a GPU are larger."""
 
 
 def on_device(problem: Problem) -> Problem:

@@ -114,7 +114,8 @@ def _filtered(impl: str) -> tuple[Callable[..., Any], Callable[..., HeadGrads]]:
 
 
 def _scored_rows(target: Tensor, row_index: Tensor | None) -> Tensor:
-    return (target >= 0).nonzero().squeeze(1) if row_index is None else row_index
+    """Contiguous: kernels read them by position."""
+    return (target >= 0).nonzero().squeeze(1) if row_index is None else row_index.contiguous()
 
 
 @torch.library.custom_op("fused_dpo::token_logps", mutates_args=())

@@ -184,6 +184,7 @@ def filtered_backward(
 
     Numerics: as in `streaming_backward`, on the kept columns.
     """
+    hidden, state = _without_broken_rows(dlogps, Operands(hidden, rows, head), state)
     operands = Operands(hidden, rows, head)
     block_rows = min(rows_screened(hidden, head, workspace_mib), BLOCK_ROWS)
     spans = block_spans(rows, cu_seqlens, block_rows)
@@ -233,6 +234,22 @@ def filtered_backward(
         for block, (start, stop) in enumerate(spans):
             sums.hidden[start:stop].addr_(residual[start:stop], spread[block], alpha=-1.0)
     return sums.finish()
+
+
+def _without_broken_rows(dlogps: Tensor, operands: Operands, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states and state, with a hidden row of zeros for each row that is not finite and has no gradient.
+
+    Zero times what is not finite would be NaN in all sums that the row takes part in.
+    """
+    hidden, rows = operands.hidden, operands.rows
+    broken = rows[(dlogps[rows] == 0) & ~state[:, rows].isfinite().all(0)]
+    if not broken.numel():
+        return hidden, state
+    logits = operands.to_logits(state.new_zeros(operands.V), operands.bias(slice(None)))
+    peak = logits.amax()
+    state = state.index_fill(1, broken, 0.0)
+    state[0, broken], state[1, broken] = peak, (logits - peak).exp().sum()
+    return hidden.index_fill(0, broken, 0.0), state
 
 
 def _upstream_sums(kept: Kept, upstream: Tensor, spans: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:

@@ -98,8 +98,13 @@ class Operands:
         return part
 
     def is_operand(self, dtype: torch.dtype) -> bool:
-        """Whether the head's weight is its own operand in that dtype, so that slices of it need no copy."""
-        return self.head.lora is None and self.width == self.D and self.head.weight.dtype == dtype == self.dtype
+        """Whether the head's weight is its own operand in that dtype, so that slices of it need no copy.
+
+        A transposed one is not: BLAS takes other loops for it, in which a row's bits hang on its place.
+        """
+        weight = self.head.weight
+        fits = self.head.lora is None and self.width == self.D and weight.is_contiguous()
+        return fits and weight.dtype == dtype == self.dtype
 
     def weight_slice(self, which: slice, out: Tensor) -> Tensor:
         """As `read_weight`, or the slice itself where the weight is its own operand."""

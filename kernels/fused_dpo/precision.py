@@ -91,11 +91,11 @@ def accumulate_product(accumulator: Tensor, a: Tensor, b: Tensor) -> Tensor:
 def in_range(upstream: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """`upstream` fp32 [rows] for a dz that is held in `dtype`, and the unit it is then counted in, None for 1.
 
-    fp16 ends at 6e-8, so there the largest becomes 1.
+    fp16 ends at 6e-8, so there the largest that is finite becomes 1.
     """
     if dtype != torch.float16 or not upstream.numel():
         return upstream, None
-    unit = upstream.abs().amax().clamp_(min=torch.finfo(torch.float32).tiny)
+    unit = torch.where(upstream.isfinite(), upstream.abs(), 0.0).amax().clamp_(min=torch.finfo(torch.float32).tiny)
     return upstream / unit, unit
 
 

@@ -83,7 +83,8 @@ class Judgement:
         size = torch.where(upstream == 0, 0.0, (upstream * surprise).abs())
         zeros = upstream.new_zeros(blocks)
         self.largest = zeros.scatter_reduce(0, block_of_row, self.magnitude, "amax")
-        squares = means_of_blocks(surprise.square(), block_of_row, blocks)
+        known = torch.where((upstream == 0) & ~surprise.isfinite(), 0.0, surprise)
+        squares = means_of_blocks(known.square(), block_of_row, blocks)
         scale = size.square().mean().sqrt() if size.numel() else zeros.sum()
         scale = torch.where(scale.isfinite(), scale, torch.nan)  # and NaN is below no limit
         self.negligible = eps * scale
@@ -112,12 +113,14 @@ def _keep_targets(keep: Tensor, row: Tensor, column: Tensor, judged: Tensor) -> 
 
 
 def screens_coarsely(hidden: Tensor, head: LMHead) -> bool:
-    """Whether the screen's logits are rounded to bf16: where that is faster, and where nothing is added to them."""
+    """Whether the screen's logits are rounded to bf16: where that is faster, and the product is the logits."""
     return (
         hidden.dtype == torch.bfloat16
         and hidden.device.type == "cpu"
         and has_bf16_units(hidden.device)
         and head.bias is None  # where a bias cancels the rounded product, what is left is its rounding
+        and head.logit_scale == head.temperature == 1.0  # and each step to the logits would round once more
+        and head.softcap is None
     )
 
 

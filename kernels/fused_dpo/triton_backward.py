@@ -99,6 +99,7 @@ def _dlogits_kernel(
         dz = tl.where(hit, surprise[:, None], exp(z - peak[:, None]) * (-1.0 / total)[:, None])
         dz = through_softcap(dz, z, inputs, OPTIONS)
         dz *= (upstream * (inputs.logit_scale * inputs.inverse_temperature))[:, None]
+        dz = tl.where((upstream == 0.0)[:, None], 0.0, dz)  # of an invalid label it is NaN until here
     out = dz_ptr + offs_t.to(tl.int64)[:, None] * stride_z + columns[None, :]
     tl.store(out, dz.to(dz_ptr.dtype.element_ty), mask=mask_t[:, None] & (columns < width)[None, :])
 

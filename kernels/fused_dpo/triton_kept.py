@@ -99,6 +99,7 @@ def _kept_dlogits_kernel(
         upstream = tl.load(upstream_ptr + offs_t, mask=mask_t, other=0.0)
         hit = offs_v[None, :] == target[:, None]
         dz = tl.where(hit, (upstream * surprise)[:, None], exp(z - peak[:, None]) * (-upstream / total)[:, None])
+        dz = tl.where((upstream == 0.0)[:, None], 0.0, dz)  # of an invalid label it is NaN until here
         if BY_COLUMNS:
             residual = residual_ptr + tile * R + offs_t
             tl.store(residual, tl.load(residual, mask=mask_t, other=0.0) + tl.sum(dz, axis=1), mask=mask_t)

@@ -226,6 +226,14 @@ def exp(x):
 
 
 @triton.jit
+def tanh(x):
+    """By exponentials, which saturate instead of overflowing; by its series where they would lose digits."""
+    square = x * x
+    series = x * (1.0 + square * (-1.0 / 3 + square * (2.0 / 15 + square * (-17.0 / 315 + square * (62.0 / 2835)))))
+    return tl.where(square < 0.0625, series, 1.0 - 2.0 / (1.0 + exp(2.0 * x)))
+
+
+@triton.jit
 def grouped_block(blocks, group):
     """Row block of this program of a grid of `blocks` times as many programs as there are along the other axis.
 
@@ -324,8 +332,7 @@ def logits_tile(
     if OPTIONS.HAS_SCALE:
         acc *= inputs.logit_scale
     if OPTIONS.HAS_SOFTCAP:
-        # tanh(x) = 1 - 2 / (1 + exp(2x)): saturates instead of overflowing
-        acc = inputs.softcap * (1.0 - 2.0 / (1.0 + exp(acc * (2.0 / inputs.softcap))))
+        acc = inputs.softcap * tanh(acc * (1.0 / inputs.softcap))
     if OPTIONS.HAS_SCALE:
         acc *= inputs.inverse_temperature
     return tl.where(mask_v[None, :], acc, float("-inf"))

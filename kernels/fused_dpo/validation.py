@@ -193,6 +193,8 @@ def _check_head(head: LMHead, device: torch.device) -> LMHead:
         parts.append(("bias", head.bias, [V]))
     if lora is not None:
         r = lora.a.shape[0]
+        if not r:
+            raise ValueError("lora has rank 0; use lora=None for a head without an adapter.")
         parts += [("lora a", lora.a, [r, D]), ("lora b", lora.b, [V, r])]
     for name, tensor, shape in parts:
         if list(tensor.shape) != shape:

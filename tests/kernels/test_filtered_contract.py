@@ -41,6 +41,7 @@ from tests.kernels.helpers import (
     naive_logps,
     present,
     relative_error,
+    tokens,
     truth_of,
     uninitialized_memory_is_nan,
 )
@@ -237,14 +238,24 @@ def test_upstream_that_is_not_finite_stays_in_its_row(dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_broken_sequence_without_gradient_is_harmless(dtype: torch.dtype) -> None:
-    """NaN hidden states in a sequence that the loss leaves out."""
-    problem = make_problem((30, 40), 300, 16, shift=False).to(dtype)
-    problem.hidden[35] = torch.nan
+@pytest.mark.parametrize("without", [slice(30, 70), slice(35, 36)], ids=["sequence", "row"])
+@pytest.mark.parametrize("features", [{}, {"bias": True, "lora_rank": 3, "softcap": 50.0}], ids=["plain", "everything"])
+def test_what_is_broken_without_gradient_is_harmless(features: dict, without: slice, dtype: torch.dtype) -> None:
+    """NaN hidden states in a sequence, or in a row, that the loss leaves out: as if they were others."""
+    problem = make_problem((30, 40), 300, 16, shift=False, **features)
+    problem = replace(problem.to(dtype), weight=(5 * problem.weight).to(dtype))
     problem.labels[35] = 7
-    upstream = torch.cat((torch.ones(30), torch.zeros(40)))
-    assert all(grad.isfinite().all() for grad in gradients(problem, upstream, "exact"))
-    assert all(grad.isfinite().all() for grad in gradients(problem, upstream))
+    broken = replace(problem, hidden=problem.hidden.index_fill(0, torch.tensor([35]), torch.nan))
+    upstream = torch.ones(70)
+    upstream[without] = 0.0
+    for mode in ("exact", "filtered"):
+        fresh = leaves(broken), leaves(problem)
+        for p in fresh:
+            tokens(p, [], "streaming", grad_mode=mode).logps.backward(upstream)
+        for (name, got), whole in zip(fresh[0].tensors.items(), fresh[1].tensors.values(), strict=True):
+            # A block's threshold is another one with another row in it, within the budget of both.
+            limit = torch.finfo(dtype).eps if mode == "exact" else 2 * (2 * 2**-12) ** 0.5
+            assert relative_error(got.grad, present(whole.grad).double()) <= limit, f"{mode}, {name}"
 
 
 def test_saturated_pairs_cost_next_to_nothing() -> None:

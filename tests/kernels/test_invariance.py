@@ -4,13 +4,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
-from fused_dpo import streaming
+from fused_dpo import KernelOptions, fused_dpo_logps, streaming
 from fused_dpo.operands import Operands
 from fused_dpo.streaming import row_multiple, slice_bounds
 from tests.kernels.helpers import (
@@ -103,6 +104,19 @@ def test_batch_composition_of_odd_heads(V: int, D: int, dtype: torch.dtype) -> N
     """BLAS picks other inner loops by shape and by a row's place in the tile: any head, and any token on its own."""
     problem = make_problem((700,), V, D, shift=False).to(dtype)
     assert_tokens_do_not_depend_on_company(problem)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_id)
+def test_batch_composition_of_a_transposed_weight(dtype: torch.dtype) -> None:
+    """BLAS answers for one with bits that hang on a row's place."""
+    for seed in (1, 8, 21, 51, 74):
+        rng = torch.Generator().manual_seed(seed)
+        weight = (torch.randn(256, 5, generator=rng) / 4).to(dtype).T
+        hidden, labels = torch.randn(194, 256, generator=rng).to(dtype), torch.randint(0, 5, (194,), generator=rng)
+        arguments: Any = {"shift": False, "grad_mode": "filtered", "options": KernelOptions(impl="streaming")}
+        both = fused_dpo_logps(hidden, weight, labels, cu_seqlens=torch.tensor([0, 129, 194]), **arguments)
+        alone = fused_dpo_logps(hidden[129:], weight, labels[129:], cu_seqlens=torch.tensor([0, 65]), **arguments)
+        assert torch.equal(alone, both[1:]), f"seed {seed}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)

@@ -112,7 +112,8 @@ def test_coarse_screens_hold_twice_the_rows() -> None:
     hidden, head = torch.zeros(1, 8, dtype=torch.bfloat16), LMHead(torch.zeros(49152, 8, dtype=torch.bfloat16))
     assert screens_coarsely(hidden, head)
     assert rows_screened(hidden, head, 64) == 160
-    assert not screens_coarsely(hidden, replace(head, bias=torch.zeros(49152)))
+    for more in ({"bias": torch.zeros(49152)}, {"logit_scale": 0.5}, {"temperature": 0.7}, {"softcap": 30.0}):
+        assert not screens_coarsely(hidden, replace(head, **more)), more
     assert not screens_coarsely(hidden.half(), head)
     assert not screens_coarsely(hidden.float(), head)
     assert rows_screened(hidden.float(), head, 64) == 64  # 85 would fit
@@ -136,7 +137,9 @@ def screener(problem: Problem, workspace_mib: int = 128) -> Screener:
 
 
 @pytest.mark.parametrize("mib", [1, 128], ids="{} MiB".format)
-@pytest.mark.parametrize("features", [{}, NO_BIAS, EVERY_FEATURE], ids=["plain", "no bias", "everything"])
+@pytest.mark.parametrize(
+    "features", [{}, {"lora_rank": 3}, NO_BIAS, EVERY_FEATURE], ids=["plain", "adapter", "no bias", "everything"]
+)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("V", "D"), [(3001, 64), (100, 33)])
 def test_look(V: int, D: int, dtype: torch.dtype, features: dict, mib: int) -> None:
@@ -154,7 +157,7 @@ def test_look(V: int, D: int, dtype: torch.dtype, features: dict, mib: int) -> N
             # are in bf16 too; the adapter's inner product is rounded to the dtype in any half precision.
             unit = 2e-15 if dtype == torch.float64 else 2e-6
             if screen.coarse:
-                unit = 2.0**-8 * (1 if not features else 3)
+                unit = 2.0**-8 * (2 if features else 1)
             elif features and dtype.itemsize == 2:
                 unit = torch.finfo(dtype).eps * 3
             assert (z.double() - truth).abs().max() <= unit * scale
@@ -162,7 +165,7 @@ def test_look(V: int, D: int, dtype: torch.dtype, features: dict, mib: int) -> N
             assert (p.double().sum(1) - 1).abs().max() <= (2.0**-6 if screen.coarse else 1e-5)
             ratio = (p.double() / truth.softmax(1)).log().abs()
             assert ratio[truth.softmax(1) > 1e-30].max() <= 2 * unit * scale + (2.0**-8 if screen.coarse else 2e-5)
-    assert screen.coarse == (UNITS and dtype == torch.bfloat16 and "bias" not in features)
+    assert screen.coarse == (UNITS and dtype == torch.bfloat16 and set(features) <= {"lora_rank"})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

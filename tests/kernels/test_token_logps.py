@@ -16,6 +16,7 @@ from tests.kernels.helpers import (
     IGNORE,
     Problem,
     assert_close,
+    assert_same_bits,
     bits_equal,
     evaluate,
     fused,
@@ -199,6 +200,19 @@ def test_rows_left_out_count_as_not_scored(impl: str, average: bool) -> None:
     got = evaluate(lambda p: fused(p, impl=impl, row_index=keep), problem)
     assert bits_equal(got.logps, expected.logps)
     assert all(bits_equal(grad, expected.grads[name]) for name, grad in got.grads.items())
+
+
+@pytest.mark.parametrize("impl", ["streaming", "triton", "library"])
+def test_strided_row_index(impl: str) -> None:
+    """As a column of a table would be."""
+    problem = make_problem((6,), V=7, D=4, shift=False).to(torch.float32)
+    problem = replace(problem, labels=problem.labels.clamp(min=0))
+    index = torch.stack((torch.arange(4), torch.full((4,), 10**6)), 1)[:, 0]
+    assert not index.is_contiguous()
+    strided, contiguous = (
+        evaluate(lambda p, i=i: fused(p, impl=impl, row_index=i), problem) for i in (index, index.contiguous())
+    )
+    assert_same_bits(strided, contiguous, "the stride")
 
 
 def test_empty_row_index() -> None:

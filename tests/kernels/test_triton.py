@@ -144,6 +144,50 @@ def test_rows_and_tiles_without_upstream_gradient() -> None:
     assert grads("triton")[0][30:90].abs().max() == 0
 
 
+@pytest.mark.parametrize("grad_mode", ["exact", "filtered"])
+@pytest.mark.parametrize("impl", ["triton", "library"])
+def test_an_invalid_label_without_gradient_is_harmless(impl: str, grad_mode: str) -> None:
+    """Where labels are not looked at its log-prob is NaN, and none of that reaches the gradients of others."""
+    hidden, weight = (torch.randn(*shape, device=DEVICE).requires_grad_() for shape in ((30, 9), (50, 9)))
+    target = torch.arange(30, device=DEVICE).index_fill(0, torch.tensor([7], device=DEVICE), 50)
+    filtering = Filtering(2**-12 if grad_mode == "filtered" else 0.0, 1 / 16)
+    offsets = torch.tensor([0, 30], device=DEVICE)
+    logps, *_ = token_logps(hidden, target, offsets, None, LMHead(weight), impl, 1, filtering, want_stats=False)
+    assert logps.isnan().nonzero().tolist() == [[7]]
+    upstream = torch.ones(30, device=DEVICE).index_fill(0, torch.tensor([7], device=DEVICE), 0.0)
+    dhidden, dweight = torch.autograd.grad(logps, (hidden, weight), upstream)
+    assert dhidden.isfinite().all()
+    assert dweight.isfinite().all()
+    assert (dhidden[7] == 0).all()
+
+
+@pytest.mark.parametrize("impl", ["triton", "library"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
+def test_upstream_that_is_not_finite_stays_in_its_row(dtype: torch.dtype, bad: float, impl: str) -> None:
+    problem = on_device(make_problem((24,), V=300, D=16, shift=False).to(dtype))
+    labels = problem.labels.clamp(min=0)
+    fresh = leaves(replace(problem, labels=labels))
+    upstream = torch.ones(24, device=DEVICE)
+    upstream[3] = bad
+    (dhidden,) = torch.autograd.grad(tokens(fresh, [], impl).logps, fresh.hidden, upstream)
+    assert dhidden.isfinite().all(1).logical_not().nonzero().tolist() == [[3]]
+
+
+@pytest.mark.parametrize("softcap", [4.0, 30.0, 1000.0])
+def test_softcap_keeps_its_digits(softcap: float) -> None:
+    """Logits that are small against the softcap, and such that are not, against float64."""
+    weight = torch.linspace(-8.0, 8.0, 80)[:, None]
+    head = LMHead(weight.to(DEVICE), softcap=softcap)
+    hidden, labels, offsets = torch.ones(80, 1), torch.arange(80), torch.arange(81)
+    got = fused_dpo_logps(
+        hidden.to(DEVICE), head, labels.to(DEVICE), cu_seqlens=offsets.to(DEVICE), shift=False,
+        options=KernelOptions(impl="triton"),
+    )  # fmt: skip
+    true = (softcap * torch.tanh(weight[:, 0].double() / softcap)).log_softmax(0)
+    assert (got.cpu().double() - true).abs().max() < 3e-6  # log-probs of up to -18, whose neighbours are 1.9e-6 apart
+
+
 def test_nan_in_the_upstream_gradient_comes_out() -> None:
     problem = on_device(make_problem((5,), V=40, D=9).to(torch.float32))
     fresh = leaves(problem)

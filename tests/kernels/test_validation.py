@@ -138,6 +138,11 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         r"bias must have shape \[7\] for a weight \[7, 4\], got \[8\]",
     ),
+    "lora without rank": (
+        headed(lora=(torch.ones(0, D), torch.ones(V, 0), 1.0)),
+        ValueError,
+        r"lora has rank 0; use lora=None",
+    ),
     "lora a transposed": (
         headed(lora=(torch.ones(D, 2), torch.ones(V, 2), 1.0)),
         ValueError,

@@ -87,13 +87,15 @@ def fused_dpo_logps(
         float64 and rounded once. Bit-equal from run to run, and batch-invariant: a sequence's log-prob has the same
         bits whatever else is in the batch, packed or padded, with or without gradient. Gradients are accumulated in
         fp32 and rounded once to the dtype of their input; only those required are computed. With filtered gradients on
-        a CPU with bf16 units, tokens of tiny probability take part in the log-sum-exp with logits rounded to bf16.
+        a CPU with bf16 units, tokens of tiny probability take part in the log-sum-exp with logits rounded to bf16,
+        unless the head has a bias, a scale, a softcap or a temperature. A row without upstream gradient adds nothing,
+        whatever its hidden states are on a CPU, and on CUDA if these are finite: there zero times NaN is NaN.
 
     Memory:
         Saved for backward: the inputs and 12 bytes a row; with filtered gradients 20 bytes a row, and 2·V bytes a
         block of up to 128 rows of one sequence, scored or not. Peak beyond inputs and gradients:
         `options.workspace_mib`, a few numbers a row, and in the backward 4·D bytes a scored row (8·D for float64); with
-        filtered gradients another V bytes a block.
+        filtered gradients another V bytes a block, on CUDA 5·V bytes a block and V/64 bytes a row.
 
     Source:
         Rafailov et al., 2023, Direct Preference Optimization, arXiv 2305.18290, equation 7 takes these log-probs.

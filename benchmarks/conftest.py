@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks import head, records
+from benchmarks.arguments import out_file
 from benchmarks.cases import BARE, Case
 from benchmarks.measure import quantiles, timed
 from benchmarks.peers import IMPLEMENTATIONS
@@ -27,7 +28,7 @@ MeasureHead = Callable[[Row, Case, str, str], None]
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Options beside those of pytest-benchmark."""
     group = parser.getgroup("fused-dpo benchmarks")
-    group.addoption("--results", type=Path, help="write the rows to this JSON file")
+    group.addoption("--results", type=out_file, help="write the rows to this JSON file")
     group.addoption("--full", action="store_true", help="scaling curves and a larger step on a CPU too: half an hour")
     group.addoption("--hidden", type=Path, help="file of real hidden states (default: the shared one, else synthetic)")
     group.addoption("--model", help="model of the whole step (default: the one `make demo` fetched)")

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks import ROOT, head, records
+from benchmarks.arguments import out_folder
 from benchmarks.cases import AXES, BARE, SCALED, STAGED, TRAIN, Case, head_cases, scaling_cases
 from benchmarks.gpu_checks import CHECKS, SMALL, NotHereError, Scale
 from benchmarks.measure import environment, quantiles, timed
@@ -208,7 +209,7 @@ def run(
 def main() -> int:
     """Command line of the module: exit status 0 if every part ran and passed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for gpu_suite.json")
+    parser.add_argument("--out", type=out_folder, required=True, help="folder for gpu_suite.json")
     parser.add_argument("--minutes", type=float, default=8.5, help="begin nothing after so many minutes (default: 8.5)")
     parser.add_argument(
         "--hidden", type=Path, help="file of real hidden states (default: the shared one, else synthetic)"

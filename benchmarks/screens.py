@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import records
+from benchmarks.arguments import out_file
 from benchmarks.replay import SHARED_HIDDEN, Replay, replay
 
 EPS = 2**-12
@@ -177,7 +178,7 @@ def rows_of(problem: Replay) -> Iterator[dict[str, Any]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line of the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="results file to write")
+    parser.add_argument("--out", type=out_file, required=True, help="results file to write")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of real answers (default: 4096)")
     parser.add_argument("--hidden", type=Path, default=SHARED_HIDDEN, help="file of real hidden states and their head")
     options = parser.parse_args(arguments)

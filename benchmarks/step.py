@@ -30,6 +30,7 @@ import transformers
 from torch import Tensor
 
 from benchmarks import records
+from benchmarks.arguments import out_file
 from benchmarks.measure import console, cuda_growth_mib, isolated, peak_growth_mib, quantiles, timed
 from benchmarks.random_model import MIX, PREFIX
 from benchmarks.step_ways import OURS, Case, Outcome, OwnStep, true_logps
@@ -248,7 +249,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS, help="which (default: all)")
     parser.add_argument("--repeats", type=int, default=3, help="timed steps, of which the median counts (default: 3)")
-    parser.add_argument("--out", type=Path, help="write the rows to this results file")
+    parser.add_argument("--out", type=out_file, help="write the rows to this results file")
     options = parser.parse_args()
     device = str(choose_device(ModelOptions(model=options.model, device=options.device)))
     measured = []

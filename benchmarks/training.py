@@ -17,6 +17,7 @@ from typing import Any
 
 from rich.table import Table
 
+from benchmarks.arguments import out_file
 from benchmarks.measure import console, environment
 
 RUNS = {
@@ -68,7 +69,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24, help="optimizer steps (default: 24)")
     parser.add_argument("--pairs-per-step", type=int, default=8, help="pairs a step (default: 8)")
     parser.add_argument("--eval-fraction", type=float, default=0.05, help="share held out (default: 0.05)")
-    parser.add_argument("--out", type=Path, help="write the runs as JSON")
+    parser.add_argument("--out", type=out_file, help="write the runs as JSON")
     parser.add_argument("more", nargs="*", help="after --: further options of `fused-dpo train`")
     options = parser.parse_args()
     arguments = ["--model", options.model, "--data", options.data, "--max-steps", str(options.steps)]

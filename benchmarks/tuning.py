@@ -20,6 +20,7 @@ from unittest import mock
 import torch
 
 from benchmarks import head, records
+from benchmarks.arguments import out_file
 from benchmarks.cases import FORWARD, TRAIN, Case, head_cases
 from benchmarks.gpu_suite import DEVICE, median_seconds, seconds_of, summary
 from benchmarks.measure import quantiles
@@ -181,7 +182,7 @@ def tuned(some: Sequence[Variant], case: Case, hidden_file: Path | None) -> Iter
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line of the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="results file to write")
+    parser.add_argument("--out", type=out_file, required=True, help="results file to write")
     parser.add_argument("--minutes", type=float, default=8.5, help="begin nothing after so many minutes (default: 8.5)")
     parser.add_argument(
         "--hidden", type=Path, help="file of real hidden states (default: the shared one, else synthetic)"

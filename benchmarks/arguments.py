@@ -1,0 +1,27 @@
+"""Types of command-line arguments: what cannot work is said in one line, before anything is measured."""
+
+import argparse
+from pathlib import Path
+
+
+def out_file(text: str) -> Path:
+    """A file to write: its folder is made, and opening it is tried."""
+    path = Path(text)
+    new = not path.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+        if new:
+            path.unlink()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot write {path}: {error.strerror}; name another file") from None
+    return path
+
+
+def out_folder(text: str) -> Path:
+    """A folder to write into, made if it is not there."""
+    probe = Path(text) / ".writable"
+    try:
+        return out_file(str(probe)).parent
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"cannot write into {text}; name another folder") from None

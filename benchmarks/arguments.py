@@ -25,3 +25,11 @@ def out_folder(text: str) -> Path:
         return out_file(str(probe)).parent
     except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(f"cannot write into {text}; name another folder") from None
+
+
+def positive_int(text: str) -> int:
+    """1, 2, 3, …"""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value

@@ -16,11 +16,13 @@ slots; on a CPU each in a process of its own:
   TRL, checkpointed  the same with gradient checkpointing, its default
 
 The log-probs of every sequence are compared with those of the model in float32, one sequence at a time, before a way is
-given a time; these are also what the reference gives, as at the start of a training run.
+given a time; these are also what the reference gives, as at the start of a training run. The exit status is 1 if every
+way failed.
 """
 
 import argparse
 import gc
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,13 +32,13 @@ import transformers
 from torch import Tensor
 
 from benchmarks import records
-from benchmarks.arguments import out_file
+from benchmarks.arguments import out_file, positive_int
 from benchmarks.measure import console, cuda_growth_mib, isolated, peak_growth_mib, quantiles, timed
 from benchmarks.random_model import MIX, PREFIX
 from benchmarks.step_ways import OURS, Case, Outcome, OwnStep, true_logps
 from benchmarks.trl_step import TRL, TrlStep, absent
 from fused_dpo_engine.config import ModelOptions
-from fused_dpo_engine.loading import choose_device
+from fused_dpo_engine.loading import choose_device, first_line
 
 WAYS = (*OURS, *TRL)
 PREFERENCES = Path(__file__).parents[1] / "examples" / "preferences.jsonl"
@@ -233,8 +235,8 @@ def compare(
     return measured
 
 
-def main() -> None:
-    """Command line of the module."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line of the module: exit status 1 if no way got a time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="model folder, Hugging Face name or random:NAME")
     parser.add_argument(
@@ -243,22 +245,36 @@ def main() -> None:
         help="preference pairs, several files one after the other; for a random model, names in lengths.json "
         "(default: examples/preferences.jsonl or hh_helpful)",
     )
-    parser.add_argument("--pairs", type=int, default=16, help="pairs in the step (default: 16)")
-    parser.add_argument("--tokens-per-batch", type=int, default=8192, help="tokens per forward (default: 8192)")
+    parser.add_argument("--pairs", type=positive_int, default=16, help="pairs in the step (default: 16)")
+    parser.add_argument(
+        "--tokens-per-batch",
+        type=positive_int,
+        default=8192,
+        help="tokens per forward, of which a sequence may have half (default: 8192)",
+    )
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="dtype to compute in")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS, help="which (default: all)")
-    parser.add_argument("--repeats", type=int, default=3, help="timed steps, of which the median counts (default: 3)")
+    parser.add_argument(
+        "--repeats", type=positive_int, default=3, help="timed steps, of which the median counts (default: 3)"
+    )
     parser.add_argument("--out", type=out_file, help="write the rows to this results file")
-    options = parser.parse_args()
-    device = str(choose_device(ModelOptions(model=options.model, device=options.device)))
+    options = parser.parse_args(arguments)
+    mixes = options.data or [MIX if options.model.startswith(PREFIX) else str(PREFERENCES)]
+    try:
+        device = str(choose_device(ModelOptions(model=options.model, device=options.device)))
+        for data in mixes:
+            Case(options.model, data, options.pairs, options.tokens_per_batch).token_pairs()
+    except ValueError as error:  # no such device, model or data; too few pairs, or none that fits
+        parser.error(first_line(error))
     measured = []
-    for data in options.data or [MIX if options.model.startswith(PREFIX) else str(PREFERENCES)]:
+    for data in mixes:
         settings = (options.pairs, options.tokens_per_batch, options.dtype, options.repeats, options.ways, device)
         measured += compare(options.model, data, *settings)
     if options.out:
         records.write(options.out, measured)
+    return 1 if all("failed" in row for row in measured) else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

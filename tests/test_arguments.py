@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
+
+from benchmarks import step
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = {
@@ -35,6 +38,38 @@ def test_results_that_cannot_be_written(module: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     out = str(tmp_path / "file" / "results")
     assert "argument --out: cannot write" in refused(module, *COMMANDS[module], "--out", out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--repeats", "0"], "argument --repeats: must be at least 1, got 0"),
+        (["--pairs", "-1"], "argument --pairs: must be at least 1, got -1"),
+        (["--pairs", "200"], "hh_helpful has 128 pairs of at most 4096 tokens a sequence, not 200."),
+        (["--tokens-per-batch", "0"], "argument --tokens-per-batch: must be at least 1, got 0"),
+        (["--tokens-per-batch", "20"], "hh_helpful has 0 pairs of at most 10 tokens a sequence, not 16."),
+        (["--data", "nowhere"], "take their lengths from one of hh_helpful, qa_long_prompts, dpo_en, got 'nowhere'."),
+        (["--model", "random:x"], "no random model 'x'; there are random:llama-1b, random:llama-tiny."),
+        (["--model", "./nowhere"], "model folder ./nowhere does not exist."),
+        (["--device", "cuda"], "torch sees no CUDA device"),
+    ],
+)
+def test_steps_that_cannot_be_taken(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(step, "compare", lambda *_: pytest.fail("measured"))
+    with pytest.raises(SystemExit) as stopped:
+        step.main(["--model", "random:llama-tiny", *arguments])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("failed", "status"), [([True, True], 1), ([True, False], 0)])
+def test_status_of_steps(failed: list[bool], status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"failed": "too large"} if bad else {} for bad in failed]
+    monkeypatch.setattr(step, "compare", lambda *_: rows)
+    assert step.main(["--model", "random:llama-tiny"]) == status
 
 
 def test_results_of_pytest_that_cannot_be_written(tmp_path: Path) -> None:

@@ -27,6 +27,27 @@ def out_folder(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"cannot write into {text}; name another folder") from None
 
 
+def hidden_file(text: str) -> Path:
+    """A file of hidden states and their head, as `benchmarks.replay` reads it."""
+    path = Path(text)
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"{path} is not there")
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        raise argparse.ArgumentTypeError("reading it needs the package safetensors; install it") from None
+    from benchmarks.replay import TENSORS
+
+    try:
+        with safe_open(path, "pt") as file:
+            missing = TENSORS - set(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise argparse.ArgumentTypeError(f"{path} is no safetensors file: {error}") from None
+    if missing:
+        raise argparse.ArgumentTypeError(f"{path} holds no {', '.join(sorted(missing))}; see benchmarks/replay.py")
+    return path
+
+
 def positive_int(text: str) -> int:
     """1, 2, 3, …"""
     value = int(text)

@@ -1,14 +1,13 @@
 """Options and fixtures of `pytest benchmarks/`."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 import torch
 
 from benchmarks import head, records
-from benchmarks.arguments import out_file
+from benchmarks.arguments import hidden_file, out_file
 from benchmarks.cases import BARE, Case
 from benchmarks.measure import quantiles, timed
 from benchmarks.peers import IMPLEMENTATIONS
@@ -30,7 +29,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fused-dpo benchmarks")
     group.addoption("--results", type=out_file, help="write the rows to this JSON file")
     group.addoption("--full", action="store_true", help="scaling curves and a larger step on a CPU too: half an hour")
-    group.addoption("--hidden", type=Path, help="file of real hidden states (default: the shared one, else synthetic)")
+    group.addoption(
+        "--hidden", type=hidden_file, help="file of real hidden states (default: the shared one, else synthetic)"
+    )
     group.addoption("--model", help="model of the whole step (default: the one `make demo` fetched)")
     group.addoption("--data", help="preference pairs of the whole step (default: examples/preferences.jsonl)")
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks import ROOT, head, records
-from benchmarks.arguments import out_folder
+from benchmarks.arguments import hidden_file, out_folder
 from benchmarks.cases import AXES, BARE, SCALED, STAGED, TRAIN, Case, head_cases, scaling_cases
 from benchmarks.gpu_checks import CHECKS, SMALL, NotHereError, Scale
 from benchmarks.measure import environment, quantiles, timed
@@ -211,9 +211,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=out_folder, required=True, help="folder for gpu_suite.json")
     parser.add_argument("--minutes", type=float, default=8.5, help="begin nothing after so many minutes (default: 8.5)")
-    parser.add_argument(
-        "--hidden", type=Path, help="file of real hidden states (default: the shared one, else synthetic)"
-    )
+    hidden_help = "file of real hidden states; needs safetensors (default: the shared one, else synthetic)"
+    parser.add_argument("--hidden", type=hidden_file, help=hidden_help)
     parser.add_argument("--model", help="model folder for the whole step, beside one of random weights (default: none)")
     parser.add_argument("--interpreter", action="store_true", help="the checks alone, small, in Triton's interpreter")
     options = parser.parse_args()

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 SHARED_HIDDEN = Path(__file__).parents[1] / "../shared/data/hidden/smollm2_helpful.safetensors"
+TENSORS = {"hidden", "target", "cu_seqlens", "weight_int8", "weight_scale"}
+"""What a file of hidden states holds, among other things."""
 LENGTHS: dict[str, list[list[int]]] = json.loads((Path(__file__).parent / "lengths.json").read_text())
 """By data set, tokens of [prompt, chosen, rejected] of 128 real preference pairs (SmolLM2's tokenizer): Anthropic's
 hh-rlhf helpful-online, FineGrainedRLHF's questions on long passages, and LLaMA-Factory's dpo_en_demo."""
@@ -75,16 +77,24 @@ def replay(
 ) -> Replay:
     """N tokens of hidden size D (at least that of the file) over V tokens, deterministic from the seed.
 
-    The file's own sequences are of hh_helpful; with other `lengths` its tokens follow each other in their order.
+    The file's own sequences are of hh_helpful; with other `lengths` its tokens follow each other in their order. Unless
+    a file is named, logits are synthetic where the shared one is absent, or of a larger hidden size.
+
+    Raises:
+        FileNotFoundError: the file that is named is not there.
+        ValueError: it has a larger hidden size.
     """
     path = hidden_file or SHARED_HIDDEN
     generator = torch.Generator(device).manual_seed(seed)
-    if path.is_file():
+    if hidden_file or path.is_file():
         from safetensors.torch import load_file
 
         data = {name: tensor.to(device) for name, tensor in load_file(path).items()}
-        if data["hidden"].shape[1] <= D:
+        small = data["hidden"].shape[1]
+        if small <= D:
             return _real(data, N, D, V, lengths, generator)
+        if hidden_file:
+            raise ValueError(f"{path} has hidden size {small}, more than the {D} wanted; name a file of a smaller one.")
     return _synthetic(N, D, V, sequence_offsets(N, lengths), generator)
 
 

@@ -1,5 +1,6 @@
 """What cannot work is said in one line by the benchmarks' command lines, before anything is measured."""
 
+import argparse
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -7,8 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from benchmarks import step
+from benchmarks.arguments import hidden_file, out_file, out_folder
+from benchmarks.replay import TENSORS
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = {
@@ -72,6 +76,33 @@ def test_status_of_steps(failed: list[bool], status: int, monkeypatch: pytest.Mo
     assert step.main(["--model", "random:llama-tiny"]) == status
 
 
+@pytest.mark.parametrize("module", ["benchmarks.tuning", "benchmarks.gpu_suite"])
+def test_hidden_states_that_are_not_there(module: str, tmp_path: Path) -> None:
+    path = tmp_path / "nothing.safetensors"
+    arguments = [*COMMANDS[module], "--out", str(tmp_path / "rows"), "--hidden", str(path)]
+    assert f"argument --hidden: {path} is not there" in refused(module, *arguments)
+
+
+def test_hidden_states_of_pytest_that_are_not_there() -> None:
+    result = run("pytest", "benchmarks/test_head.py", "--collect-only", "-q", "--hidden", "nowhere")
+    assert result.returncode == 4
+    assert "argument --hidden: nowhere is not there" in result.stderr
+
+
+def test_hidden_states_of_another_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=r"README\.md is no safetensors file"):
+        hidden_file(str(ROOT / "README.md"))
+    path = tmp_path / "weights.safetensors"
+    save_file({"hidden": torch.zeros(2, 3), "target": torch.zeros(2)}, path)
+    with pytest.raises(argparse.ArgumentTypeError, match="holds no cu_seqlens, weight_int8, weight_scale"):
+        hidden_file(str(path))
+    save_file({name: torch.zeros(2, 3) for name in TENSORS}, path)
+    assert hidden_file(str(path)) == path
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(argparse.ArgumentTypeError, match="needs the package safetensors"):
+        hidden_file(str(path))
+
+
 def test_results_of_pytest_that_cannot_be_written(tmp_path: Path) -> None:
     result = run("pytest", "benchmarks/test_head.py", "--collect-only", "-q", "--results", str(tmp_path))
     assert result.returncode == 4
@@ -79,8 +110,6 @@ def test_results_of_pytest_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_trying_leaves_what_is_there(tmp_path: Path) -> None:
-    from benchmarks.arguments import out_file, out_folder
-
     old = tmp_path / "old.json"
     old.write_text("{}")
     assert out_file(str(old)).read_text() == "{}"

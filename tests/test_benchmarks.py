@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import head, records, replay
@@ -16,8 +17,8 @@ from benchmarks.peers import IMPLEMENTATIONS, Implementation, per_sequence
 from benchmarks.stages import stages_of
 from benchmarks.verify import BF16_LOGITS, EXACT, FILTERED, truth, upstream
 
-SMALL = Case("tiny", 150, 576, 1000)
-NOWHERE = Path("there is no such file")
+SMALL = Case("tiny", 150, 512, 2000)
+"""Its hidden size is below that of the shared file of hidden states, so its logits are synthetic."""
 HERE = [name for name, way in IMPLEMENTATIONS.items() if not way.absent()]
 COMPILED = {"torch.compile naive", "Cut Cross-Entropy"}
 """Inductor takes a minute of a busy machine; `pytest benchmarks/` itself checks them."""
@@ -71,7 +72,15 @@ class TestRecords:
             assert json.loads(lines[record.lines[row["id"]] - 1].rstrip(",")) == row
 
     @pytest.mark.parametrize(
-        "text", ["", "[]", "{}", '{"rows": []}', '{"environment": {}, "rows": [{}]}', '{"environment": {}, "rows": 1}']
+        "text",
+        [
+            "",
+            "[]",
+            "{}",
+            '{"rows": []}',
+            '{"environment": {}, "rows": [{}]}',
+            '{"environment": {}, "rows": 1}',
+        ],
     )
     def test_other_files_are_refused(self, tmp_path: Path, text: str) -> None:
         path = tmp_path / "x.json"
@@ -125,7 +134,7 @@ class TestReplay:
         assert replay.sequence_offsets(2048, "qa_long_prompts").diff()[:2].tolist() == [chosen, rejected]
 
     def test_the_same_in_every_call(self) -> None:
-        first, second = (SMALL.problem(NOWHERE, "cpu") for _ in range(2))
+        first, second = (SMALL.problem(None, "cpu") for _ in range(2))
         assert first.source == second.source == "synthetic logits"
         assert all(map(torch.equal, first[:4], second[:4]))
 
@@ -140,15 +149,25 @@ class TestReplay:
         assert float(added.sum(-1).mean()) < 0.05
         assert torch.equal(plain.target, lifted.target)
 
+    def test_a_named_file_is_never_replaced(self, tmp_path: Path) -> None:
+        path = tmp_path / "hidden.safetensors"
+        with pytest.raises(FileNotFoundError):
+            SMALL.problem(path, "cpu")
+        save_file({"hidden": torch.zeros(3, 600)}, path)
+        with pytest.raises(ValueError, match="has hidden size 600, more than the 512 wanted"):
+            SMALL.problem(path, "cpu")
+
     @pytest.mark.parametrize("make", ["real", "synthetic", "random"])
-    def test_what_the_logits_are_like(self, make: str) -> None:
+    def test_what_the_logits_are_like(self, make: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """The stand-in is like the real ones, and random logits are nothing like them."""
         if make == "real" and not replay.SHARED_HIDDEN.is_file():
             pytest.skip("no file of real hidden states in ../shared/data/hidden")
         if make == "random":
             problem = replay.random_logits(256, 576, 49152)
         else:
-            problem = replay.replay(256, 576, 49152, hidden_file=None if make == "real" else NOWHERE)
+            if make == "synthetic":
+                monkeypatch.setattr(replay, "SHARED_HIDDEN", Path("there is no such file"))
+            problem = replay.replay(256, 576, 49152)
         logits = replay.describe(problem)
         if make == "random":
             assert logits["entropy_nats"] > 10
@@ -161,7 +180,7 @@ class TestReplay:
 
 @pytest.fixture(scope="module")
 def loaded() -> head.Loaded:
-    return head.load(SMALL, NOWHERE, "cpu")
+    return head.load(SMALL, None, "cpu")
 
 
 class TestVerification:
@@ -252,13 +271,13 @@ def _scaled_gradient(logps: torch.Tensor) -> torch.Tensor:
 class TestRows:
     def test_memory_in_a_process_of_its_own(self) -> None:
         """Full logits take what they take, in fp32 and bf16, and ours do not."""
-        case = Case("tiny", 1024, 576, 20000)
-        loaded = head.Loaded(case.problem(NOWHERE, "cpu"), *head.load(SMALL, NOWHERE, "cpu")[1:])
+        case = replace(SMALL, N=1024, V=20000)
+        loaded = head.Loaded(case.problem(None, "cpu"), *head.load(SMALL, None, "cpu")[1:])
         mib = {}
         for name in ("naive fp32-upcast", "fused exact"):
             run = head.prepare(name, case, FORWARD, loaded)
             run.ref_logps = torch.zeros(len(loaded.problem.cu_seqlens) - 1)
-            mib[name] = head.extra_mib(run, name, case, NOWHERE)
+            mib[name] = head.extra_mib(run, name, case, None)
         logits = 1024 * 20000 / 2**20
         assert 8 * logits * 0.9 < mib["naive fp32-upcast"] < 11 * logits  # fp32 logits and their log-softmax
         assert mib["fused exact"] < 4 * logits
@@ -307,7 +326,7 @@ class TestGpuSuite:
         for name, way in others.items():
             monkeypatch.setitem(IMPLEMENTATIONS, name, way)
         names = (BARE, "fused filtered", *others)
-        rows = {row["implementation"]: row for row in gpu_suite.head_rows(SMALL, TRAIN, NOWHERE, names)}
+        rows = {row["implementation"]: row for row in gpu_suite.head_rows(SMALL, TRAIN, None, names)}
         assert rows["fails"]["failed"] == "MemoryError: too large"
         assert rows["wrong"]["failed"].startswith("inaccurate: token_logp_rms_nat")
         assert rows["absent"]["failed"] == "no_such_package is not installed"

@@ -17,8 +17,7 @@ from benchmarks.tuning import SHIPPED, VARIANTS, Variant, applied, in_order
 from benchmarks.verify import EXACT
 from fused_dpo import triton_configs
 
-SMALL = Case("tiny", 60, 16, 100)
-NOWHERE = Path("there is no such file")
+SMALL = Case("tiny", 60, 16, 100)  # smaller than the shared file of hidden states, so its logits are synthetic
 
 
 def found(where: Any, key: Any) -> Any:
@@ -70,7 +69,7 @@ def test_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("benchmarks.head.isolated", lambda *_: 0.0)
     some = [Variant("noted", TRAIN, SHIPPED, 2.0, "first")]
     some += [Variant("noted", TRAIN, f"groups of {size}", 1.0, "", (tuning.group_mib(size),)) for size in (5, 13, 17)]
-    rows = list(tuning.tuned(some, replace(SMALL), NOWHERE))
+    rows = list(tuning.tuned(some, replace(SMALL), None))
     assert [row["variant"] for row in rows] == [SHIPPED, "groups of 5", "groups of 13", "groups of 17"]
     assert set(seen) == {triton_configs.GROUP_MIB, 5, 13, 17}
     assert all(row["median_s"] > 0 and row["predicted_s"] > 0 for row in rows[:2])

@@ -1,6 +1,7 @@
 """Types of command-line arguments: what cannot work is said in one line, before anything is measured."""
 
 import argparse
+import math
 from pathlib import Path
 
 
@@ -53,4 +54,20 @@ def positive_int(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def positive(text: str) -> float:
+    """A finite number over 0."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be over 0 and finite, got {text}")
+    return value
+
+
+def fraction(text: str) -> float:
+    """A number between 0 and 1, both excluded."""
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"must lie between 0 and 1, got {text}")
     return value

@@ -17,6 +17,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from benchmarks.arguments import positive
 from benchmarks.measure import console
 from benchmarks.quantities import significant
 from benchmarks.records import Record, read
@@ -129,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("a", type=Path, metavar="A.json", help="results before")
     parser.add_argument("b", type=Path, metavar="B.json", help="results after")
-    parser.add_argument("--threshold", type=float, default=0.05, help="relative change that counts (default: 0.05)")
+    parser.add_argument("--threshold", type=positive, default=0.05, help="relative change that counts (default: 0.05)")
     options = parser.parse_args(arguments)
     try:
         a, b = read(options.a), read(options.b)

@@ -37,6 +37,8 @@ def read(path: Path) -> Record:
     try:
         content = json.loads(path.read_text())
         environment, rows = content["environment"], {row["id"]: row for row in content["rows"]}
+        if not isinstance(environment, dict):
+            raise TypeError("its environment is no object")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is not a results file of these benchmarks ({type(error).__name__}: {error})"

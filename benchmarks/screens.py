@@ -21,14 +21,13 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from benchmarks import records
-from benchmarks.arguments import out_file
+from benchmarks.arguments import hidden_file, out_file, positive_int
 from benchmarks.replay import SHARED_HIDDEN, Replay, replay
 
 EPS = 2**-12
@@ -179,12 +178,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line of the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=out_file, required=True, help="results file to write")
-    parser.add_argument("--tokens", type=int, default=4096, help="tokens of real answers (default: 4096)")
-    parser.add_argument("--hidden", type=Path, default=SHARED_HIDDEN, help="file of real hidden states and their head")
+    parser.add_argument("--tokens", type=positive_int, default=4096, help="tokens of real answers (default: 4096)")
+    parser.add_argument("--hidden", type=hidden_file, help="file of real hidden states (default: the shared one)")
     options = parser.parse_args(arguments)
-    if not options.hidden.is_file():
-        parser.error(f"{options.hidden} is not there; errors of made-up logits would tell nothing")
-    problem = replay(options.tokens, 576, 49152, hidden_file=options.hidden)
+    if not options.hidden and not SHARED_HIDDEN.is_file():
+        parser.error(
+            f"{SHARED_HIDDEN} is not there, and errors of made-up logits would tell nothing; name --hidden FILE"
+        )
+    try:
+        problem = replay(options.tokens, 576, 49152, hidden_file=options.hidden or SHARED_HIDDEN)
+    except ValueError as error:
+        parser.error(str(error))
     with torch.no_grad():
         rows = list(rows_of(problem))
     records.write(options.out, rows)

@@ -4,7 +4,8 @@
                                   [-- further options of `fused-dpo train`]
 
 Under bf16 compute a last bit of a weight moves a loss in its third digit. How far is shown by a third run: exact too,
-with a smaller workspace, which changes nothing but the order of the head's sums.
+with a smaller workspace, which changes nothing but the order of the head's sums. A run that fails ends them all, with
+the exit status of the trainer.
 """
 
 import argparse
@@ -12,12 +13,13 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from benchmarks.arguments import out_file
+from benchmarks.arguments import fraction, out_file, positive_int
 from benchmarks.measure import console, environment
 
 RUNS = {
@@ -28,7 +30,11 @@ RUNS = {
 
 
 def train(name: str, arguments: list[str], output: Path) -> dict[str, Any]:
-    """One run of the trainer; its steps, and its evaluation before and after."""
+    """One run of the trainer; its steps, and its evaluation before and after.
+
+    Raises:
+        CalledProcessError: the run failed, and has said why.
+    """
     command = [sys.executable, "-m", "fused_dpo_engine.cli", "train", "--output", str(output), *RUNS[name]]
     subprocess.run([*command, *arguments], check=True)
     steps = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
@@ -61,26 +67,33 @@ def report(runs: dict[str, Any]) -> None:
         )
 
 
-def main() -> None:
-    """Run all three and report."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run all three and report; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or Hugging Face name of the model")
     parser.add_argument("--data", required=True, help="preference pairs, as `fused-dpo train` takes them")
-    parser.add_argument("--steps", type=int, default=24, help="optimizer steps (default: 24)")
-    parser.add_argument("--pairs-per-step", type=int, default=8, help="pairs a step (default: 8)")
-    parser.add_argument("--eval-fraction", type=float, default=0.05, help="share held out (default: 0.05)")
+    parser.add_argument("--steps", type=positive_int, default=24, help="optimizer steps (default: 24)")
+    parser.add_argument("--pairs-per-step", type=positive_int, default=8, help="pairs a step (default: 8)")
+    parser.add_argument("--eval-fraction", type=fraction, default=0.05, help="share held out (default: 0.05)")
     parser.add_argument("--out", type=out_file, help="write the runs as JSON")
     parser.add_argument("more", nargs="*", help="after --: further options of `fused-dpo train`")
-    options = parser.parse_args()
-    arguments = ["--model", options.model, "--data", options.data, "--max-steps", str(options.steps)]
-    arguments += ["--pairs-per-step", str(options.pairs_per_step), "--eval-fraction", str(options.eval_fraction)]
+    options = parser.parse_args(arguments)
+    common = ["--model", options.model, "--data", options.data, "--max-steps", str(options.steps)]
+    common += ["--pairs-per-step", str(options.pairs_per_step), "--eval-fraction", str(options.eval_fraction)]
     with tempfile.TemporaryDirectory() as folder:
-        runs = {name: train(name, arguments + options.more, Path(folder) / name.replace(" ", "_")) for name in RUNS}
+        try:
+            runs = {name: train(name, common + options.more, Path(folder) / name.replace(" ", "_")) for name in RUNS}
+        except subprocess.CalledProcessError as failed:
+            print(
+                f"a run of the trainer failed with exit status {failed.returncode}; it says why above", file=sys.stderr
+            )
+            return failed.returncode if failed.returncode > 0 else 1  # below 0 it is a signal's number
     report(runs)
     if options.out:
         record = {**environment(), "data": Path(options.data).name, "options": options.more, "runs": runs}
         options.out.write_text(json.dumps(record, indent=1) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

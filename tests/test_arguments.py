@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from benchmarks import step
+from benchmarks import step, training
 from benchmarks.arguments import hidden_file, out_file, out_folder
 from benchmarks.replay import TENSORS
 
@@ -101,6 +101,32 @@ def test_hidden_states_of_another_kind(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(argparse.ArgumentTypeError, match="needs the package safetensors"):
         hidden_file(str(path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "0"], "argument --steps: must be at least 1, got 0"),
+        (["--pairs-per-step", "0"], "argument --pairs-per-step: must be at least 1, got 0"),
+        (["--eval-fraction", "0"], "argument --eval-fraction: must lie between 0 and 1, got 0"),
+        (["--eval-fraction", "2"], "argument --eval-fraction: must lie between 0 and 1, got 2"),
+        (["--eval-fraction", "nan"], "argument --eval-fraction: must lie between 0 and 1, got nan"),
+    ],
+)
+def test_training_that_cannot_be(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        training.main(["--model", "m", "--data", "d", *arguments])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_training_that_fails_says_why_once() -> None:
+    result = run("benchmarks.training", "--model", "./nowhere", "--data", "examples/preferences.jsonl")
+    said = result.stderr.splitlines()
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert [line for line in said if "model folder ./nowhere does not exist" in line]
+    assert said[-1] == "a run of the trainer failed with exit status 2; it says why above"
 
 
 def test_results_of_pytest_that_cannot_be_written(tmp_path: Path) -> None:

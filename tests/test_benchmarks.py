@@ -80,6 +80,7 @@ class TestRecords:
             '{"rows": []}',
             '{"environment": {}, "rows": [{}]}',
             '{"environment": {}, "rows": 1}',
+            '{"environment": 3, "rows": []}',
         ],
     )
     def test_other_files_are_refused(self, tmp_path: Path, text: str) -> None:

@@ -48,6 +48,14 @@ def test_threshold(compare) -> None:
     assert compare([row()], [row(median_s=1.04)], "--threshold", "0.01")[0] == 1
 
 
+@pytest.mark.parametrize("threshold", ["0", "-0.1", "nan", "inf"])
+def test_a_threshold_that_is_none(compare, capsys: pytest.CaptureFixture[str], threshold: str) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        compare([row()], [row()], f"--threshold={threshold}")
+    assert exit_.value.code == 2
+    assert f"argument --threshold: must be over 0 and finite, got {threshold}" in capsys.readouterr().err
+
+
 def test_a_row_is_compared_with_its_own_id(compare) -> None:
     """Faster and slower rows in another order."""
     a = [row("slow", median_s=2.0), row("fast", median_s=1.0)]
@@ -101,7 +109,18 @@ def test_other_environments_are_warned_of(compare, changed: dict[str, Any], warn
     assert ("warning" in compare([row()], [row()], **changed)[1]) is warned
 
 
-@pytest.mark.parametrize("content", [None, b"no json", b"\xff\xfe\xb0", b'{"rows": []}', b'{"environment": {}}', b"[]"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        b"no json",
+        b"\xff\xfe\xb0",
+        b'{"rows": []}',
+        b'{"environment": {}}',
+        b"[]",
+        b'{"environment": 3, "rows": []}',
+    ],
+)
 def test_unreadable_files(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None) -> None:
     path = tmp_path / "a.json"
     if content is not None:

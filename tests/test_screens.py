@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks import records, screens
-from benchmarks.replay import SHARED_HIDDEN, Replay
+from benchmarks.replay import SHARED_HIDDEN, TENSORS, Replay
 from benchmarks.screens import Coarse, e4m3, hadamard, int8, prepared, projected, rows_of
 
 
@@ -85,10 +86,39 @@ def test_rows(problem: Replay, monkeypatch: pytest.MonkeyPatch) -> None:
     assert exact["kept_fraction"] == pytest.approx(sum(kept) / 3, abs=1e-6)
 
 
-def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tokens", "0"], "argument --tokens: must be at least 1, got 0"),
+        (["--tokens", "-5"], "argument --tokens: must be at least 1, got -5"),
+        (["--hidden", "no such file"], "no such file is not there"),
+        (["--hidden", "README.md"], "README.md is no safetensors file"),
+        ([], "errors of made-up logits would tell nothing"),
+    ],
+)
+def test_errors(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(screens, "SHARED_HIDDEN", tmp_path / "nothing")
+    monkeypatch.chdir(Path(__file__).parents[1])
+    with pytest.raises(SystemExit) as stopped:
+        screens.main(["--out", str(tmp_path / "a.json"), *arguments])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_hidden_states_of_a_larger_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file({name: torch.zeros(4, 600) for name in TENSORS}, tmp_path / "large.safetensors")
     with pytest.raises(SystemExit):
-        screens.main(["--out", str(tmp_path / "a.json"), "--hidden", str(tmp_path / "no such file")])
-    assert "no such file is not there" in capsys.readouterr().err
+        screens.main(["--out", str(tmp_path / "a.json"), "--hidden", str(tmp_path / "large.safetensors")])
+    assert "has hidden size 600, more than the 576 wanted" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if not SHARED_HIDDEN.is_file():
         pytest.skip("needs real hidden states in ../shared/data/hidden")
     assert screens.main(["--out", str(tmp_path / "a.json"), "--tokens", "40"]) == 0

@@ -1,15 +1,20 @@
-"""Everything that needs a GPU, in one command of under 9 minutes, from a bare checkout with torch and triton alone.
+"""Everything that needs a GPU, in one command, from a bare checkout with torch and triton alone.
 
     python -m benchmarks.gpu_suite --out DIR [--minutes 8.5] [--hidden FILE] [--model DIR]
 
-Checks first, then timings, the most telling cases first. A part that fails, finds no time left or is cut short is
-recorded, and the next one begins. DIR/gpu_suite.json, what each part said, and DIR/gpu_rows.json, the measurements as
+Checks first, then timings, the most telling cases first. Once the minutes are over it begins no part, and no row after
+a finished one; what was begun is finished, but for compute-sanitizer, which is stopped. A part that fails, finds no
+time left or is cut short is recorded, and the next one begins. --hidden needs the package safetensors, and the step of
+a model the trainer's requirements. DIR/gpu_suite.json, what each part said, and DIR/gpu_rows.json, the measurements as
 a results file for `benchmarks.report` and `benchmarks.compare`, are written as they come.
 """
 
 import argparse
 import json
+import math
+import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -23,7 +28,7 @@ from typing import Any
 import torch
 
 from benchmarks import ROOT, head, records
-from benchmarks.arguments import hidden_file, out_folder
+from benchmarks.arguments import hidden_file, out_folder, positive
 from benchmarks.cases import AXES, BARE, SCALED, STAGED, TRAIN, Case, head_cases, scaling_cases
 from benchmarks.gpu_checks import CHECKS, SMALL, NotHereError, Scale
 from benchmarks.measure import environment, quantiles, timed
@@ -34,6 +39,11 @@ NAMES = (BARE, *IMPLEMENTATIONS)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RANDOM_MODEL = "random:llama-1b"
 Row = dict[str, Any]
+SANITIZER_MODES = {"memcheck": {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, "racecheck": {}}
+"""Tools of compute-sanitizer, and the environment that each needs. Within the blocks that torch's allocator caches,
+memcheck sees no access that leaves a tensor."""
+SANITIZER_SECONDS = 20.0
+"""A tool is not begun with less time left: importing torch under it takes most of that."""
 SUMMARISED = ("extra_mib", "share_of_bare", "worst_logp_error_nat", "dhidden_error", "dweight_error", "kept_fraction")
 
 
@@ -115,8 +125,11 @@ def step_rows(model: str) -> Iterator[Row]:
     yield from gpu_rows(model)
 
 
-def sanitizer() -> dict[str, Any]:
-    """A small case under compute-sanitizer's memcheck and racecheck, where the tool is there."""
+def sanitizer(deadline: float = math.inf) -> dict[str, Any]:
+    """A small case under compute-sanitizer, where it is there, until `deadline` on the clock of `time.perf_counter`.
+
+    Memcheck sees reads and writes outside of what was allocated, racecheck races in shared memory only.
+    """
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         raise NotHereError("compute-sanitizer is not installed")
@@ -129,19 +142,41 @@ def sanitizer() -> dict[str, Any]:
         "        evaluate(case, way)\n"
         "torch.cuda.synchronize()\n"
     )
-    record = {}
-    for mode in ("memcheck", "racecheck"):
+    record: dict[str, Any] = {}
+    for mode, variables in SANITIZER_MODES.items():
+        seconds = deadline - time.perf_counter()
+        if seconds < SANITIZER_SECONDS:
+            done = f"after {', '.join(record)}, " if record else ""
+            raise NotHereError(f"{done}{max(seconds, 0):.0f} s are left, too few for {mode}")
         command = [tool, "--tool", mode, "--error-exitcode", "9", sys.executable, "-c", code]
-        result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=150)
-        record[mode] = {"exit": result.returncode, "output": (result.stdout + result.stderr)[-600:]}
-        assert result.returncode == 0, f"{mode}: exit {result.returncode}: {record[mode]['output']}"
+        status, output = bounded(command, variables, seconds)
+        if status is None:
+            raise TimeoutError(f"{mode} took longer than the {seconds:.0f} s that were left")
+        record[mode] = {"exit": status, "output": output[-600:]}
+        assert status == 0, f"{mode}: exit {status}: {record[mode]['output']}"
     return record
 
 
+def bounded(command: Sequence[str], variables: dict[str, str], seconds: float) -> tuple[int | None, str]:
+    """Exit status and output of a command with these environment variables; status None if it was stopped for time."""
+    pipe, both = subprocess.PIPE, subprocess.STDOUT
+    environ = {**os.environ, **variables}
+    # In a session of its own: what the command starts has to end with it.
+    with subprocess.Popen(
+        command, stdout=pipe, stderr=both, text=True, cwd=ROOT, env=environ, start_new_session=True
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=None if math.isinf(seconds) else seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            return None, ""
+    return process.returncode, output
+
+
 def parts(
-    scale: Scale, hidden_file: Path | None = None, model: str | None = None
+    scale: Scale, hidden_file: Path | None = None, model: str | None = None, deadline: float = math.inf
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Name and work of every part, in order."""
+    """Name and work of every part, in order; `deadline` is for the one that can be stopped."""
     scale = replace(scale, hidden_file=hidden_file)
     for name, check in CHECKS.items():
         yield f"check: {name}", lambda check=check: check(scale)
@@ -157,7 +192,7 @@ def parts(
         yield f"head {case.name} {phase}", lambda case=case, phase=phase: head_rows(case, phase, hidden_file)
     for axis in AXES:
         yield f"scaling with {axis}", lambda axis=axis: scaling_rows(axis, hidden_file)
-    yield "compute-sanitizer", sanitizer
+    yield "compute-sanitizer", lambda: sanitizer(deadline)
 
 
 def summary(row: Row) -> str:
@@ -173,12 +208,12 @@ def summary(row: Row) -> str:
 def run(
     out: Path, minutes: float, scale: Scale, hidden_file: Path | None = None, model: str | None = None
 ) -> dict[str, Any]:
-    """Run all parts within the time and write the record after each."""
+    """Run all parts that can be begun within the time, and write the record after each."""
     out.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {"environment": environment(), "parts": {}}
     rows: list[Row] = []
     deadline = time.perf_counter() + 60 * minutes
-    for name, work in parts(scale, hidden_file, model):
+    for name, work in parts(scale, hidden_file, model, deadline):
         begun = time.perf_counter()
         entry: dict[str, Any] = {"status": "no time left"}
         if begun < deadline:
@@ -210,7 +245,9 @@ def main() -> int:
     """Command line of the module: exit status 0 if every part ran and passed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=out_folder, required=True, help="folder for gpu_suite.json")
-    parser.add_argument("--minutes", type=float, default=8.5, help="begin nothing after so many minutes (default: 8.5)")
+    parser.add_argument(
+        "--minutes", type=positive, default=8.5, help="begin nothing after so many minutes (default: 8.5)"
+    )
     hidden_help = "file of real hidden states; needs safetensors (default: the shared one, else synthetic)"
     parser.add_argument("--hidden", type=hidden_file, help=hidden_help)
     parser.add_argument("--model", help="model folder for the whole step, beside one of random weights (default: none)")

@@ -20,7 +20,7 @@ from unittest import mock
 import torch
 
 from benchmarks import head, records
-from benchmarks.arguments import hidden_file, out_file
+from benchmarks.arguments import hidden_file, out_file, positive
 from benchmarks.cases import FORWARD, TRAIN, Case, head_cases
 from benchmarks.gpu_suite import DEVICE, median_seconds, seconds_of, summary
 from benchmarks.measure import quantiles
@@ -183,7 +183,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line of the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=out_file, required=True, help="results file to write")
-    parser.add_argument("--minutes", type=float, default=8.5, help="begin nothing after so many minutes (default: 8.5)")
+    parser.add_argument(
+        "--minutes", type=positive, default=8.5, help="begin nothing after so many minutes (default: 8.5)"
+    )
     hidden_help = "file of real hidden states; needs safetensors (default: the shared one, else synthetic)"
     parser.add_argument("--hidden", type=hidden_file, help=hidden_help)
     parser.add_argument("--only", default="", help="variants whose id contains this text (default: all)")

@@ -364,3 +364,41 @@ class TestGpuSuite:
         assert [entry["status"] for entry in record["parts"].values()] == ["ok", "cut short", "no time left"]
         assert record["parts"]["rows"]["result"] == ["a: 500.00 ms ", "b: too large"]
         assert list(records.read(tmp_path / "gpu_rows.json").rows) == ["a", "b"]
+
+    def test_the_sanitizer_keeps_to_the_time(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        """Begun with time enough only, stopped with all that it started, and memcheck without torch's own blocks."""
+        from benchmarks import gpu_suite
+
+        tool, pid = tmp_path / "compute-sanitizer", tmp_path / "pid"
+        tool.write_text('#!/bin/sh\necho "$2, caching ${PYTORCH_NO_CUDA_MEMORY_CACHING:-on}"\n')
+        tool.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+        monkeypatch.delenv("PYTORCH_NO_CUDA_MEMORY_CACHING", raising=False)
+        record = gpu_suite.sanitizer()
+        assert {mode: entry["output"] for mode, entry in record.items()} == {
+            "memcheck": "memcheck, caching 1\n",
+            "racecheck": "racecheck, caching on\n",
+        }
+        with pytest.raises(gpu_suite.NotHereError, match="5 s are left, too few for memcheck"):
+            gpu_suite.sanitizer(time.perf_counter() + 5.4)
+
+        monkeypatch.setattr(gpu_suite, "SANITIZER_SECONDS", 0.1)
+        tool.write_text(f"#!/bin/sh\nsleep 60 & echo $! > {pid}\nwait\n")
+        begun = time.perf_counter()
+        with pytest.raises(TimeoutError, match="memcheck took longer than the 1 s that were left"):
+            gpu_suite.sanitizer(begun + 1)
+        assert time.perf_counter() - begun < 10
+        state = Path(f"/proc/{int(pid.read_text())}/stat")
+        assert not state.exists() or ") Z " in state.read_text(), "what the tool had started runs on"
+
+        tool.write_text('#!/bin/sh\necho "out of bounds"\nexit 9\n')
+        with pytest.raises(AssertionError, match="memcheck: exit 9: out of bounds"):
+            gpu_suite.sanitizer()
+
+    def test_the_sanitizer_is_told_when_time_is_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from benchmarks import gpu_suite
+
+        told: list[float] = []
+        monkeypatch.setattr(gpu_suite, "sanitizer", told.append)
+        dict(gpu_suite.parts(gpu_suite.Scale(), deadline=7.0))["compute-sanitizer"]()
+        assert told == [7.0]

@@ -3,8 +3,9 @@
     python -m benchmarks.tuning --out FILE [--minutes 8.5] [--hidden FILE] [--only TEXT]
 
 The shipped kernels first, then the variants, the largest predicted gain first. A variant is a change of the reviewed
-tables; it is checked against float64 like everything that is timed, and one that fails or does not fit says why. FILE
-is a results file for `benchmarks.report` and `benchmarks.compare`, written as rows come.
+tables; it is checked against float64 like everything that is timed, and one that fails or does not fit says why, as
+does one that changes tiles for compute capability 9.0 on an older device, which takes others. FILE is a results file
+for `benchmarks.report` and `benchmarks.compare`, written as rows come.
 """
 
 import argparse
@@ -31,6 +32,8 @@ from fused_dpo.triton_configs import PLAIN, RICH, ProductConfig, TileConfig
 Change = tuple[Any, Any, Any]
 """A dict and key, or a module and name, and the value that it gets."""
 SHIPPED = "as shipped"
+ARCHITECTURE = 90
+"""Whose tiles the variants change; newer devices take them too."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,16 @@ class Variant:
 
 def tile(*shape: int, warps: int = 8, stages: int = 3, epilogue: int = PLAIN, **flags: bool) -> Change:
     """Other tiles of the kernels that multiply."""
-    return configs.TILE_CONFIGS, (90, 2, epilogue), TileConfig(*shape, num_warps=warps, num_stages=stages, **flags)
+    return (
+        configs.TILE_CONFIGS,
+        (ARCHITECTURE, 2, epilogue),
+        TileConfig(*shape, num_warps=warps, num_stages=stages, **flags),
+    )
 
 
 def gathered(*shape: int, warps: int = 8, stages: int = 3) -> Change:
     """Other tiles of the products with gathered rows."""
-    return configs.PRODUCT_CONFIGS, (90, 2), ProductConfig(*shape, num_warps=warps, num_stages=stages)
+    return configs.PRODUCT_CONFIGS, (ARCHITECTURE, 2), ProductConfig(*shape, num_warps=warps, num_stages=stages)
 
 
 def library(**changes: Any) -> Change:
@@ -161,6 +168,16 @@ def applied(changes: Sequence[Change]) -> ExitStack:
     return stack
 
 
+def without_effect(changes: Sequence[Change]) -> str | None:
+    """Why the changes would measure on this device what is shipped, if so."""
+    if not torch.cuda.is_available() or not any(isinstance(key, tuple) for _, key, _ in changes):
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    if 10 * major + minor >= ARCHITECTURE:
+        return None
+    return f"changes tiles for compute capability 9.0, and this device, of {major}.{minor}, takes others"
+
+
 def tuned(some: Sequence[Variant], case: Case, hidden_file: Path | None) -> Iterator[dict[str, Any]]:
     """A row a variant: checked, measured, timed; one that fails says why."""
     loaded = head.load(case, hidden_file, DEVICE)
@@ -168,6 +185,9 @@ def tuned(some: Sequence[Variant], case: Case, hidden_file: Path | None) -> Iter
         name, phase = variant.implementation, variant.phase
         row: dict[str, Any] = {"id": variant.id, "suite": "tuning", "variant": variant.name, "why": variant.why}
         row |= head.describe_row(name, case, phase, loaded) | {"predicted_s": variant.predicted_ms / 1e3}
+        if reason := without_effect(variant.changes):
+            yield row | {"failed": reason}
+            continue
         try:
             with applied(variant.changes):
                 run = head.checked(row, name, case, phase, hidden_file, DEVICE)

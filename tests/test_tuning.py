@@ -86,6 +86,25 @@ def test_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert [line[:10] for line in selection if line and "<!--" not in line] == ["All cases,"], "nothing of it there"
 
 
+def test_an_older_device_takes_other_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variant that would change nothing is not timed; what is the same for all devices is."""
+    monkeypatch.setattr("benchmarks.tuning.head.checked", lambda *_: lambda: None)
+    monkeypatch.setattr("benchmarks.tuning.seconds_of", lambda *_: [1.0])
+    monkeypatch.setattr("benchmarks.tuning.median_seconds", lambda *_: 1.0)
+    changes = {"tile": tuning.tile(128, 64, 64), "product": tuning.gathered(128, 32), "group": tuning.group_mib(5)}
+    some = [Variant("fused exact", TRAIN, name, 1.0, "", (change,)) for name, change in changes.items()]
+    loaded = tuning.head.load(SMALL, None, "cpu")
+    monkeypatch.setattr("benchmarks.tuning.head.load", lambda *_: loaded)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, why in (((8, 6), "changes tiles for compute capability 9.0"), ((10, 0), None)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda found=capability: found)
+        rows = {row["variant"]: row for row in tuning.tuned(some, SMALL, None)}
+        for name in ("tile", "product"):
+            assert ("median_s" in rows[name]) is (why is None)
+            assert rows[name].get("failed", "").startswith(why or "")
+        assert rows["group"]["median_s"] > 0
+
+
 def readme(folder: Path) -> Path:
     from benchmarks.report import BEGIN, END
 

@@ -77,6 +77,44 @@ class TestAutotune:
         times.clear()
         assert self.choose() == fastest, "it is timed once"
 
+    @pytest.mark.parametrize(
+        "error", [triton.runtime.errors.PTXASError("too many registers"), RuntimeError("PassManager::run failed")]
+    )
+    def test_a_shape_that_the_compiler_fails_on(
+        self, times: dict[int, float], monkeypatch: pytest.MonkeyPatch, error: Exception
+    ) -> None:
+        monkeypatch.setenv("FUSED_DPO_AUTOTUNE", "1")
+        times.update({1: 3.0, 2: 2.0})
+        bench: Any = triton.testing.do_bench
+
+        def do_bench(function: Any, **named: Any) -> float:
+            try:
+                return bench(function, **named)
+            except triton.runtime.errors.OutOfResources:
+                raise error from None
+
+        monkeypatch.setattr(triton.testing, "do_bench", do_bench)
+        assert self.choose() == triton_autotune.CANDIDATES[4][2]
+
+    def test_other_errors_are_raised(self, times: dict[int, float], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("FUSED_DPO_AUTOTUNE", "1")
+
+        def do_bench(*_: Any, **__: Any) -> float:
+            raise RuntimeError("an illegal memory access was encountered")
+
+        monkeypatch.setattr(triton.testing, "do_bench", do_bench)
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            self.choose()
+
+    def test_random_numbers_of_the_caller_stay(self, times: dict[int, float], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("FUSED_DPO_AUTOTUNE", "1")
+        times.update({0: 1.0})
+        hidden, head = torch.randn(3, 9, device=DEVICE), LMHead(torch.randn(40, 9, device=DEVICE))
+        generator = torch.cuda.default_generators[hidden.get_device()] if hidden.is_cuda else torch.default_generator
+        before = generator.get_state()
+        triton_autotune.choose_config(90, hidden, head, want_stats=False)
+        assert torch.equal(generator.get_state(), before)
+
     def test_nothing_fits(self, times: dict[int, float], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("FUSED_DPO_AUTOTUNE", "1")
         with pytest.raises(RuntimeError, match="unset FUSED_DPO_AUTOTUNE"):

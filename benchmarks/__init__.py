@@ -1,4 +1,7 @@
-"""Benchmarks: time, memory and error, each implementation in a process of its own.
+"""Benchmarks: time, memory and error of heads and whole steps, ours and others'.
+
+Heads are timed in one process, one after the other. On a CPU, memory is measured and a step is checked in processes of
+their own, as freed memory stays with a process; on a GPU, CUDA's allocator knows it.
 
 They measure the checkout that they lie in, installed or not: a machine with a GPU may have torch and triton alone.
 """

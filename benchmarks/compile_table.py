@@ -1,6 +1,6 @@
 """Every Triton kernel as the package launches it, compiled ahead of time for sm_80 and sm_90: no GPU needed.
 
-    python -m benchmarks.compile_table [--json]
+    python -m benchmarks.compile_table [--json]      the table needs the package rich, --json does not
 
 The package's own code runs, forward and backward, on tensors in main memory, up to each launch; Triton compiles what
 would be launched there for a GPU that is not there. Prints registers, spilled bytes and shared memory of each kernel,
@@ -25,7 +25,6 @@ from unittest import mock
 
 import torch
 import triton
-from rich.table import Table
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -255,6 +254,8 @@ def main() -> int:
     if as_json:
         print(json.dumps([asdict(row) | {"problems": row.problems()} for row in rows]))
     else:
+        from rich.table import Table  # where rich is absent there is --json
+
         table = Table(title=f"triton {triton.__version__}, ahead of time, spill allowance {SPILL_ALLOWANCE} bytes")
         for column in ("kernel", "sm", "dtype", "options", "tile", "registers", "spilled", "shared KiB", "wgmma", ""):
             table.add_column(column)

@@ -1,4 +1,4 @@
-"""How things are measured: in a process of their own, with the peak of resident memory, beside the versions used."""
+"""How things are measured: time, the peak of memory, of a CPU's in a process of its own, and the versions used."""
 
 import ctypes
 import platform

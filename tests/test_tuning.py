@@ -1,8 +1,12 @@
 """`python -m benchmarks.tuning`: variants of the kernels, applied, checked, and given back."""
 
+import os
+import re
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path
 from typing import Any
 
@@ -115,15 +119,40 @@ def readme(folder: Path) -> Path:
 
 @pytest.mark.parametrize("module", ["gpu_suite", "tuning", "compile_table"])
 def test_a_bare_checkout_is_enough(module: str) -> None:
-    """Where nothing is installed, as on a machine that is there for its GPU."""
+    """Where only torch and triton are installed, as on a machine that is there for its GPU."""
+    allowed = needed("torch", "triton") | {"fused-dpo"}
+    installed = packages_distributions().items()
+    others = {name for name, owners in installed if not allowed & {normalised(owner) for owner in owners}}
+    assert {"rich", "transformers", "safetensors", "pytest"} <= others
+    assert not {"torch", "triton", "sympy", "typing_extensions"} & others
     code = (
         "import importlib.util, sys\n"
         "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in getattr(f, '__name__', '').lower()]\n"
         "assert importlib.util.find_spec('fused_dpo') is None\n"
+        f"sys.modules.update(dict.fromkeys({others}))\n"
         f"import benchmarks.{module}\n"
         "import fused_dpo, fused_dpo_engine\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+    bare = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTHONPATH")}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1], env=bare)
+
+
+def normalised(distribution: str) -> str:
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+def needed(*distributions: str) -> set[str]:
+    """These and what they require, but for extras."""
+    found: set[str] = set()
+    ahead = list(distributions)
+    while ahead:
+        name = ahead.pop()
+        if name not in found:
+            found.add(name)
+            with suppress(PackageNotFoundError):  # what other platforms require
+                lines = [line for line in requires(name) or () if "extra ==" not in line]
+                ahead += [normalised(re.split(r"[^\w.-]", line)[0]) for line in lines]
+    return found
 
 
 @pytest.mark.parametrize(

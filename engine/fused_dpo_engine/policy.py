@@ -1,5 +1,6 @@
 """The model as DPO sees it: pairs in, sequence log-probs out."""
 
+import dataclasses
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -83,7 +84,7 @@ class Policy(nn.Module):
             if isinstance(batch, PaddedBatch):
                 hidden = self._hidden(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
                 arguments: Any = (hidden, head_of(self.causal_lm), batch.labels)
-                settings: Any = {}
+                settings: Any = {"options": self.options}
             else:
                 assert isinstance(batch, PackedBatch)
                 hidden = self._hidden(
@@ -95,8 +96,11 @@ class Policy(nn.Module):
                 )
                 # Rows that predict a response, found on the host: nothing else reaches the head.
                 arguments = (gather_rows(hidden[0], batch.scored_rows), head_of(self.causal_lm), batch.targets)
-                settings = {"cu_seqlens": batch.cu_scored, "shift": False}
-            settings |= {"with_stats": ("tail", "kept_fraction"), "grad_mode": self.grad_mode, "options": self.options}
+                # All of these rows are scored; the head would wait for the device to find that out.
+                every_row = torch.arange(len(batch.targets), device=batch.targets.device)
+                options = dataclasses.replace(self.options, row_index=every_row)
+                settings = {"cu_seqlens": batch.cu_scored, "shift": False, "options": options}
+            settings |= {"with_stats": ("tail", "kept_fraction"), "grad_mode": self.grad_mode}
             tokens = fused_token_logps(*arguments, **settings)
         assert tokens.tail is not None
         assert tokens.kept_fraction is not None

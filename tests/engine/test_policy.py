@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AttentionInterface
 
+from fused_dpo import fused_token_logps
 from fused_dpo_engine.attention import ATTENTION_NAME, packed_attention
 from fused_dpo_engine.config import LoraOptions, ModelOptions, PackingOptions
 from fused_dpo_engine.errors import UserError
@@ -104,6 +105,25 @@ class TestHead:
         assert relative(policy_of(model)(BATCH), expected) < VALUE_TOLERANCE
         setattr(model.config, setting, 1.0)  # negative control
         assert relative(policy_of(model)(BATCH), expected) > 0.01
+
+
+class TestScoredRows:
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_the_head_is_told_that_all_rows_are_scored(self, monkeypatch, layout):
+        """Finding them by itself, it would wait for the device in forward and backward."""
+        seen = []
+
+        def record(*arguments, options, **settings):
+            seen.append(options)
+            return fused_token_logps(*arguments, options=options, **settings)
+
+        monkeypatch.setattr("fused_dpo_engine.policy.fused_token_logps", record)
+        policy, batch = policy_of(tiny_model(), workspace_mib=7), LAYOUTS[layout]
+        policy(batch)
+        (options,) = seen
+        assert options.row_index.tolist() == list(range(len(batch.targets)))
+        assert options.workspace_mib == 7
+        assert policy.options.row_index is None  # of one batch, not of the next
 
 
 def with_lora(model: Any, *targets: str) -> Any:

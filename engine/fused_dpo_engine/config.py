@@ -10,6 +10,8 @@ from typing import Any, Literal
 from fused_dpo import DPOLoss
 from fused_dpo_engine.errors import UserError
 
+ACROSS_PAIRS = ("aot", "aot_unpaired", "bco_pair")
+"""Losses that compare the pairs of one forward pass with each other, so that how a step is split changes its result."""
 BestMetric = Literal["eval_loss", "eval_rewards/accuracies", "eval_rewards/margins"]
 
 
@@ -172,8 +174,8 @@ class PackingOptions:
     """How pairs are put into forward passes."""
 
     tokens_per_batch: int = 8192
-    """Tokens per forward pass: sets memory and speed, never the result of a step. Steps are split to fit
-    (accumulation)."""
+    """Tokens per forward pass: sets memory and speed, not the result of a step (but for aot, aot_unpaired and bco_pair,
+    which compare the pairs of one forward pass). Steps are split to fit (accumulation)."""
     packing: bool = True
     """Put pairs side by side in one row without padding. --no-packing pads them to one width and takes the model's own
     attention, to compare, and for models that cannot be packed."""

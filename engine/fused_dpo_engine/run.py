@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fused_dpo.losses import needs_reference
-from fused_dpo_engine.config import LoraOptions, TrainConfig
+from fused_dpo_engine.config import ACROSS_PAIRS, LoraOptions, TrainConfig
 from fused_dpo_engine.errors import UserError
 from fused_dpo_engine.inputs import choose_max_length, load_pairs
 from fused_dpo_engine.loading import choose_device, choose_dtype, load_tokenizer
@@ -49,6 +49,7 @@ def train(config: TrainConfig) -> Summary:
     config = _resolved(config, device)
     pairs, held_out = load_pairs(config.data, config.run.seed, tokenizer, console)
 
+    _warn_of_passes(config, pairs, console)
     packing = config.packing
     reference = held_out_reference = None
     if config.model.ref_model and needs_reference(config.loss.loss_type):
@@ -111,6 +112,18 @@ def _resolved(config: TrainConfig, device: torch.device) -> TrainConfig:
         model=dataclasses.replace(config.model, dtype=dtype, device=device.type),
         data=dataclasses.replace(config.data, max_length=max_length),
     )
+
+
+def _warn_of_passes(config: TrainConfig, pairs: list[TokenPair], console: Console) -> None:
+    """Say so where a step's result depends on how it is split into forward passes."""
+    loss_type = config.loss.loss_type
+    if loss_type not in ACROSS_PAIRS:
+        return
+    if any(len(step.batches) > 1 for step in Schedule(pairs, config.run, config.packing).first_pass()):
+        console.print(
+            f"warning: {loss_type} compares the pairs of one forward pass with each other; --tokens-per-batch and "
+            f"packing decide which those are"
+        )
 
 
 def _layout(config: TrainConfig, policy: Policy) -> str:

@@ -15,6 +15,7 @@ import torch
 import transformers
 
 from fused_dpo_engine.cli import main
+from fused_dpo_engine.config import ACROSS_PAIRS
 from tests.engine.helpers import (
     ROOT,
     byte_tokenizer,
@@ -107,6 +108,16 @@ class TestCommands:
         assert "24 pairs of 24 rows" in outcome.err
         assert str(tmp_path / "run" / "model") in outcome.message.replace(" ", "")
         assert len(read_metrics(tmp_path / "run")) == 3
+
+    @pytest.mark.parametrize(
+        ("loss_type", "tokens_per_batch", "warned"),
+        [*[(name, 96, 1) for name in ACROSS_PAIRS], ("aot", 4096, 0), ("sigmoid", 96, 0)],
+    )
+    def test_losses_that_depend_on_the_split_are_warned_of(self, train, loss_type, tokens_per_batch, warned):
+        outcome = train(loss_type=loss_type, tokens_per_batch=tokens_per_batch, max_steps=2)
+        assert outcome.status == 0
+        said = f"{loss_type} compares the pairs of one forward pass with each other; --tokens-per-batch and packing"
+        assert outcome.message.count(said) == warned
 
     def test_diverged(self, train, tmp_path):
         outcome = train(learning_rate=1e30, schedule="constant", warmup_ratio=0)

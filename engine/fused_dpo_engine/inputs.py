@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from fused_dpo_engine.config import DataOptions, ModelOptions, PackingOptions
 from fused_dpo_engine.data import read_rows
 from fused_dpo_engine.errors import UserError
+from fused_dpo_engine.loading import check_source
 from fused_dpo_engine.pairs import TokenizedPairs, TokenPair, split_pairs
 from fused_dpo_engine.tokenization import tokenize_pairs
 
@@ -17,8 +18,9 @@ def choose_max_length(model: ModelOptions, data: DataOptions, packing: PackingOp
     """The longest sequence that `--max-length` means with this model.
 
     Raises:
-        UserError: the model has no configuration, or fewer positions.
+        UserError: there is no such model, it has no configuration, or fewer positions.
     """
+    check_source(model.model)
     try:
         config = transformers.AutoConfig.from_pretrained(model.model, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
@@ -26,7 +28,10 @@ def choose_max_length(model: ModelOptions, data: DataOptions, packing: PackingOp
     longest = getattr(config.get_text_config(), "max_position_embeddings", None) or packing.tokens_per_batch
     max_length = data.max_length or min(packing.tokens_per_batch // 2, longest)
     if max_length > longest:
-        raise UserError(f"max-length {max_length} exceeds the {longest} positions that {model.model} has.")
+        raise UserError(
+            f"max-length {max_length} exceeds the {longest} positions that {model.model} has; give --max-length "
+            f"{longest} or less."
+        )
     return max_length
 
 

@@ -37,7 +37,7 @@ def load_tokenizer(name: str, options: ModelOptions) -> PreTrainedTokenizerBase:
     Raises:
         UserError: there is none.
     """
-    _check_source(name)
+    check_source(name)
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=options.trust_remote_code)
     except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
@@ -57,7 +57,7 @@ def load_model(
     Raises:
         UserError: it cannot be loaded, or its architecture cannot run packed.
     """
-    _check_source(name)
+    check_source(name)
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=options.trust_remote_code)
         _switch_dropout_off(config)
@@ -101,7 +101,12 @@ def _switch_dropout_off(config: Any) -> None:
                 setattr(part, name, 0.0)
 
 
-def _check_source(name: str) -> None:
+def check_source(name: str) -> None:
+    """Refuse a model's name that can only be a folder, if there is none.
+
+    Raises:
+        UserError: there is none.
+    """
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
         raise UserError(f"model folder {name} does not exist.")
 

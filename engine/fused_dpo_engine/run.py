@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fused_dpo.losses import needs_reference
-from fused_dpo_engine.config import ACROSS_PAIRS, LoraOptions, TrainConfig
+from fused_dpo_engine.config import ACROSS_PAIRS, LoraOptions, ModelOptions, TrainConfig
 from fused_dpo_engine.errors import UserError
 from fused_dpo_engine.inputs import choose_max_length, load_pairs
 from fused_dpo_engine.loading import choose_device, choose_dtype, load_tokenizer
@@ -47,13 +47,15 @@ def train(config: TrainConfig) -> Summary:
     _check_output(output, config.run.overwrite)
     tokenizer = load_tokenizer(config.model.model, config.model)
     config = _resolved(config, device)
+    frozen = _reference_options(config)
+    if frozen is not None:
+        choose_max_length(frozen, config.data, config.packing)
     pairs, held_out = load_pairs(config.data, config.run.seed, tokenizer, console)
 
     _warn_of_passes(config, pairs, console)
     packing = config.packing
     reference = held_out_reference = None
-    if config.model.ref_model and needs_reference(config.loss.loss_type):
-        frozen = dataclasses.replace(config.model, model=config.model.ref_model)
+    if frozen is not None:
         scorer = build_policy(frozen, LoraOptions(), device, ld_alpha=config.loss.ld_alpha, packing=packing.packing)
         _check_vocabulary(scorer, pairs + held_out)
         reference, held_out_reference = _score(config, scorer, pairs, held_out, console)
@@ -124,6 +126,13 @@ def _warn_of_passes(config: TrainConfig, pairs: list[TokenPair], console: Consol
             f"warning: {loss_type} compares the pairs of one forward pass with each other; --tokens-per-batch and "
             f"packing decide which those are"
         )
+
+
+def _reference_options(config: TrainConfig) -> ModelOptions | None:
+    """How to load the reference, if it is a model of its own."""
+    if not config.model.ref_model or not needs_reference(config.loss.loss_type):
+        return None
+    return dataclasses.replace(config.model, model=config.model.ref_model)
 
 
 def _layout(config: TrainConfig, policy: Policy) -> str:

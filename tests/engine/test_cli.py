@@ -288,6 +288,15 @@ class TestBadInput:
     def test_max_length_beyond_the_model(self, train, tmp_path):
         outcome = train(max_length=200, tokens_per_batch=400)
         self.check(outcome, "max-length 200 exceeds the 128 positions", tmp_path / "run")
+        assert "--max-length 128 or less" in outcome.message
+
+    @pytest.mark.parametrize("max_length", [48, None])
+    def test_max_length_beyond_the_reference(self, train, tmp_path, max_length):
+        """Found before any model is loaded."""
+        folder = save_folder(tmp_path / "short", max_position_embeddings=32)
+        outcome = train(ref_model=folder, max_length=max_length)
+        self.check(outcome, f"max-length 48 exceeds the 32 positions that {folder} has", tmp_path / "run")
+        assert "training data" not in outcome.message
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

@@ -378,6 +378,32 @@ class TestOutput:
         assert "Traceback" not in outcome.err
         assert file.read_text() == "mine"
 
+    @pytest.mark.parametrize(
+        "output", ["/proc/nowhere/run", "{tmp_path}/" + 300 * "x" + "/run"], ids=["denied", "name"]
+    )
+    def test_output_that_cannot_be_created(self, train, tmp_path, output, monkeypatch):
+        """Found before anything is loaded."""
+        loaded = []
+        monkeypatch.setattr("fused_dpo_engine.run.load_tokenizer", lambda *_: loaded.append(1))
+        outcome = train(output=output.format(tmp_path=tmp_path))
+        assert outcome.status == 2
+        assert "fused-dpo: --output " in outcome.message
+        assert "cannot be written" in outcome.message
+        assert "Traceback" not in outcome.err
+        assert not loaded
+        assert list(tmp_path.iterdir()) == []
+
+    def test_output_that_cannot_be_written(self, train, tmp_path, monkeypatch):
+        def denied(*_, **__):
+            raise PermissionError(13, "Permission denied")
+
+        (tmp_path / "run").mkdir()
+        monkeypatch.setattr("tempfile.TemporaryFile", denied)
+        outcome = train()
+        assert outcome.status == 2
+        assert f"--output {tmp_path / 'run'} cannot be written: Permission denied; give another" in outcome.message
+        assert list((tmp_path / "run").iterdir()) == []
+
 
 def test_as_a_process(tiny_llama, toy_settings, tmp_path):
     """As a user runs it, with nothing of this process."""

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,14 @@ BestMetric = Literal["eval_loss", "eval_rewards/accuracies", "eval_rewards/margi
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)
+
+
+def _expand_home(options: Any, *names: str) -> None:
+    """Put the home folder for `~` in options that no shell has expanded, as in files and after `--model=`."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None:
+            object.__setattr__(options, name, os.path.expanduser(value))  # frozen for everybody else
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,7 @@ class ModelOptions:
     """Run code that comes with the model. Only for models you trust."""
 
     def __post_init__(self) -> None:
+        _expand_home(self, "model", "ref_model")
         _require(self.workspace_mib >= 1, f"workspace-mib must be at least 1 (MiB), got {self.workspace_mib}.")
 
 
@@ -94,6 +104,7 @@ class DataOptions:
     """File with a Jinja chat template to use instead of the tokenizer's."""
 
     def __post_init__(self) -> None:
+        _expand_home(self, "chat_template")
         _require(0 <= self.eval_fraction < 1, f"eval-fraction must lie in [0, 1), got {self.eval_fraction}.")
         _require(
             not (self.eval_data and self.eval_fraction),

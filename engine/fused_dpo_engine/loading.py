@@ -107,7 +107,7 @@ def check_source(name: str) -> None:
     Raises:
         UserError: there is none.
     """
-    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
         raise UserError(f"model folder {name} does not exist.")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fused_dpo.losses import LOSS_TYPES
-from fused_dpo_engine.cli import parse_train
+from fused_dpo_engine.cli import parse_plan, parse_train
 from fused_dpo_engine.config import LossOptions, TrainConfig
 from fused_dpo_engine.errors import UserError
 from tests.engine.helpers import options
@@ -195,6 +195,29 @@ class TestConfigFile:
             parse("--config", str(config_file(tmp_path, "seed: many\n")))
         assert caught.value.code == 2
         assert "seed" in capsys.readouterr().err
+
+
+class TestHomeFolder:
+    """A shell leaves `--model=~/x` and files as they are."""
+
+    def test_expanded_on_the_command_line_and_in_files(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", "/home/someone")
+        expected = {name: f"/home/someone/{name}" for name in ("model", "ref_model", "chat_template")}
+        config = parse(**{name: f"~/{name}" for name in expected})
+        assert {name: config.flat()[name] for name in expected} == expected
+        lines = "".join(f"{name}: ~/{name}\n" for name in expected)
+        again = parse_train(["--config", str(config_file(tmp_path, lines + "data: pairs.jsonl\noutput: out\n"))])
+        assert again == config
+
+    def test_plan(self, monkeypatch):
+        monkeypatch.setenv("HOME", "/home/someone")
+        config = parse_plan(options(model="~/m", data="x.jsonl", chat_template="~/t"))
+        assert (config.model_options.model, config.data.chat_template) == ("/home/someone/m", "/home/someone/t")
+
+    def test_names_are_left_alone(self):
+        config = parse(model="org/name~1")
+        assert config.model.model == "org/name~1"
+        assert config.model.ref_model is None
 
 
 HELD_OUT = {"eval_fraction": 0.1}

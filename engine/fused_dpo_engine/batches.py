@@ -22,6 +22,8 @@ class PairBatch:
     """int64 [B], scored tokens of the chosen responses."""
     rejected_lengths: Tensor
     """int64 [B]."""
+    scored_lengths: list[int]
+    """[2B], the same lengths on the host, in the order of the results."""
     num_tokens: int
     """Tokens of all 2B sequences, each counted in full: the same for the same pairs, however they are laid out."""
     num_padding: int = 0

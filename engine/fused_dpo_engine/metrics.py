@@ -23,7 +23,14 @@ class PairMetrics:
     def add(
         self, output: LossOutput, logps: Tensor, batch: PairBatch, head_stats: Mapping[str, Tensor] | None = None
     ) -> None:
-        """Take in a micro-batch; its loss is already a share of the whole, its `head_stats` are sums over tokens."""
+        """Take in a micro-batch.
+
+        Args:
+            output: its loss is already a share of the whole.
+            logps: [2B], plain sums over the tokens of each sequence.
+            batch: the pairs.
+            head_stats: sums over tokens.
+        """
         chosen, rejected = logps.detach()[0::2], logps.detach()[1::2]
         likelier = chosen / batch.chosen_lengths > rejected / batch.rejected_lengths
         per_pair = {

@@ -116,6 +116,7 @@ def pack(pairs: Sequence[TokenPair], indices: Sequence[int], *, share: bool = Tr
         cu_scored=_offsets(lengths),
         chosen_lengths=torch.tensor(lengths[0::2]),
         rejected_lengths=torch.tensor(lengths[1::2]),
+        scored_lengths=lengths,
         attention=plan_attention(segments),
         num_tokens=sum(pairs[index].num_tokens for index in indices),
     )

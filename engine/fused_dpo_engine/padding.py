@@ -36,13 +36,15 @@ def pad(pairs: Sequence[TokenPair], indices: Sequence[int]) -> PaddedBatch:
         attention_mask[row, : len(ids)] = 1
         labels[row, prompt_length : len(ids)] = tokens[prompt_length:]
     num_tokens = sum(pair.num_tokens for pair in chosen)
+    lengths = [len(ids) - prompt_length for prompt_length, ids in sequences]
     return PaddedBatch(
         pair_indices=list(indices),
         input_ids=input_ids,
         attention_mask=attention_mask,
         labels=labels,
-        chosen_lengths=torch.tensor([pair.chosen_length for pair in chosen]),
-        rejected_lengths=torch.tensor([pair.rejected_length for pair in chosen]),
+        chosen_lengths=torch.tensor(lengths[0::2]),
+        rejected_lengths=torch.tensor(lengths[1::2]),
+        scored_lengths=lengths,
         num_tokens=num_tokens,
         num_padding=input_ids.numel() - num_tokens,
     )

@@ -2,7 +2,7 @@
 
 import dataclasses
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +24,20 @@ from fused_dpo_engine.padding import IGNORED, PaddedBatch
 from fused_dpo_engine.support import attention_needs
 
 
+class SequenceLogps(NamedTuple):
+    """Log-probs [2B] of a batch's sequences, `[chosen 0, rejected 0, chosen 1, ...]`, fp32."""
+
+    logps: Tensor
+    """What the preference loss compares: under LD-DPO the longer response's tail counts less."""
+    plain: Tensor
+    """The sums without such weights; the same tensor where there are none."""
+
+
 class Policy(nn.Module):
     """A causal language model that scores pairs without building their logits.
 
-    Its forward is the whole differentiable path from weights to log-probs, so that whatever wraps this module (data
-    parallelism, compilation) sees all of it.
+    Its `score` is the whole differentiable path from weights to log-probs; as a module it gives those that the
+    preference loss compares.
 
     Args:
         model: a `transformers` causal LM, bare or wrapped by `peft`; for packed batches it attends through `fused_dpo`.
@@ -75,11 +84,11 @@ class Policy(nn.Module):
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     def forward(self, batch: PairBatch) -> Tensor:
-        """Log-probs [2B] of the batch's sequences, `[chosen 0, rejected 0, chosen 1, ...]`, fp32."""
-        return self.score(batch, self.ld_alpha)
+        """`score(batch).logps`."""
+        return self.score(batch).logps
 
-    def score(self, batch: PairBatch, ld_alpha: float | None) -> Tensor:
-        """As `forward`, under another weight of the longer response's tail."""
+    def score(self, batch: PairBatch) -> SequenceLogps:
+        """Log-probs of the batch's sequences."""
         with self.autocast():
             if isinstance(batch, PaddedBatch):
                 hidden = self._hidden(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
@@ -114,14 +123,21 @@ class Policy(nn.Module):
             offsets = torch.arange(0, token_logps.numel() + 1, token_logps.shape[1], device=token_logps.device)
         else:
             offsets = batch.cu_scored.long()
-        if ld_alpha is not None:
-            weights = desensitized_weights(batch.chosen_lengths.tolist(), batch.rejected_lengths.tolist(), ld_alpha)
-            weights = weights.to(token_logps)
-            if isinstance(batch, PaddedBatch):
-                scored = nn.functional.pad(batch.labels[:, 1:] != IGNORED, (0, 1))  # by the row that predicts it
-                weights = torch.zeros_like(token_logps).masked_scatter(scored, weights)
-            token_logps = token_logps * weights
-        return sequence_sum(token_logps.flatten(), offsets)
+        plain = sequence_sum(token_logps.flatten(), offsets)
+        if self.ld_alpha is None:
+            return SequenceLogps(plain, plain)
+        weighted = token_logps * self._token_weights(batch, self.ld_alpha, token_logps)
+        return SequenceLogps(sequence_sum(weighted.flatten(), offsets), plain)
+
+    @staticmethod
+    def _token_weights(batch: PairBatch, ld_alpha: float, token_logps: Tensor) -> Tensor:
+        """What each token counts in LD-DPO, in the layout of `token_logps`."""
+        weights = desensitized_weights(batch.scored_lengths[0::2], batch.scored_lengths[1::2], ld_alpha)
+        weights = weights.to(token_logps.device, token_logps.dtype, non_blocking=True)
+        if not isinstance(batch, PaddedBatch):
+            return weights
+        scored = nn.functional.pad(batch.labels[:, 1:] != IGNORED, (0, 1))  # by the row that predicts it
+        return torch.zeros_like(token_logps).masked_scatter(scored, weights)
 
     def _hidden(self, **inputs: Any) -> Tensor:
         """Last hidden states of the backbone.

@@ -55,7 +55,7 @@ def self_test(policy: Policy, pairs: Sequence[TokenPair], options: PackingOption
         needs = attention_needs(policy.causal_lm)
         verify_backend(policy.attention_name, policy.attention, needs, policy.device, policy.compute_dtype)
     batch = build_batch(pairs, range(len(pairs)), options).to(policy.device)
-    got = policy.score(batch, None).tolist()
+    got = policy.score(batch).plain.tolist()
     bound = 0.1 if policy.compute_dtype.itemsize == 2 else 1e-3
     sequences = [(pair, ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
     with _own_attention(policy):

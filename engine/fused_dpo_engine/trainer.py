@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -20,7 +19,7 @@ from fused_dpo_engine.metrics import MetricsWriter, PairMetrics, SlotMetrics, pe
 from fused_dpo_engine.optimizer import build_optimizer
 from fused_dpo_engine.pairs import TokenPair
 from fused_dpo_engine.planning import build_batch, plan_pairs
-from fused_dpo_engine.policy import Policy
+from fused_dpo_engine.policy import Policy, SequenceLogps
 from fused_dpo_engine.reference import ReferenceLogps
 from fused_dpo_engine.schedule import Schedule, Step
 
@@ -147,10 +146,10 @@ class Trainer:
         outputs: list[tuple[PairBatch, LossOutput]] = []
         for planned in plan.batches:
             batch = build_batch(self.pairs, planned.indices, packing).to(device)
-            logps = self.policy(batch)
-            output = self._loss_of(batch, logps, self.reference, len(indices), chosen_tokens)
+            scores = self.policy.score(batch)
+            output = self._loss_of(batch, scores, self.reference, len(indices), chosen_tokens)
             output.loss.backward()
-            sums.add(output, logps, batch, self.policy.head_stats)
+            sums.add(output, scores.plain, batch, self.policy.head_stats)
             outputs.append((batch, output))
             for layout in (slots, self._slots):
                 layout.add(batch)
@@ -188,13 +187,14 @@ class Trainer:
     def _loss_of(
         self,
         batch: PairBatch,
-        logps: Tensor,
+        scores: SequenceLogps,
         reference: ReferenceLogps | None,
         num_pairs: int,
         num_chosen_tokens: int,
     ) -> LossOutput:
+        logps, plain = scores
         ref_chosen, ref_rejected = (None, None) if reference is None else reference.of(batch, logps.device)
-        return self.loss(
+        output: LossOutput = self.loss(
             logps[0::2],
             logps[1::2],
             ref_chosen,
@@ -204,6 +204,13 @@ class Trainer:
             num_pairs=num_pairs,
             num_chosen_tokens=num_chosen_tokens,
         )
+        if self.loss.sft_weight > 0 and plain is not logps:
+            # The SFT term is about all tokens alike: what LD-DPO's weights took from it comes back.
+            rest = (logps - plain)[0::2].sum() / num_chosen_tokens
+            nll_loss = output.metrics["nll_loss"] + rest.detach()
+            metrics = {**output.metrics, "nll_loss": nll_loss}
+            output = output._replace(loss=output.loss + self.loss.sft_weight * rest, metrics=metrics)
+        return output
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -214,9 +221,9 @@ class Trainer:
         packing = self.config.packing
         for planned in plan_pairs(self.held_out, range(len(self.held_out)), packing):
             batch = build_batch(self.held_out, planned.indices, packing).to(self.policy.device)
-            logps = self.policy(batch)
-            output = self._loss_of(batch, logps, self.held_out_reference, len(self.held_out), chosen_tokens)
-            sums.add(output, logps, batch)
+            scores = self.policy.score(batch)
+            output = self._loss_of(batch, scores, self.held_out_reference, len(self.held_out), chosen_tokens)
+            sums.add(output, scores.plain, batch)
         self.loss.train()
         return {f"eval_{name}": value for name, value in sums.read().items()}
 

@@ -10,7 +10,7 @@ import torch
 from fused_dpo_engine.config import PackingOptions, RunOptions
 from fused_dpo_engine.data import Row
 from fused_dpo_engine.pairs import TokenPair
-from fused_dpo_engine.policy import Policy
+from fused_dpo_engine.policy import Policy, SequenceLogps
 from fused_dpo_engine.schedule import Schedule
 from fused_dpo_engine.tokenization import tokenize_pairs
 from tests.engine.helpers import byte_tokenizer, toy_rows
@@ -42,10 +42,10 @@ def toy_steps(steps: int, pairs_per_step: int = 6) -> list[list[int]]:
 
 def training_forward(monkeypatch, change: Callable[[Policy, Any, Any], Any]) -> None:
     """Let `change(policy, batch, logps)` have the last word in every forward pass of training."""
-    forward = Policy.forward
+    score = Policy.score
 
     def changed(self, batch):
-        logps = forward(self, batch)
-        return change(self, batch, logps) if torch.is_grad_enabled() else logps
+        scores = score(self, batch)
+        return SequenceLogps(*[change(self, batch, scores.logps)] * 2) if torch.is_grad_enabled() else scores
 
-    monkeypatch.setattr(Policy, "forward", changed)
+    monkeypatch.setattr(Policy, "score", changed)

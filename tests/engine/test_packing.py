@@ -43,6 +43,8 @@ def check(batch: PackedBatch, pairs: list[TokenPair]) -> None:
                 assert [positions[i] for i in seen] == list(range(at))
     assert batch.chosen_lengths.tolist() == [pairs[i].chosen_length for i in batch.pair_indices]
     assert batch.rejected_lengths.tolist() == [pairs[i].rejected_length for i in batch.pair_indices]
+    assert batch.scored_lengths[0::2] == batch.chosen_lengths.tolist()
+    assert batch.scored_lengths[1::2] == batch.rejected_lengths.tolist()
     assert batch.num_tokens == sum(pairs[i].num_tokens for i in batch.pair_indices)
 
 

@@ -1,5 +1,6 @@
 """The policy's features against the model's own full logits, its reference, and how it is built."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from fused_dpo_engine.attention import ATTENTION_NAME, packed_attention
 from fused_dpo_engine.config import LoraOptions, ModelOptions, PackingOptions
 from fused_dpo_engine.errors import UserError
 from fused_dpo_engine.packing import pack
-from fused_dpo_engine.padding import pad
+from fused_dpo_engine.padding import PaddedBatch, pad
 from fused_dpo_engine.policy import Policy, build_policy
 from fused_dpo_engine.reference import score_reference
 from fused_dpo_engine.self_test import self_test
@@ -204,7 +205,18 @@ class TestLengthDesensitization:
         model = tiny_model()
         plain = policy_of(model)(BATCH)
         assert torch.equal(policy_of(model, ld_alpha=1.0)(BATCH), plain)
+        assert torch.equal(policy_of(model, ld_alpha=0.5).score(BATCH).plain, plain)
         assert (policy_of(model, ld_alpha=0.5)(BATCH) - plain).abs().max() > 0.1
+
+    @pytest.mark.parametrize("batch", [BATCH, pad(PAIRS, ORDER)], ids=["packed", "padded"])
+    def test_lengths_are_not_read_from_the_device(self, batch):
+        policy = policy_of(
+            tiny_model(attention="eager") if isinstance(batch, PaddedBatch) else tiny_model(), ld_alpha=0.5
+        )
+        nowhere = dataclasses.replace(
+            batch, chosen_lengths=batch.chosen_lengths.to("meta"), rejected_lengths=batch.rejected_lengths.to("meta")
+        )
+        assert torch.equal(policy(nowhere), policy(batch))
 
 
 class TestReference:

@@ -104,16 +104,66 @@ class TestLearning:
         assert abs(run.metrics[-1]["loss"] - LN2) > 0.1  # the steps have done something
         assert largest_difference(run.weights(), dict(model.state_dict())) < 1e-6
 
+    @pytest.mark.parametrize("packing", [True, False])
+    def test_desensitized_preferences_beside_a_plain_sft_term(self, train_tiny, tiny_llama, toy_data, packing):
+        """LD-DPO weighs tokens to compare two responses; the likelihood of a token is what it is."""
+        settings: dict[str, Any] = {"ld_alpha": 0.25, "sft_weight": 0.5, "eval_data": toy_data, "packing": packing}
+        run = train_tiny(**settings, max_steps=1, max_grad_norm=0)
+
+        def check(got: dict[str, float], prefix: str, indices: list[int]) -> torch.Tensor:
+            chosen = [pairs[i] for i in indices]
+            logps = own_logps(model, chosen)
+            lengths = torch.tensor([[pair.chosen_length, pair.rejected_length] for pair in chosen])
+            nll_loss = -logps[0::2].sum() / lengths[:, 0].sum()
+            likelier = logps[0::2] / lengths[:, 0] > logps[1::2] / lengths[:, 1]
+            expected = {
+                "nll_loss": nll_loss,
+                "logps/chosen": logps[0::2].mean(),
+                "logps/rejected": logps[1::2].mean(),
+                "logps/accuracies": likelier.double().mean(),
+                "loss": LN2 + 0.5 * nll_loss,  # before the first update
+            }
+            for name, value in expected.items():
+                assert got[prefix + name] == pytest.approx(value.item(), abs=2e-5), name
+            return nll_loss
+
+        model: Any = AutoModelForCausalLM.from_pretrained(tiny_llama, attn_implementation="eager")
+        pairs = toy_pairs()
+        assert any(pair.chosen_length > pair.rejected_length for pair in pairs)  # the weights matter
+        check(run.summary.eval_before, "eval_", list(range(24)))
+        (indices,) = toy_steps(1)
+        nll_loss = check(run.metrics[0], "", indices)
+        assert run.metrics[0]["rewards/margins"] == 0
+
+        # The gradient: that of DPO at margin 0 on weighted sums, and that of the plain likelihood.
+        total = 0.5 * nll_loss
+        for i in indices:
+            shorter = min(pairs[i].chosen_length, pairs[i].rejected_length)
+            for sign, ids in ((1, pairs[i].chosen_ids), (-1, pairs[i].rejected_ids)):
+                tokens = torch.tensor(ids.tolist())
+                token_logps = model(input_ids=tokens[None], use_cache=False).logits[0, :-1].log_softmax(-1)
+                scored = token_logps.gather(1, tokens[1:, None])[pairs[i].prompt_length - 1 :, 0]
+                total = total - sign * 0.05 * (scored[:shorter].sum() + 0.25 * scored[shorter:].sum()) / len(indices)
+        grads = torch.autograd.grad(total, list(model.parameters()))
+        norm = torch.stack([grad.norm() for grad in grads]).norm().item()
+        assert run.metrics[0]["grad_norm"] == pytest.approx(norm, rel=1e-4)
+
     def test_reference_sees_the_batches_of_training(self, train_tiny, monkeypatch):
         """In larger models another batch shape gives other last bits, and the first rewards were not exactly 0."""
         scored, trained = [], []
-        forward = Policy.forward
+        forward, score = Policy.forward, Policy.score  # of the reference, and of everything
 
-        def recorded(self, batch):
-            (trained if torch.is_grad_enabled() else scored).append(batch.pair_indices)
+        def recorded_forward(self, batch):
+            scored.append(batch.pair_indices)
             return forward(self, batch)
 
-        monkeypatch.setattr(Policy, "forward", recorded)
+        def recorded_score(self, batch):
+            if torch.is_grad_enabled():
+                trained.append(batch.pair_indices)
+            return score(self, batch)
+
+        monkeypatch.setattr(Policy, "forward", recorded_forward)
+        monkeypatch.setattr(Policy, "score", recorded_score)
         train_tiny(max_steps=6)
         assert sorted(i for indices in scored for i in indices) == list(range(24))
         assert trained[: len(scored)] == scored
@@ -140,7 +190,8 @@ class TestLearning:
         assert other.metrics[0]["loss"] == FIRST_LOSS
         assert other.metrics[0]["rewards/chosen"] == 0
         assert same.metrics[1]["loss"] == pytest.approx(plain.metrics[1]["loss"], abs=1e-6)  # fp32
-        assert abs(other.metrics[0]["logps/chosen"] - plain.metrics[0]["logps/chosen"]) > 0.1
+        assert other.metrics[0]["logps/chosen"] == plain.metrics[0]["logps/chosen"]  # what the model says of the texts
+        assert abs(other.metrics[1]["rewards/chosen"] - plain.metrics[1]["rewards/chosen"]) > 0.01
 
     def test_sft_term(self, train_tiny):
         run = train_tiny(sft_weight=0.5, max_steps=1)

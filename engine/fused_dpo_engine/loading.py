@@ -12,7 +12,7 @@ from fused_dpo.precision import has_bf16_units
 from fused_dpo_engine.attention import ATTENTION_NAME
 from fused_dpo_engine.config import ModelOptions
 from fused_dpo_engine.errors import UserError
-from fused_dpo_engine.support import check_packable
+from fused_dpo_engine.support import backbone_of, check_packable
 
 
 def choose_device(options: ModelOptions) -> torch.device:
@@ -50,7 +50,7 @@ def load_tokenizer(name: str, options: ModelOptions) -> PreTrainedTokenizerBase:
 def load_model(
     name: str, options: ModelOptions, dtype: torch.dtype, device: torch.device, *, packing: bool = True
 ) -> PreTrainedModel:
-    """A causal language model, dropout off.
+    """A causal language model whose parts are found, dropout off.
 
     With `packing` it attends through `fused_dpo` and is checked to be packable, otherwise as transformers has it.
 
@@ -81,6 +81,7 @@ def load_model(
         )
     if packing:
         check_packable(model)
+    backbone_of(model)
     try:
         head_of(model)
     except (NotImplementedError, TypeError) as error:

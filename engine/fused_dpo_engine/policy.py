@@ -21,7 +21,7 @@ from fused_dpo_engine.liger import apply_liger
 from fused_dpo_engine.loading import choose_dtype, first_line, load_model
 from fused_dpo_engine.packing import PackedBatch
 from fused_dpo_engine.padding import IGNORED, PaddedBatch
-from fused_dpo_engine.support import attention_needs
+from fused_dpo_engine.support import attention_needs, backbone_of
 
 
 class SequenceLogps(NamedTuple):
@@ -147,12 +147,12 @@ class Policy(nn.Module):
         """
         wanted = torch.is_grad_enabled()
         with torch.set_grad_enabled(wanted or self.compiled):
-            hidden = self.causal_lm.base_model(**inputs, use_cache=False).last_hidden_state
+            hidden = backbone_of(self.causal_lm)(**inputs, use_cache=False).last_hidden_state
         return hidden if wanted else hidden.detach()
 
     def compile_backbone(self, backend: str = "inductor") -> None:
         """Run the backbone through `torch.compile` from now on, for rows of any length."""
-        self.causal_lm.base_model.compile(backend=backend, dynamic=True)
+        backbone_of(self.causal_lm).compile(backend=backend, dynamic=True)
         self.compiled = True
 
     def autocast(self) -> AbstractContextManager[Any]:

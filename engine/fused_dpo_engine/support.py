@@ -43,6 +43,23 @@ def check_packable(model: nn.Module) -> None:
             )
 
 
+def backbone_of(model: Any) -> nn.Module:
+    """The part of a causal language model that makes the hidden states which its head takes.
+
+    Raises:
+        UnsupportedModelError: it cannot be told from the model.
+    """
+    if model.base_model is not model:
+        return model.base_model
+    # Its attributes have other names than base_model expects (Llama 4, where get_decoder() is the model too).
+    for backbone in (model.get_decoder(), getattr(model, "model", None)):
+        if isinstance(backbone, nn.Module) and backbone is not model:
+            return backbone
+    raise UnsupportedModelError(
+        f"{type(model).__name__} does not say which of its parts makes the hidden states; it cannot be trained here."
+    )
+
+
 def attention_needs(model: nn.Module) -> AttentionNeeds:
     """What the layers of a causal language model ask of an attention backend."""
     whole: Any = model.config

@@ -4,12 +4,18 @@ import logging
 
 import pytest
 import torch
+from torch import nn
 
 from fused_dpo_engine.attention import ATTENTION_NAME
-from fused_dpo_engine.config import ModelOptions
-from fused_dpo_engine.errors import UserError
+from fused_dpo_engine.config import LoraOptions, ModelOptions, PackingOptions
+from fused_dpo_engine.errors import UnsupportedModelError, UserError
 from fused_dpo_engine.loading import choose_device, choose_dtype, load_model, load_tokenizer
+from fused_dpo_engine.padding import pad
+from fused_dpo_engine.policy import build_policy
+from fused_dpo_engine.self_test import self_test
+from fused_dpo_engine.support import backbone_of
 from tests.engine.helpers import VOCAB, save_folder, tiny_model
+from tests.engine.policy_helpers import PAIRS
 
 CPU = torch.device("cpu")
 
@@ -73,6 +79,25 @@ class TestLoading:
             load_tokenizer(name, ModelOptions(""))
         with pytest.raises(UserError, match=rf"model folder {name} does not exist"):
             load_model(name, ModelOptions(""), torch.float32, CPU)
+
+    def test_a_model_that_names_its_backbone_wrongly(self, tmp_path):
+        """Llama 4's `base_model` is the whole model, whose output has no hidden states of that name."""
+        folder = save_folder(tmp_path / "model", "llama4_text", tokenizer=None)
+        policy = build_policy(ModelOptions(str(folder), dtype="float32"), LoraOptions(), CPU, packing=False)
+        assert policy.causal_lm.base_model is policy.causal_lm
+        assert backbone_of(policy.causal_lm) is policy.causal_lm.model
+        policy(pad(PAIRS, [0, 1])).sum().backward()
+        self_test(policy, PAIRS, PackingOptions(packing=False))
+
+    def test_a_model_without_a_backbone(self):
+        class Whole(nn.Module):
+            def get_decoder(self):
+                return self
+
+            base_model = property(get_decoder)
+
+        with pytest.raises(UnsupportedModelError, match="Whole does not say which of its parts"):
+            backbone_of(Whole())
 
     def test_device_and_dtype(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

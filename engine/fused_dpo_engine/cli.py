@@ -2,8 +2,11 @@
 
 import dataclasses
 import difflib
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,28 @@ COMMANDS = ("train", "plan", "env")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0 done, 1 training diverged, 2 wrong input, 130 interrupted."""
+    try:
+        with _sigterm_as_interrupt():
+            return _run(arguments)
+    except KeyboardInterrupt:
+        print("fused-dpo: interrupted", file=sys.stderr)
+        return 130
+
+
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Let what schedulers and containers stop a run with save its model, as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():  # no other may set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command in ("-h", "--help"):
         print(USAGE)
@@ -55,9 +80,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TrainingDivergedError as error:
         print(f"fused-dpo: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("fused-dpo: interrupted", file=sys.stderr)
-        return 130
     return 0
 
 

@@ -126,8 +126,8 @@ class Trainer:
                     break
                 if run.save_steps and step % run.save_steps == 0:
                     self._save("model")
-        except BaseException:
-            self.summary.stopped = "interrupted"
+        except BaseException as error:
+            self.summary.stopped = self._reason(error)
             raise
         finally:
             # Whatever stopped the run, the weights are those of the last whole step: a step changes them at its end.
@@ -136,6 +136,12 @@ class Trainer:
             self._save("model")
             self.summary.peak_memory_gib = peak_memory_gib(self.policy.device)
         return self.summary
+
+    def _reason(self, error: BaseException) -> str:
+        """Why the run stopped, for the summary."""
+        if isinstance(error, TrainingDivergedError):
+            return f"diverged at step {self.summary.steps + 1}"
+        return "interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {type(error).__name__}"
 
     def _step(self, step: int, plan: Step) -> dict[str, float]:
         """One optimizer step on the mean loss of the plan's pairs."""

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -146,6 +147,31 @@ class TestCommands:
         outcome = train()
         assert outcome.status == 130
         assert not (tmp_path / "run").exists()
+
+    def test_interrupted_while_importing(self, command, monkeypatch):
+        def interrupted(*_, **__):
+            raise KeyboardInterrupt
+
+        monkeypatch.delitem(sys.modules, "fused_dpo_engine.run")
+        monkeypatch.setattr("builtins.__import__", interrupted)
+        try:
+            status = main(["train"])
+        finally:
+            monkeypatch.undo()
+        assert status == 130
+
+    def test_sigterm_is_an_interruption(self, train, tmp_path, monkeypatch):
+        def terminated(*_):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        before = signal.getsignal(signal.SIGTERM)
+        monkeypatch.setattr("fused_dpo_engine.trainer.Trainer._step", terminated)
+        outcome = train()
+        assert outcome.status == 130
+        assert outcome.err.rstrip().endswith("fused-dpo: interrupted")
+        summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
+        assert summary["stopped"] == "interrupted"
+        assert signal.getsignal(signal.SIGTERM) == before
 
     def test_packages_of_the_trainer_are_missing(self, command, monkeypatch):
         monkeypatch.setitem(sys.modules, "fused_dpo_engine.run", None)

@@ -28,7 +28,8 @@ class TestDivergence:
         output = tmp_path / "diverged"
         assert str(output / "model") in str(caught.value)
         assert [line["step"] for line in read_metrics(output)] == [1]
-        assert json.loads((output / "summary.json").read_text(encoding="utf-8"))["steps"] == 1
+        summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
+        assert (summary["steps"], summary["stopped"]) == (1, "diverged at step 2")
         AutoModelForCausalLM.from_pretrained(output / "model")
         return str(caught.value)
 
@@ -97,3 +98,16 @@ class TestInterruption:
         assert_same_weights(read_weights(output / "model"), whole.weights())
         summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
         assert (summary["steps"], summary["stopped"]) == (2, "interrupted")
+
+    def test_an_error(self, train_tiny, tmp_path, monkeypatch):
+        """As when memory runs out: the summary says what it was, and model/ holds the last whole step."""
+
+        def fail(*_):
+            raise MemoryError
+
+        training_forward(monkeypatch, fail)
+        with pytest.raises(MemoryError):
+            train_tiny("failed")
+        summary = json.loads((tmp_path / "failed" / "summary.json").read_text(encoding="utf-8"))
+        assert (summary["steps"], summary["stopped"]) == (0, "failed: MemoryError")
+        assert (tmp_path / "failed" / "model").is_dir()

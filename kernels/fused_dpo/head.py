@@ -61,7 +61,8 @@ def head_of(model: nn.Module) -> LMHead:
     Raises:
         TypeError: the model has no output embeddings.
         NotImplementedError: the head carries something the kernels do not know (several active adapters, adapter
-            dropout in training, another adapter than LoRA, an unknown factor on the logits).
+            dropout in training, another adapter than LoRA, an unknown factor on the logits, layers between the hidden
+            states and the weight, as BERT's).
     """
     getter = getattr(model, "get_output_embeddings", None)
     layer = getter() if getter is not None else None
@@ -69,9 +70,33 @@ def head_of(model: nn.Module) -> LMHead:
         raise TypeError(
             f"{type(model).__name__} has no output embeddings to read a head from; pass the weight [V, D] or an LMHead."
         )
+    _refuse_layers_before(layer, model)
     logit_scale, softcap = _logit_transform(getattr(model, "config", None))
     base, lora = _peft_adapter(layer)
     return LMHead(base.weight, getattr(base, "bias", None), logit_scale=logit_scale, softcap=softcap, lora=lora)
+
+
+def _refuse_layers_before(layer: nn.Module, model: nn.Module) -> None:
+    """Refuse heads that are more than a weight: the last hidden states are not what it multiplies there."""
+    if hasattr(model, "get_base_model"):  # peft
+        model = model.get_base_model()  # pyright: ignore[reportCallIssue]
+    body = getattr(model, "base_model", None)
+    for name, part in model.named_children():
+        if part is body or part is layer or hasattr(part, "get_output_embeddings"):
+            continue
+        # BERT and RoBERTa have a dense layer and a norm beside the weight, Electra has them one level up.
+        if name == "generator_predictions" or _has_layers_beside(part, layer):
+            raise NotImplementedError(
+                f"{type(model).__name__} changes the hidden states in {name!r} before the head's weight multiplies "
+                f"them; apply that part yourself, and pass its output with the weight [V, D] or an LMHead."
+            )
+
+
+def _has_layers_beside(part: nn.Module, layer: nn.Module) -> bool:
+    """Whether `layer` lies within `part`, and so do other modules with parameters."""
+    modules = set(part.modules())
+    others = modules - set(layer.modules()) - {part}
+    return layer in modules and any(list(module.parameters(recurse=False)) for module in others)
 
 
 # Factors on the logits and bounds of them, by the names that model configurations in transformers use.

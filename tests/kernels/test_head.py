@@ -133,6 +133,24 @@ def test_what_is_read() -> None:
     assert (plain.bias, plain.logit_scale, plain.softcap, plain.temperature, plain.lora) == (None, 1.0, None, 1.0, None)
 
 
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("name", ["bert", "roberta", "electra", "camembert", "roformer"])
+def test_layers_before_the_weight_are_refused(name: str, adapter: bool) -> None:
+    """These models' weight multiplies what a dense layer and a norm make of the hidden states."""
+    model: Any = causal_lm(name, is_decoder=True)
+    if adapter:
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["query"]))
+    with pytest.raises(NotImplementedError, match=r"changes the hidden states in '.*' before the head's weight"):
+        head_of(model)
+
+
+def test_a_weight_inside_a_part_of_its_own() -> None:
+    """With nothing beside it, it is a head like any other."""
+    model: Any = causal_lm("bert-generation", is_decoder=True)
+    assert model.get_output_embeddings() is model.lm_head.decoder
+    assert_same_model(model)
+
+
 @pytest.mark.parametrize("name", ["gemma2", "cohere", "granite"])
 def test_control_the_setting_matters(name: str) -> None:
     """Negative control: the bare weight gives another number for these models."""

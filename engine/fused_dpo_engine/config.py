@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fused_dpo import DPOLoss
+from fused_dpo.losses import needs_reference
 from fused_dpo_engine.errors import UserError
 
 ACROSS_PAIRS = ("aot", "aot_unpaired", "bco_pair")
@@ -77,6 +78,14 @@ class LoraOptions:
 
     def __post_init__(self) -> None:
         _require(self.lora_rank >= 0, f"lora-rank must be 0 (off) or positive, got {self.lora_rank}.")
+        _require(
+            self.lora_alpha is None or 0 < self.lora_alpha < math.inf,
+            f"lora-alpha must be positive and finite, got {self.lora_alpha}.",
+        )
+        _require(
+            self.lora_alpha is None or self.lora_rank > 0,
+            "lora-alpha scales adapters: give --lora-rank too, or leave it out.",
+        )
 
 
 @dataclass(frozen=True)
@@ -174,10 +183,15 @@ class OptimizerOptions:
         _require(0 < self.learning_rate < math.inf, f"learning-rate must be positive, got {self.learning_rate}.")
         for name, beta in (("adam-beta1", self.adam_beta1), ("adam-beta2", self.adam_beta2)):
             _require(0 <= beta < 1, f"{name} must lie in [0, 1), got {beta}.")
-        _require(self.adam_epsilon > 0, f"adam-epsilon must be positive, got {self.adam_epsilon}.")
+        _require(
+            0 < self.adam_epsilon < math.inf, f"adam-epsilon must be positive and finite, got {self.adam_epsilon}."
+        )
         _require(0 <= self.warmup_ratio <= 1, f"warmup-ratio must lie in [0, 1], got {self.warmup_ratio}.")
         _require(self.max_grad_norm >= 0, f"max-grad-norm must not be negative, got {self.max_grad_norm}.")
-        _require(self.weight_decay >= 0, f"weight-decay must not be negative, got {self.weight_decay}.")
+        _require(
+            0 <= self.weight_decay < math.inf,
+            f"weight-decay must not be negative, and finite, got {self.weight_decay}.",
+        )
 
 
 @dataclass(frozen=True)
@@ -279,6 +293,18 @@ class TrainConfig:
         _require(
             not (self.lora.lora_rank and self.model.ref_model),
             "with LoRA the reference is the model with its adapters off; leave out --ref-model.",
+        )
+        _require(
+            not self.model.ref_model or needs_reference(self.loss.loss_type),
+            f"{self.loss.loss_type} takes no reference; leave out --ref-model, or give another --loss-type.",
+        )
+        _require(
+            has_eval or run.best_metric == "eval_loss",
+            "best-metric looks at held-out pairs: give --eval-data or --eval-fraction, or leave it out.",
+        )
+        _require(
+            self.packing.packing or self.model.attention == "auto",
+            "without packing the model takes its own attention; leave out --attention, or give --attention auto.",
         )
 
     def flat(self) -> dict[str, Any]:

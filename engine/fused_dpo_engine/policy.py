@@ -208,7 +208,7 @@ def _with_adapters(model: PreTrainedModel, lora: LoraOptions) -> nn.Module:
     targets = list(lora.lora_target_modules)
     config = LoraConfig(
         r=lora.lora_rank,
-        lora_alpha=lora.lora_alpha or 2 * lora.lora_rank,  # pyright: ignore[reportArgumentType]
+        lora_alpha=2 * lora.lora_rank if lora.lora_alpha is None else lora.lora_alpha,  # pyright: ignore[reportArgumentType]
         target_modules=targets[0] if targets == ["all-linear"] else targets,
         lora_dropout=0.0,
         task_type="CAUSAL_LM",

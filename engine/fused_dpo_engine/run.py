@@ -160,7 +160,7 @@ def _warn_of_passes(config: TrainConfig, pairs: list[TokenPair], console: Consol
 
 def _reference_options(config: TrainConfig) -> ModelOptions | None:
     """How to load the reference, if it is a model of its own."""
-    if not config.model.ref_model or not needs_reference(config.loss.loss_type):
+    if not config.model.ref_model:
         return None
     return dataclasses.replace(config.model, model=config.model.ref_model)
 

@@ -140,8 +140,18 @@ class TestConfigFile:
         assert config.optimizer.learning_rate == 5e-7
         assert parse_train([f"--config={path}"]) == expected
 
-    def test_a_saved_config_reads_back(self, tmp_path):
-        config = parse(learning_rate=3e-6, lora_rank=4, max_length=77, overwrite=True)
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"learning_rate": 3e-6, "lora_rank": 4, "max_length": 77, "overwrite": True},
+            {"packing": False, "loss_type": "simpo"},
+            {"lora_rank": 4, "lora_alpha": 2, "eval_fraction": 0.5, "best_metric": "eval_rewards/margins"},
+            {},
+        ],
+        ids=str,
+    )
+    def test_a_saved_config_reads_back(self, tmp_path, settings):
+        config = parse(**settings)
         config.save(tmp_path / "config.json")
         assert parse_train(["--config", str(tmp_path / "config.json")]) == config
         assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8")).keys() == {f.name for f in FIELDS}
@@ -262,6 +272,17 @@ class TestContradictions:
             ({"eval_steps": 5}, "need held-out pairs: give --eval-data or --eval-fraction"),
             ({"early_stopping_patience": 1, **HELD_OUT}, "give --eval-steps too"),
             ({"lora_rank": 2, "ref_model": "r"}, "leave out --ref-model"),
+            ({"loss_type": "simpo", "ref_model": "r"}, "simpo takes no reference; leave out --ref-model"),
+            ({"loss_type": "orpo", "ref_model": "r"}, "orpo takes no reference; leave out --ref-model"),
+            ({"lora_rank": 2, "lora_alpha": 0}, "lora-alpha must be positive and finite, got 0"),
+            ({"lora_rank": 2, "lora_alpha": "nan"}, "lora-alpha must be positive and finite, got nan"),
+            ({"lora_rank": 2, "lora_alpha": "inf"}, "lora-alpha must be positive and finite, got inf"),
+            ({"lora_alpha": 8}, "lora-alpha scales adapters: give --lora-rank too"),
+            ({"best_metric": "eval_rewards/margins"}, "best-metric looks at held-out pairs: give --eval-data"),
+            ({"attention": "sdpa", "packing": False}, "leave out --attention, or give --attention auto"),
+            ({"weight_decay": "inf"}, "weight-decay must not be negative, and finite, got inf"),
+            ({"weight_decay": "nan"}, "weight-decay must not be negative, and finite, got nan"),
+            ({"adam_epsilon": "inf"}, "adam-epsilon must be positive and finite, got inf"),
             ({"dtype": "float16"}, "--dtype"),
             ({"schedule": "step"}, "--schedule"),
             ({"best_metric": "loss"}, "--best-metric"),
@@ -293,6 +314,9 @@ class TestContradictions:
             {"loss_type": "simpo", "simpo_gamma": 1.0},
             {"loss_type": "robust", "label_smoothing": 0.1},
             {"lora_rank": 2, "lora_alpha": 4},
+            {"best_metric": "eval_rewards/margins", **HELD_OUT},
+            {"attention": "auto", "packing": False},
+            {"loss_type": "ipo", "ref_model": "r"},
             {"max_grad_norm": 0},
             {"warmup_ratio": 1},
             {"warmup_ratio": 0},

@@ -114,6 +114,10 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         _expand_home(self, "chat_template")
+        for name in ("data", "eval_data"):
+            _require(
+                getattr(self, name) != "", f"{name.replace('_', '-')} must name a file, folder or data set, got ''."
+            )
         _require(0 <= self.eval_fraction < 1, f"eval-fraction must lie in [0, 1), got {self.eval_fraction}.")
         _require(
             not (self.eval_data and self.eval_fraction),

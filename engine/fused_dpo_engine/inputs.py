@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from fused_dpo_engine.config import DataOptions, ModelOptions, PackingOptions
 from fused_dpo_engine.data import read_rows
 from fused_dpo_engine.errors import UserError
-from fused_dpo_engine.loading import check_source
+from fused_dpo_engine.loading import check_source, first_line, no_such_folder
 from fused_dpo_engine.pairs import TokenizedPairs, TokenPair, split_pairs
 from fused_dpo_engine.tokenization import tokenize_pairs
 
@@ -24,7 +24,9 @@ def choose_max_length(model: ModelOptions, data: DataOptions, packing: PackingOp
     try:
         config = transformers.AutoConfig.from_pretrained(model.model, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UserError(f"no model configuration could be read from {model.model}: {error}") from error
+        raise UserError(
+            f"no model configuration could be read from {model.model}: {no_such_folder(model.model)}{first_line(error)}"
+        ) from error
     longest = getattr(config.get_text_config(), "max_position_embeddings", None) or packing.tokens_per_batch
     max_length = data.max_length or min(packing.tokens_per_batch // 2, longest)
     if max_length > longest:

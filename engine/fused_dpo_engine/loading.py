@@ -42,8 +42,9 @@ def load_tokenizer(name: str, options: ModelOptions) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=options.trust_remote_code)
     except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
         raise UserError(
-            f"no tokenizer could be loaded from {name}: {first_line(error)} A model folder needs the tokenizer files "
-            f"(tokenizer.json, tokenizer_config.json) beside the weights; save them there with save_pretrained."
+            f"no tokenizer could be loaded from {name}: {no_such_folder(name)}{first_line(error)} A model folder "
+            f"needs the tokenizer files (tokenizer.json, tokenizer_config.json) beside the weights; save them there "
+            f"with save_pretrained."
         ) from error
 
 
@@ -72,7 +73,9 @@ def load_model(
         )
         model, info = loaded
     except (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"no causal language model could be loaded from {name}: {first_line(error)}") from error
+        raise UserError(
+            f"no causal language model could be loaded from {name}: {no_such_folder(name)}{first_line(error)}"
+        ) from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UserError(
@@ -108,8 +111,15 @@ def check_source(name: str) -> None:
     Raises:
         UserError: there is none.
     """
-    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+    if not name:
+        raise UserError("a model needs a name: give --model (or --ref-model) a folder or a Hugging Face name.")
+    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
         raise UserError(f"model folder {name} does not exist.")
+
+
+def no_such_folder(name: str) -> str:
+    """For the message where loading failed: a mistyped folder looks like a name on the Hub."""
+    return f"there is no such folder {name}, nor could the Hub help: " if not Path(name).is_dir() else ""
 
 
 def first_line(error: BaseException) -> str:

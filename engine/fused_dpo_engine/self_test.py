@@ -1,5 +1,6 @@
 """The set-up test on the user's own model: what goes wrong in attention or head is silent everywhere else."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -48,8 +49,9 @@ def self_test(policy: Policy, pairs: Sequence[TokenPair], options: PackingOption
         options: how training lays them out.
 
     Raises:
-        UserError: mean token log-probs differ by more than 0.001 in float32, or 0.1 in bfloat16 (where the model's
-            own logits are rounded to 8 bits; sequences that see each other are off by several nats).
+        UserError: the model's own log-probs are no numbers, or mean token log-probs differ by more than 0.001 in
+            float32, or 0.1 in bfloat16 (where the model's own logits are rounded to 8 bits; sequences that see each
+            other are off by several nats).
     """
     if policy.attention_name != "sdpa":
         needs = attention_needs(policy.causal_lm)
@@ -66,6 +68,11 @@ def self_test(policy: Policy, pairs: Sequence[TokenPair], options: PackingOption
             with policy.autocast():
                 logits = policy.causal_lm(input_ids=tokens, use_cache=False).logits
             own = float(get_batch_logps(logits, labels)[0])
+            if not math.isfinite(own):
+                raise UserError(
+                    f"the model's own log-prob of {pair.where} is not finite, by its own attention and logits: its "
+                    f"weights may be damaged, or --dtype float32 may help."
+                )
             count = len(ids) - pair.prompt_length
             if not abs(ours - own) / count <= bound:
                 layout = "packed" if options.packing else "padded"

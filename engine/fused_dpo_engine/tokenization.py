@@ -281,10 +281,10 @@ def _cut_responses(pair: TokenPair, max_length: int) -> tuple[TokenPair, list[in
         return pair, cuts
     if pair.prompt_length >= max_length:
         what = f"the prompt's {pair.prompt_length} tokens leave no room for a response in max_length {max_length}"
-        way_out = "raise max_length, or shorten such prompts with truncate_prompts"
+        way_out = "raise --max-length, or shorten such prompts with --truncate-prompts"
         raise bad_row(pair.where, f"{what}; {way_out}", "prompt leaves no room")
     chosen, rejected = (ids[:max_length].copy() for ids in (pair.chosen_ids, pair.rejected_ids))
     if np.array_equal(chosen, rejected):
         what = f"chosen and rejected agree in all of the first max_length {max_length} tokens"
-        raise bad_row(pair.where, f"{what}; raise max_length", "identical after truncation")
+        raise bad_row(pair.where, f"{what}; raise --max-length", "identical after truncation")
     return TokenPair(pair.prompt_length, chosen, rejected, pair.where), cuts

@@ -200,11 +200,33 @@ class TestConfigFile:
         with pytest.raises(UserError, match=str(path)):
             parse("--config", str(path))
 
-    def test_a_bad_value_in_a_file(self, tmp_path, capsys):
-        with pytest.raises(SystemExit) as caught:
-            parse("--config", str(config_file(tmp_path, "seed: many\n")))
-        assert caught.value.code == 2
-        assert "seed" in capsys.readouterr().err
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("seed: many\n", "seed must be a whole number, got 'many'"),
+            ("pairs-per-step: 2.5\n", "pairs-per-step must be a whole number, got 2.5"),
+            ("max_steps: true\n", "max_steps must be a whole number, got True"),
+            ("beta: [0.1]\n", r"beta must be a number, got \[0.1\]"),
+            ("lora_alpha: big\n", "lora_alpha must be a number, got 'big'"),
+            ("liger: 'false'\n", "liger must be true or false, got 'false'"),
+            ("packing: 1\n", "packing must be true or false, got 1"),
+            ("data: [a.jsonl, b.jsonl]\n", r"data must be a text, got \['a.jsonl', 'b.jsonl'\]"),
+            ("model: {path: x}\n", "model must be a text, got {'path': 'x'}"),
+            ("ref_model: {path: x}\n", "ref_model must be a text, got {'path': 'x'}"),
+            ("lora_target_modules: [a, [b]]\n", "lora_target_modules must be a list of texts"),
+            ("dtype: float16\n", "dtype must be one of auto, float32, bfloat16, got 'float16'"),
+        ],
+    )
+    def test_values_of_another_type(self, tmp_path, text, message):
+        path = config_file(tmp_path, text)
+        with pytest.raises(UserError, match=rf"{path}: {message}"):
+            parse("--config", str(path))
+
+    def test_values_as_people_write_them(self, tmp_path):
+        text = "beta: 1\nlearning_rate: 5e-7\nseed: '3'\noutput: 7\npacking: null\nlora_target_modules: q_proj\n"
+        config = parse("--config", str(config_file(tmp_path, text)), output=None)
+        assert (config.loss.beta, config.optimizer.learning_rate, config.run.seed) == (1.0, 5e-7, 3)
+        assert (config.run.output, config.packing.packing, config.lora.lora_target_modules) == ("7", True, ("q_proj",))
 
 
 class TestHomeFolder:
@@ -242,6 +264,8 @@ class TestContradictions:
             ({"eval_fraction": 1.0}, "eval-fraction must lie in [0, 1), got 1.0"),
             ({"eval_fraction": -0.1}, "eval-fraction must lie in [0, 1), got -0.1"),
             ({"eval_fraction": "nan"}, "eval-fraction must lie in [0, 1), got nan"),
+            ({"data": ""}, "data must name a file, folder or data set, got ''"),
+            ({"eval_data": ""}, "eval-data must name a file, folder or data set, got ''"),
             ({"eval_data": "x.jsonl", **HELD_OUT}, "eval-data and eval-fraction both"),
             ({"max_length": 1}, "max-length must be at least 2"),
             ({"max_length": 4097}, "2 x max-length = 8194 tokens, more than tokens-per-batch = 8192"),

@@ -72,13 +72,28 @@ class TestLoading:
         with pytest.raises(UserError, match=rf"no tokenizer could be loaded from {folder}: .*tokenizer\.json"):
             load_tokenizer(str(folder), ModelOptions(""))
 
-    @pytest.mark.parametrize("name", ["./nowhere", "~/nowhere-at-all", "{tmp_path}/nowhere"])
+    @pytest.mark.parametrize("name", ["./nowhere", "~/nowhere-at-all", "{tmp_path}/nowhere", "no/such/folder"])
     def test_missing_folders_never_reach_the_hub(self, tmp_path, name):
         name = name.format(tmp_path=tmp_path)
         with pytest.raises(UserError, match=rf"model folder {name} does not exist"):
             load_tokenizer(name, ModelOptions(""))
         with pytest.raises(UserError, match=rf"model folder {name} does not exist"):
             load_model(name, ModelOptions(""), torch.float32, CPU)
+
+    def test_a_name_that_may_be_of_the_hub(self, monkeypatch):
+        """`models/lama` looks like one, and is more often a mistyped folder."""
+
+        def absent(*_, **__):
+            raise OSError("models/lama is no valid model identifier")
+
+        for loader in ("AutoTokenizer", "AutoConfig"):
+            monkeypatch.setattr(f"fused_dpo_engine.loading.{loader}.from_pretrained", absent)
+        with pytest.raises(UserError, match="there is no such folder models/lama"):
+            load_tokenizer("models/lama", ModelOptions(""))
+        with pytest.raises(UserError, match="there is no such folder models/lama"):
+            load_model("models/lama", ModelOptions(""), torch.float32, CPU)
+        with pytest.raises(UserError, match=r"give --model \(or --ref-model\) a folder"):
+            load_tokenizer("", ModelOptions(""))
 
     def test_a_model_that_names_its_backbone_wrongly(self, tmp_path):
         """Llama 4's `base_model` is the whole model, whose output has no hidden states of that name."""

@@ -80,7 +80,7 @@ class TestSelfTest:
     def test_catches_a_model_that_gives_no_numbers(self):
         model = tiny_model(dtype=torch.float32)
         nn.init.constant_(model.model.norm.weight, torch.nan)
-        with pytest.raises(UserError):
+        with pytest.raises(UserError, match=r"own log-prob of pairs\.jsonl:1 is not finite.*weights may be damaged"):
             run(policy_of(model))
 
     def test_leaves_no_gradient(self):

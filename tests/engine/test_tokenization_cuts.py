@@ -65,7 +65,7 @@ class TestTruncation:
     def test_a_prompt_that_leaves_no_room(self, max_length):
         values = strings("efef", "gggg", "hh")
         message = (
-            rf"^pairs\.jsonl:1: the prompt's 4 tokens leave no room .* max_length {max_length}; .*truncate_prompts"
+            rf"^pairs\.jsonl:1: the prompt's 4 tokens leave no room .* max_length {max_length}; .*--truncate-prompts"
         )
         with pytest.raises(DataError, match=message) as caught:
             self.run(values, max_length=max_length)
@@ -74,7 +74,7 @@ class TestTruncation:
 
     def test_identical_after_truncation(self):
         message = (
-            r"^pairs\.jsonl:1: chosen and rejected agree in all of the first max_length 6 tokens; raise max_length"
+            r"^pairs\.jsonl:1: chosen and rejected agree in all of the first max_length 6 tokens; raise --max-length"
         )
         for truncate_prompts in (False, True):
             with pytest.raises(DataError, match=message) as caught:

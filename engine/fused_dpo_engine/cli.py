@@ -46,13 +46,16 @@ def _sigterm_as_interrupt() -> Iterator[None]:
 
 def _run(arguments: Sequence[str] | None) -> int:
     command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    if command in ("-h", "--help"):
+    if command in ("-h", "--help") or (command == "env" and rest in (["-h"], ["--help"])):
         print(USAGE)
         return 0
     if command not in COMMANDS:
         close = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         print(f"fused-dpo: unknown command {command!r}{hint}\n\n{USAGE}", file=sys.stderr)
+        return 2
+    if command == "env" and rest:
+        print(f"fused-dpo: env takes no options, got {' '.join(rest)}\n\n{USAGE}", file=sys.stderr)
         return 2
     try:
         from fused_dpo_engine.errors import TrainingDivergedError, UserError

@@ -106,7 +106,8 @@ class DataOptions:
     """Longest sequence (prompt + response) in tokens; by default half of tokens-per-batch, if the model allows it.
     Longer responses lose their end, and are counted."""
     truncate_prompts: bool = False
-    """Let prompts that leave no room for a response lose their beginning, instead of stopping with an error."""
+    """Cut what is longer than max-length from the beginning of the prompt, down to half of max-length, before responses
+    lose their end. Without it responses alone are cut, and a prompt that leaves no room for one is an error."""
     skip_bad_rows: bool = False
     """Leave out rows that cannot be used, and count them, instead of stopping with an error."""
     chat_template: str | None = None
@@ -140,7 +141,7 @@ class LossOptions:
     Others: sigmoid_norm, hinge, ipo, ipo_norm, robust, exo_pair, nca_pair, bco_pair, sppo_hard, apo_zero, apo_down,
     aot, aot_unpaired, discopop, simpo, orpo."""
     label_smoothing: float = 0.0
-    """Share of the labels taken to be wrong, 0 to 0.5 (sigmoid: conservative DPO; robust: its noise rate)."""
+    """Share of the labels taken to be wrong, 0 to less than 0.5 (sigmoid: conservative DPO; robust: its noise rate)."""
     sft_weight: float = 0.0
     """Weight of a negative log-likelihood term on the chosen responses, per token."""
     simpo_gamma: float = 0.5

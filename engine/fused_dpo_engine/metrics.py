@@ -121,13 +121,20 @@ class MetricsWriter:
         """Feed TensorBoard alone."""
         if self._board is not None:
             for name, value in metrics.items():
-                self._board.add_scalar(name if "/" in name else f"train/{name}", value, step)
+                self._board.add_scalar(_tag(name), value, step)
 
     def close(self) -> None:
         """Finish both files."""
         self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+def _tag(name: str) -> str:
+    """Where TensorBoard shows a metric: those without a group of their own under train or eval."""
+    if "/" in name:
+        return name
+    return f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -73,7 +73,7 @@ def train(command, toy_settings, tmp_path) -> Callable[..., Outcome]:
 
 
 class TestCommands:
-    @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]], ids=str)
+    @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["env", "--help"]], ids=str)
     def test_usage(self, command, arguments):
         outcome = command(*arguments)
         assert outcome.status == 0
@@ -90,6 +90,12 @@ class TestCommands:
         assert versions["transformers"] == transformers.__version__
         assert versions["python"] == sys.version.split()[0]
 
+    def test_env_takes_no_options(self, command):
+        outcome = command("env", "--x")
+        assert outcome.status == 2
+        assert "fused-dpo: env takes no options, got --x" in outcome.message
+        assert outcome.out == ""
+
     @pytest.mark.parametrize(("name", "hint"), [("tran", "did you mean train?"), ("serve", "usage:")])
     def test_unknown_command(self, command, name, hint):
         outcome = command(name)
@@ -101,6 +107,9 @@ class TestCommands:
         outcome = command("train", "--help")
         assert outcome.status == 0
         assert "--learning-rate" in outcome.out
+        shown = " ".join(re.sub(r"[│┃]", " ", outcome.out).split())
+        assert "0 to less than 0.5" in shown
+        assert "from the beginning of the prompt, down to half of max-length" in shown
 
     def test_train(self, train, tmp_path):
         outcome = train()
@@ -442,7 +451,7 @@ def test_as_a_process(tiny_llama, toy_settings, tmp_path):
         "OMP_NUM_THREADS": "1",
     }
     result = subprocess.run(
-        [sys.executable, "-m", "fused_dpo_engine.cli", "train", *options(config=config, **settings)],
+        [sys.executable, "-m", "fused_dpo_engine", "train", *options(config=config, **settings)],
         cwd=tmp_path,
         env=environment,
         capture_output=True,

@@ -110,7 +110,8 @@ class TestFiles:
             values = board.Scalars(tag)
             assert [event.step for event in values] == [1, 2, 3]
             assert [event.value for event in values] == pytest.approx(run.column(name.removeprefix("train/")))
-        assert [event.step for event in board.Scalars("train/eval_loss")] == [0, 2, 3]
+        assert [event.step for event in board.Scalars("eval/loss")] == [0, 2, 3]
+        assert "train/eval_loss" not in tags
 
     def test_no_tensorboard(self, train_tiny):
         assert not (train_tiny(max_steps=1).output / "tensorboard").exists()

@@ -253,6 +253,8 @@ def main() -> int:
     parser.add_argument("--model", help="model folder for the whole step, beside one of random weights (default: none)")
     parser.add_argument("--interpreter", action="store_true", help="the checks alone, small, in Triton's interpreter")
     options = parser.parse_args()
+    if options.interpreter and options.hidden:
+        parser.error("--interpreter checks problems smaller than any real hidden states; leave out --hidden")
     if not options.interpreter and not torch.cuda.is_available():
         print("no CUDA device; --interpreter runs the checks without one", file=sys.stderr)
         return 2

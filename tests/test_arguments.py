@@ -44,6 +44,13 @@ def test_results_that_cannot_be_written(module: str, tmp_path: Path) -> None:
     assert "argument --out: cannot write" in refused(module, *COMMANDS[module], "--out", out)
 
 
+def test_small_problems_take_no_real_hidden_states(tmp_path: Path) -> None:
+    file = tmp_path / "hidden.safetensors"
+    save_file({name: torch.zeros(1) for name in TENSORS}, file)
+    message = refused("benchmarks.gpu_suite", "--interpreter", "--out", str(tmp_path), "--hidden", str(file))
+    assert "leave out --hidden" in message
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

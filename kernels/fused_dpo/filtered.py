@@ -6,10 +6,10 @@ column reaches, and how large it is on average. The backward *keeps* the columns
 and *corrects* for the rest: a dropped column's mean probability in the block stands for that of each row, scaled for
 the hidden states' gradient so that every row of the gradient of the logits that keeps its target sums to zero.
 
-On a CPU with bf16 units and bf16 inputs the screen is coarse, unless the head has more than a weight and an adapter: its
-logits are rounded to bf16, which is twice as fast.
-They choose the columns and weigh the tail of what is not above `eps`, and nothing else: logits above it are computed
-again, accumulated in fp32. Elsewhere the screen's logits are accumulated in fp32, and the log-probs are exact.
+On a CPU with bf16 units and bf16 inputs the screen is coarse, unless the head has more than a weight and an adapter:
+its logits are rounded to bf16, which is twice as fast. They choose the columns and weigh the tail of what is not
+above `eps`, and nothing else: logits above it are computed again, accumulated in fp32. Elsewhere the screen's logits
+are accumulated in fp32, and the log-probs are exact.
 
 Error budget. Row r has upstream gradient g_r, probabilities p(r,v) and target y_r; its gradient of the logits is
 `dz_r = g_r (onehot(y_r) - p_r)`, of size |g_r| (1 - p(r,y_r)) up to a factor of sqrt(2). In a block G is the largest

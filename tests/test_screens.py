@@ -12,6 +12,7 @@ from torch import Tensor
 from benchmarks import records, screens
 from benchmarks.replay import SHARED_HIDDEN, TENSORS, Replay
 from benchmarks.screens import Coarse, e4m3, hadamard, int8, prepared, projected, rows_of
+from tests.command_lines import refusal
 
 
 @pytest.fixture
@@ -105,17 +106,13 @@ def test_errors(
 ) -> None:
     monkeypatch.setattr(screens, "SHARED_HIDDEN", tmp_path / "nothing")
     monkeypatch.chdir(Path(__file__).parents[1])
-    with pytest.raises(SystemExit) as stopped:
-        screens.main(["--out", str(tmp_path / "a.json"), *arguments])
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert message in refusal(screens.main, ["--out", str(tmp_path / "a.json"), *arguments], capsys)
 
 
 def test_hidden_states_of_a_larger_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_file({name: torch.zeros(4, 600) for name in TENSORS}, tmp_path / "large.safetensors")
-    with pytest.raises(SystemExit):
-        screens.main(["--out", str(tmp_path / "a.json"), "--hidden", str(tmp_path / "large.safetensors")])
-    assert "has hidden size 600, more than the 576 wanted" in capsys.readouterr().err.splitlines()[-1]
+    arguments = ["--out", str(tmp_path / "a.json"), "--hidden", str(tmp_path / "large.safetensors")]
+    assert "has hidden size 600, more than the 576 wanted" in refusal(screens.main, arguments, capsys)
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

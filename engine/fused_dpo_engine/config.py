@@ -12,8 +12,6 @@ from fused_dpo import DPOLoss
 from fused_dpo.losses import needs_reference
 from fused_dpo_engine.errors import UserError
 
-ACROSS_PAIRS = ("aot", "aot_unpaired", "bco_pair")
-"""Losses that compare the pairs of one forward pass with each other, so that how a step is split changes its result."""
 BestMetric = Literal["eval_loss", "eval_rewards/accuracies", "eval_rewards/margins"]
 
 

@@ -14,8 +14,8 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from fused_dpo.losses import needs_reference
-from fused_dpo_engine.config import ACROSS_PAIRS, LoraOptions, ModelOptions, TrainConfig
+from fused_dpo.losses import loss_spec, needs_reference
+from fused_dpo_engine.config import LoraOptions, ModelOptions, TrainConfig
 from fused_dpo_engine.errors import UserError
 from fused_dpo_engine.inputs import choose_max_length, load_pairs
 from fused_dpo_engine.loading import choose_device, choose_dtype, load_tokenizer
@@ -149,7 +149,7 @@ def _resolved(config: TrainConfig, device: torch.device) -> TrainConfig:
 def _warn_of_passes(config: TrainConfig, pairs: list[TokenPair], console: Console) -> None:
     """Say so where a step's result depends on how it is split into forward passes."""
     loss_type = config.loss.loss_type
-    if loss_type not in ACROSS_PAIRS:
+    if not loss_spec(loss_type).across_pairs:
         return
     if any(len(step.batches) > 1 for step in Schedule(pairs, config.run, config.packing).first_pass()):
         console.print(

@@ -288,6 +288,8 @@ class LossSpec:
     """What it takes beyond pairs and beta."""
     reference: bool = True
     """Whether it compares the policy with a reference."""
+    across_pairs: bool = False
+    """Whether it compares pairs with each other, so that it matters which are evaluated together."""
 
 
 LOSSES: dict[str, LossSpec] = {
@@ -298,12 +300,12 @@ LOSSES: dict[str, LossSpec] = {
     "robust": LossSpec(robust_loss, ("label_smoothing",)),
     "exo_pair": LossSpec(exo_pair_loss, ("label_smoothing",)),
     "nca_pair": LossSpec(nca_pair_loss),
-    "bco_pair": LossSpec(bco_pair_loss, ("reward_shift",)),
+    "bco_pair": LossSpec(bco_pair_loss, ("reward_shift",), across_pairs=True),
     "sppo_hard": LossSpec(sppo_hard_loss),
     "apo_zero": LossSpec(apo_zero_loss),
     "apo_down": LossSpec(apo_down_loss),
-    "aot": LossSpec(aot_loss, ("label_smoothing",)),
-    "aot_unpaired": LossSpec(aot_unpaired_loss, ("label_smoothing",)),
+    "aot": LossSpec(aot_loss, ("label_smoothing",), across_pairs=True),
+    "aot_unpaired": LossSpec(aot_unpaired_loss, ("label_smoothing",), across_pairs=True),
     "discopop": LossSpec(discopop_loss),
     "sigmoid_norm": LossSpec(sigmoid_norm_loss, ("label_smoothing",)),
     "simpo": LossSpec(simpo_loss, ("label_smoothing", "simpo_gamma"), reference=False),

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from fused_dpo_engine.cli import parse_train
+from fused_dpo_engine.cli import main, parse_train
 from fused_dpo_engine.run import train
-from tests.engine.helpers import Run, options, save_folder, toy_rows, write_rows
+from tests.engine.helpers import Outcome, Run, options, save_folder, toy_rows, write_rows
 
 
 @pytest.fixture(scope="session")
@@ -50,3 +50,28 @@ def train_tiny(tmp_path: Path, toy_settings: dict[str, Any]) -> Callable[..., Ru
         return Run(output, summary)
 
     return run
+
+
+@pytest.fixture
+def command(capfd) -> Callable[..., Outcome]:
+    """Call the command in this process."""
+
+    def call(*arguments: str) -> Outcome:
+        capfd.readouterr()
+        try:
+            status = main(arguments)
+        except SystemExit as stop:  # the parser's way of ending --help and unknown options
+            status = stop.code
+        captured = capfd.readouterr()
+        assert isinstance(status, int)
+        return Outcome(status, captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture(name="train")
+def train_command(command, toy_settings, tmp_path) -> Callable[..., Outcome]:
+    """`fused-dpo train` with `toy_settings` into `tmp_path / "run"` and the given changes."""
+    return lambda *more, **settings: command(
+        "train", *options(**{**toy_settings, "output": tmp_path / "run", **settings}), *more
+    )

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -249,6 +250,20 @@ def options(**settings: Any) -> list[str]:
         elif value is not None:
             arguments += [f"--{option}", str(value)]
     return arguments
+
+
+@dataclass
+class Outcome:
+    """Of one call of the command."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def message(self) -> str:
+        """What stands on stderr, in one line, without the lines of a box around it."""
+        return " ".join(re.sub(r"[│┃─━╭╮╰╯]|-{3,}", " ", self.err).split())
 
 
 @dataclass

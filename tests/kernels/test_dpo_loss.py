@@ -8,7 +8,7 @@ import torch
 
 from fused_dpo import losses
 from fused_dpo.dpo_loss import DPOLoss
-from fused_dpo.losses import LOSS_TYPES, PairLogps
+from fused_dpo.losses import LOSS_TYPES, LOSSES, PairLogps
 from tests.kernels.loss_helpers import ACROSS_PAIRS, SMOOTHED, by_hand, example, random_pairs, run
 
 
@@ -28,9 +28,20 @@ class TestDPOLoss:
             # The same terms in float64, added up in another order.
             torch.testing.assert_close(loss, whole.loss, rtol=2e-15, atol=0)
             torch.testing.assert_close(torch.autograd.grad(loss, inputs), grads, rtol=2e-15, atol=0)
-            torch.testing.assert_close(torch.cat([part.losses for part in parts]), whole.losses, rtol=2e-15, atol=0)
+            # Alone a pair may go through another vector loop: the last bit of a logarithm, and of what is made of it.
+            eps = torch.finfo(torch.float64).eps
+            torch.testing.assert_close(torch.cat([part.losses for part in parts]), whole.losses, rtol=4 * eps, atol=0)
             nll = torch.stack([part.metrics["nll_loss"] for part in parts]).sum()
             torch.testing.assert_close(nll, whole.metrics["nll_loss"])
+
+    @pytest.mark.parametrize("loss_type", LOSS_TYPES)
+    def test_the_table_says_which_losses_compare_pairs(self, loss_type):
+        """Those, and no others, answer for a pair by what else is in the batch."""
+        pairs = random_pairs(4)
+        whole = run(DPOLoss(0.2, loss_type=loss_type), pairs).losses
+        halves = DPOLoss(0.2, loss_type=loss_type)
+        apart = torch.cat([run(halves, pairs, part).losses for part in (slice(0, 2), slice(2, 4))])
+        assert torch.allclose(apart, whole, rtol=1e-12, atol=0) != LOSSES[loss_type].across_pairs
 
     def test_mean_of_means_is_not_accumulation(self):
         """Negative control: without the step's counts, unequal micro-batches do not add up."""

@@ -281,6 +281,7 @@ def test_a_weight_in_fp32_is_converted_in_slices(impl: str, grad_mode: str, monk
     assert dweight_fp32.dtype == torch.float32
     assert bits_equal(same[0], logps)
     assert relative_error(same[1], dhidden) < 2**-11  # slices of another width: another order of fp32 sums
+    # Rounded to fp16 from sums in another order: one step, 2^-10 of a number, and 2^-24 below the normal ones.
     torch.testing.assert_close(dweight_fp32.half(), dweight, rtol=2**-10, atol=2**-24)
 
 

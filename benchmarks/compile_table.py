@@ -5,8 +5,9 @@
 The package's own code runs, forward and backward, on tensors in main memory, up to each launch; Triton compiles what
 would be launched there for a GPU that is not there. Prints registers, spilled bytes and shared memory of each kernel,
 and exits with 1 if one spills more than its allowance, takes more shared memory than the architecture has, multiplies
-half-precision tiles on sm_90 without wgmma, or loads single numbers or waits for the matrix units in a loop that
-multiplies. Needs the compiler, so TRITON_INTERPRET must not be set.
+half-precision tiles on sm_90 without wgmma, loads single numbers or waits for the matrix units in a loop that
+multiplies, or is compiled again for a batch of another size: what Triton knows of a size decides about the order of
+sums, so a sequence's log-prob would hang on its batch. Needs the compiler, so TRITON_INTERPRET must not be set.
 """
 
 import argparse
@@ -45,6 +46,9 @@ OF_LOGITS = ("_logps_forward_kernel", "_dlogits_kernel")
 TILE = ("BLOCK_T", "BLOCK_M", "BLOCK_V", "BLOCK_N", "BLOCK_D", "BLOCK_K")
 ROWS, V, D = 304, 4640, 256
 """Sizes of the calls: multiples of 16, as those of real heads are, beyond a split, a workspace of 1 MiB and a block."""
+OTHER_ROWS = (1, 56, 112)
+"""Sizes of other batches. Triton compiles apart for 1 and for multiples of 16: here are both, and others, in all rows
+and in those that are scored."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,8 @@ class Compiled:
     waits: int
     """Loops that multiply and wait for the product in every step, of kernels that compute whole tiles of logits; where
     operands are gathered and converted on the way, it cannot be helped."""
+    of_batch: bool
+    """Whether it was compiled for a batch of another size, where the first had had a kernel of its own."""
 
     def problems(self) -> list[str]:
         """What is wrong with it."""
@@ -81,6 +87,8 @@ class Compiled:
             found.append(f"{self.narrow_loads} loads of 2 bytes in its loop")
         if self.waits:
             found.append("waits for the matrix units in every step")
+        if self.of_batch:
+            found.append("compiled again for another batch")
         return found
 
 
@@ -127,7 +135,9 @@ def launches(architecture: int) -> Iterator[dict[str, tuple[JITFunction[Any], An
         yield collected
 
 
-def call(dtype: torch.dtype, impl: str, eps: float, *, all_rows: bool = False, **options: Any) -> None:
+def call(
+    dtype: torch.dtype, impl: str, eps: float, *, rows: int = ROWS, all_rows: bool = False, **options: Any
+) -> None:
     """Forward and backward of a small problem; what comes out is of no kernel, and not looked at."""
 
     def leaf(*shape: int) -> Tensor:
@@ -140,11 +150,11 @@ def call(dtype: torch.dtype, impl: str, eps: float, *, all_rows: bool = False, *
         softcap=options.get("softcap"),
         lora=(leaf(16, D), leaf(V, 16), 2.0) if options.get("lora") else None,
     )
-    target = torch.arange(ROWS)
+    target = torch.arange(rows)
     target[3::7] = target[3::7] if all_rows else -1
-    offsets = torch.tensor([0, 100, ROWS])
+    offsets = torch.tensor([0, rows // 3, rows])
     filtering, want_stats = Filtering(eps, 1 / 16), bool(options.get("stats"))
-    logps, *_ = token_logps(leaf(ROWS, D), target, offsets, None, head, impl, 1, filtering, want_stats=want_stats)
+    logps, *_ = token_logps(leaf(rows, D), target, offsets, None, head, impl, 1, filtering, want_stats=want_stats)
     logps.sum().backward()
 
 
@@ -172,30 +182,32 @@ def compile_all() -> Iterator[Compiled]:
         seen: set[str] = set()
         labels = OPTIONS if dtype == "bf16" else ("plain", "stats", "all")
         for impl, eps, label in product(("triton", "library"), (0.0, 2**-12), labels):
-            with launches(architecture) as collected:
-                call(DTYPES[dtype], impl, eps, **OPTIONS[label])
             name = (
                 ", ".join((impl * (impl != "triton"), "filtered" * bool(eps), label)).strip(", ").replace(", , ", ", ")
             )
-            yield from rows_of(collected, seen, architecture, dtype, name)
+            yield from compiled(seen, name, architecture, dtype, impl, eps, **OPTIONS[label])
         if architecture == 90 and dtype in HALF:
             for eps in (0.0, 2**-12):
-                tiles = mock.patch.dict(TILE_CONFIGS, {(90, 2, PLAIN): described})
-                with tiles, launches(architecture) as collected:
-                    call(DTYPES[dtype], "triton", eps)
-                yield from rows_of(collected, seen, architecture, dtype, "descriptors" + ", filtered" * bool(eps))
+                with mock.patch.dict(TILE_CONFIGS, {(90, 2, PLAIN): described}):
+                    name = "descriptors" + ", filtered" * bool(eps)
+                    yield from compiled(seen, name, architecture, dtype, "triton", eps)
 
 
-def rows_of(
-    collected: dict[str, tuple[JITFunction[Any], Any]], seen: set[str], architecture: int, dtype: str, options: str
+def compiled(
+    seen: set[str], name: str, architecture: int, dtype: str, impl: str, eps: float, **options: Any
 ) -> Iterator[Compiled]:
-    """What was launched and not seen before."""
+    """What is launched for batches of several sizes, and not seen before."""
+    with launches(architecture) as collected:
+        call(DTYPES[dtype], impl, eps, **options)
+        of_first = set(collected)
+        for rows in OTHER_ROWS:
+            call(DTYPES[dtype], impl, eps, rows=rows, **options)
     for key, (kernel, binary) in collected.items():
         if key in seen:
             continue
         seen.add(key)
         constants = {kernel.arg_names[i]: value for (i, *_), value in binary.src.constants.items()}
-        tile = "x".join(str(constants[name]) for name in TILE if name in constants)
+        tile = "x".join(str(constants[side]) for side in TILE if side in constants)
         registers, stack = resource_usage(binary.asm["cubin"])
         wgmma = binary.asm["ptx"].count("wgmma.mma_async")
         of_tile = constants.get("OPTIONS")
@@ -205,7 +217,8 @@ def rows_of(
         # A product with a single column, for the gradient of a bias, has nothing wider to load.
         narrow = 0 if constants.get("N") == 1 else narrow_loads(binary.asm["ptx"])
         waits = waiting_loops(binary.asm["ptx"]) if kernel.__name__ in OF_LOGITS else 0
-        yield Compiled(kernel.__name__, architecture, dtype, options, label, *measured, narrow, waits)
+        found = *measured, narrow, waits, key not in of_first
+        yield Compiled(kernel.__name__, architecture, dtype, name, label, *found)
 
 
 def narrow_loads(ptx: str) -> int:

@@ -20,6 +20,7 @@ from fused_dpo.precision import fp32_partial_sums, in_range, matmul_fp32, matmul
 from fused_dpo.triton_autotune import choose_config
 from fused_dpo.triton_configs import TileConfig
 from fused_dpo.triton_tile import (
+    OF_BATCH,
     Product,
     Tiles,
     WeightSlice,
@@ -36,7 +37,7 @@ from fused_dpo.triton_tile import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_BATCH)
 def _dlogits_kernel(
     hidden_ptr,
     weight_ptr,

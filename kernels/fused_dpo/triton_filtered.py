@@ -150,8 +150,7 @@ def _add_kept(
     block_of_row = torch.arange(R, device=device) // config.block_t
     judgement = Judgement(block_of_row, blocks, upstream, state[2, rows], target[rows], filter_eps)
     flat = (screen[:blocks, 0, 0] == EVERYTHING)[block_of_row] & (judgement.magnitude > judgement.negligible)
-    # Padded, so that rows of flags are read 16 at a time.
-    marks = F.pad(flat, (0, -R % 16)).expand(ceil_div(V, config.narrow), -1).contiguous()
+    marks = F.pad(flat, (0, kept.slots - R)).expand(ceil_div(V, config.narrow), -1).contiguous()
     keep = judgement.columns(screen[:blocks, 0])
     residual = kept.add_hidden_gradient(keep, judgement.smallest[block_of_row], marks, sums)
     offset = _of_blocks((state[0, rows] + state[1, rows].log()), blocks, config.block_t).sum(1)
@@ -189,18 +188,23 @@ def _subtract_spread(sums: Tensor, residual: Tensor, spread: Tensor, block_t: in
 
 
 class _KeptLists:
-    """Launches of the kernels that work on lists of kept columns and rows."""
+    """Launches of the kernels that work on lists of kept columns and rows.
+
+    Attributes:
+        slots: of a list of rows: R in whole sixteens, for which the kernels are compiled, and flags are read at once.
+    """
 
     def __init__(self, operands: Operands, target: Tensor, state: Tensor, upstream: Tensor, workspace_mib: int) -> None:
         hidden, rows, head = operands.hidden, operands.rows, operands.head
         self.operands, self.device = operands, hidden.device
         self.R, self.V = rows.numel(), operands.V
+        self.slots = round_up(self.R, 16)
         self.config = _backward_config(hidden, head)
         self.product: ProductConfig = product_config(architecture(hidden.device), hidden.dtype)
         self.blocks = ceil_div(self.R, self.config.block_t)
         multiple = max(self.config.block_v, self.config.narrow)
         quarters = 4 if head.weight.dtype == hidden.dtype else 3  # one for slices of the weight that are converted
-        fits = quarters * workspace_mib * 2**18 // (self.R * hidden.element_size()) // multiple * multiple
+        fits = quarters * workspace_mib * 2**18 // (self.slots * hidden.element_size()) // multiple * multiple
         self.width = min(max(fits, multiple), round_up(self.V, multiple))
         tiles = Tiles(hidden, rows, head)
         self._lora_h = tiles.lora_h
@@ -213,7 +217,7 @@ class _KeptLists:
             "upstream_ptr": upstream,
             "R": self.R,
         }
-        self._dz = torch.empty(self.R * self.width, dtype=hidden.dtype, device=self.device)
+        self._dz = torch.empty(self.slots * self.width, dtype=hidden.dtype, device=self.device)
         self._counts = torch.empty(
             max(self.blocks, self.width // self.config.narrow), dtype=torch.int32, device=self.device
         )
@@ -221,7 +225,7 @@ class _KeptLists:
     def add_hidden_gradient(self, keep: Tensor, smallest: Tensor, marks: Tensor, sums: GradientSums) -> Tensor:
         """Add `dz @ weight` over the kept columns, bool [blocks, V]; returns what each row of dz sums to there [R].
 
-        Sets `marks`, bool [narrow blocks of columns, R at least], where a row has an entry above its `smallest` [R].
+        Sets `marks`, bool [narrow blocks of columns, slots], where a row has an entry above its `smallest` [R].
         """
         config, operands, head = self.config, self.operands, self.operands.head
         columns = torch.empty(self.blocks, self.V, dtype=torch.int32, device=self.device)
@@ -245,7 +249,7 @@ class _KeptLists:
     def write_weight_gradients(
         self, marks: Tensor, keep: Tensor, sums: GradientSums, means: Tensor, upstream: Tensor, unit: Tensor
     ) -> None:
-        """Write `dz.T @ hidden`, and the same for bias and adapter, from the rows in `marks`, bool [narrow blocks, R].
+        """Write `dz.T @ hidden`, and the same for bias and adapter, from the rows in `marks` [narrow blocks, slots].
 
         What is dropped takes part by `means` [blocks, V]: `upstream` is that of the rows in blocks [blocks, rows].
         """
@@ -258,10 +262,11 @@ class _KeptLists:
         if sums.dbias is not None:
             others.append((torch.ones(self.R, 1, dtype=operands.dtype, device=self.device), sums.dbias[:, None], None))
         block_sums = [self._block_sums(upstream, b, index) for b, _, index in others]
-        rows = torch.empty(self.width // narrow, self.R, dtype=torch.int32, device=self.device)
-        lists: dict[str, Any] = {"list_ptr": rows, "counts_ptr": self._counts, "stride_lg": self.R, "capacity": self.R}
+        slots = self.slots
+        rows = torch.empty(self.width // narrow, slots, dtype=torch.int32, device=self.device)
+        lists: dict[str, Any] = {"list_ptr": rows, "counts_ptr": self._counts, "stride_lg": slots, "capacity": slots}
         dz_of = lists | {"keep_ptr": keep, "smallest_ptr": self._dz, "marks_ptr": self._dz, "stride_mg": 0}
-        strides = {"stride_ag": self.R * narrow, "stride_am": 1, "stride_ak": narrow}
+        strides = {"stride_ag": slots * narrow, "stride_am": 1, "stride_ak": narrow}
         for first in range(0, len(marks), self.width // narrow):
             groups = min(self.width // narrow, len(marks) - first)
             self._compact(marks[first : first + groups], rows)
@@ -340,7 +345,7 @@ class _KeptLists:
         options["unit_ptr"] = self._dz if unit is None else unit
         options["index_ptr"] = arguments["list_ptr"] if index is None else index
         means, of_blocks = (self._dz, self._dz) if correction is None else correction
-        options |= {"tail_ptr": means, "sums_ptr": of_blocks, "CORRECT": correction is not None}
+        options |= {"means_ptr": means, "sums_ptr": of_blocks, "CORRECT": correction is not None}
         options |= {"blocks": self.blocks, "stride_tb": means.stride(0)}
         with on_device(out):
             _gathered_product_kernel[grid](**arguments, **options, **shape.constants)

@@ -14,6 +14,7 @@ from fused_dpo.stats import TokenStats
 from fused_dpo.triton_autotune import choose_config
 from fused_dpo.triton_configs import HOT_SPLITS, SPLIT_COLUMNS, TileConfig, epilogue_of, tile_config
 from fused_dpo.triton_tile import (
+    OF_BATCH,
     Product,
     Tiles,
     WeightSlice,
@@ -33,7 +34,7 @@ MERGE_SPLITS = 64
 """Splits it takes at a time."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_BATCH)
 def _logps_forward_kernel(
     hidden_ptr,
     weight_ptr,
@@ -150,7 +151,7 @@ def _logps_forward_kernel(
     tl.store(picked_ptr + offs_t, picked, mask=mask_t & mine)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_BATCH)
 def _merge_splits_kernel(
     peak_ptr,
     total_ptr,

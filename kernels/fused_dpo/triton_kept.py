@@ -8,7 +8,7 @@ covers the longest list there can be, and a program beyond the end of its own do
 import triton
 import triton.language as tl
 
-from fused_dpo.triton_tile import exp, logits_tile, through_softcap
+from fused_dpo.triton_tile import OF_BATCH, exp, logits_tile, through_softcap
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def _compact_kernel(flags_ptr, list_ptr, counts_ptr, N, stride_fg, stride_lg, BL
     tl.store(counts_ptr + group, count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_BATCH)
 def _kept_dlogits_kernel(
     hidden_ptr,
     weight_ptr,
@@ -120,14 +120,14 @@ def _kept_dlogits_kernel(
             tl.store(out, dz.to(dz_ptr.dtype.element_ty), mask=mask_t[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_BATCH)
 def _gathered_product_kernel(
     a_ptr,
     list_ptr,
     counts_ptr,
     index_ptr,
     b_ptr,
-    tail_ptr,
+    means_ptr,
     sums_ptr,
     unit_ptr,
     out_ptr,
@@ -155,10 +155,11 @@ def _gathered_product_kernel(
     """`out[group] (+)= a[group] @ b[list[group]]`: rows of `b` gathered by the group's list, in ascending order.
 
     Grid: (tiles of N, groups). `a` is `[BLOCK_M, slots]` by its strides, for slots `first` to `first + capacity` of the
-    list, and if PADDED 0 from the list's end to the next multiple of BLOCK_K; with INDIRECT a list's entry goes through
-    `index` first. `out` `[M, N]` has BLOCK_M rows a group: with ACCUMULATE fp32, added to, and left alone where no slot
-    is live; else written once, times `unit`. Every entry has one writer, and no atomics. CORRECT takes `tail`
-    `[blocks, M]` with `sums` `[blocks, N]` in as so many rows more.
+    list: if PADDED the slots are contiguous, and 0 from the list's end to the next multiple of BLOCK_K; else the rows
+    are, and all BLOCK_M can be read. With INDIRECT a list's entry goes through `index` first. `out` `[M, N]` has
+    BLOCK_M rows a group: with ACCUMULATE fp32, added to, and left alone where no slot is live; else written once, times
+    `unit`. Every entry has one writer, and no atomics. CORRECT takes `means` `[blocks, M]`, in memory whole groups
+    wide, with `sums` `[blocks, N]` in as so many rows more.
 
     Roofline: 2·BLOCK_M·N FLOP a slot, bound by the matrix units; `b`'s gathered rows come from L2.
     """
@@ -179,8 +180,8 @@ def _gathered_product_kernel(
         if INDIRECT:
             at = tl.load(index_ptr + at, mask=mask_k, other=0)
         wide = slots.to(tl.int64)
-        # A mask along contiguous slots, whose number is known too late, would split loads into single entries.
-        mask_a = mask_m[:, None] if PADDED else mask_m[:, None] & mask_k[None, :]
+        # A mask along what is contiguous, whose length is known too late, would split loads into single entries.
+        mask_a = mask_m[:, None] if PADDED else mask_k[None, :]
         a = tl.load(
             a_group + offs_m.to(tl.int64)[:, None] * stride_am + wide[None, :] * stride_ak, mask=mask_a, other=0.0
         )
@@ -194,11 +195,10 @@ def _gathered_product_kernel(
         for start in range(0, blocks, BLOCK_K):
             offs_b = start + tl.arange(0, BLOCK_K)
             mask_b = offs_b < blocks
-            a = tl.load(
-                tail_ptr + offs_b[None, :] * stride_tb + row[:, None], mask=mask_m[:, None] & mask_b[None, :], other=0.0
-            )
+            wide_b = offs_b.to(tl.int64)
+            a = tl.load(means_ptr + wide_b[None, :] * stride_tb + row[:, None], mask=mask_b[None, :], other=0.0)
             b = tl.load(
-                sums_ptr + offs_b[:, None] * N + offs_n[None, :], mask=mask_b[:, None] & mask_n[None, :], other=0.0
+                sums_ptr + wide_b[:, None] * N + offs_n[None, :], mask=mask_b[:, None] & mask_n[None, :], other=0.0
             )
             acc = tl.dot(a, b, acc, input_precision="ieee")
     out = out_ptr + row[:, None] * stride_om + offs_n[None, :]

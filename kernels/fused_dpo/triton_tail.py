@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fused_dpo import triton_configs
 from fused_dpo.operands import Operands, round_up
 from fused_dpo.triton_tile import on_device
 
@@ -63,7 +64,9 @@ def _dropped_means_kernel(
         if HAS_SOFTCAP:  # d tanh(u) = 1 - tanh(u)^2, at the logit that has this probability
             ratio = (tl.log(tl.maximum(p, 1.1754944e-38)) + tl.load(offset_ptr + block)) * inverse_softcap
             p *= 1.0 - ratio * ratio
-        tl.store(out_ptr + block * stride_ob + offs_v, (p * scale).to(out_ptr.dtype.element_ty), mask=offs_v < V)
+        tl.store(
+            out_ptr + block * stride_ob + offs_v, (p * scale).to(out_ptr.dtype.element_ty), mask=offs_v < stride_ob
+        )
 
 
 class DroppedMeans(NamedTuple):
@@ -71,7 +74,8 @@ class DroppedMeans(NamedTuple):
 
     values: Tensor
     """[blocks, V] in the hidden states' dtype: times the derivative of the softcap there, times TAIL_SCALE; 0 where a
-    column is kept. The factors that all logits have in common are left out."""
+    column is kept, and in memory beyond V up to a whole narrow block. The factors that all logits have in common are
+    left out."""
     mass: Tensor
     """fp32 [blocks]: what the probabilities themselves sum to."""
 
@@ -79,9 +83,8 @@ class DroppedMeans(NamedTuple):
 def dropped_means(operands: Operands, means: Tensor, keep: Tensor, offset: Tensor) -> DroppedMeans:
     """The tail of `fused_dpo.tail.Tail`, which has the arguments, in half precision where the hidden states are."""
     (blocks, V), head = keep.shape, operands.head
-    values = means.new_empty(blocks, round_up(V, 64), dtype=operands.dtype)[
-        :, :V
-    ]  # rows begin at multiples of 16 bytes
+    whole = round_up(V, triton_configs.NARROW_COLUMNS)  # rows begin at multiples of 16 bytes, too
+    values = means.new_empty(blocks, whole, dtype=operands.dtype)[:, :V]
     mass = means.new_empty(blocks, dtype=torch.float32)
     arguments: dict[str, Any] = {"means_ptr": means, "stride_mb": means.stride(0), "keep_ptr": keep}
     arguments |= {"stride_kb": keep.stride(0), "offset_ptr": offset, "mass_ptr": mass, "V": V}

@@ -21,6 +21,18 @@ from fused_dpo.triton_configs import TileConfig
 ADAPTER_ROWS = 1024
 """Rows that are brought through an adapter at a time."""
 
+OF_BATCH = (
+    *("row_index_ptr", "target_ptr", "index_ptr", "picked_ptr", "logps_ptr", "state_ptr", "stats_ptr", "upstream_ptr"),
+    *("peak_ptr", "total_ptr", "weighted_ptr", "sum_ptr", "tail_ptr", "bound_ptr", "residual_ptr", "smallest_ptr"),
+    *("T", "R", "M", "blocks", "first_split"),
+)
+"""Parameters of kernels that hang on the batch, and for whose values nothing is compiled.
+
+Triton compiles a kernel anew where an integer is 1 or a multiple of 16, or a pointer one of 16 bytes, and lays out its
+numbers among the threads by what it knows: two such kernels may sum in two orders, and a sequence's log-prob would hang
+on how many rows there are beside its own. Training would also stop for the compiler at every new kind of batch.
+"""
+
 
 def interpreted() -> bool:
     """Whether Triton runs its kernels in Python, on CPU tensors (TRITON_INTERPRET=1 when triton was imported)."""

@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 
+COMPILER = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+"""Environment of a process without the interpreter."""
+
 
 @pytest.fixture(scope="module")
 def compiled() -> list[dict[str, Any]]:
     """Rows of the ahead-of-time compile table, made in a process without the interpreter."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run(
         [sys.executable, "-m", "benchmarks.compile_table", "--json"],
-        capture_output=True, text=True, check=False, env=environment,
+        capture_output=True, text=True, check=False, env=COMPILER,
     )  # fmt: skip
     assert result.stdout, result.stderr
     return json.loads(result.stdout)
@@ -38,15 +40,15 @@ def test_every_kernel_compiles_for_both_architectures(
 
 
 def test_the_compile_table_can_fail() -> None:
-    """The judgement itself: spills, shared memory, missing wgmma, narrow loads and waiting are each called out."""
+    """The judgement itself: whatever is wrong with a kernel is called out."""
     code = """if True:
         from benchmarks.compile_table import Compiled, narrow_loads, waiting_loops
 
-        def problems(stack, shared, wgmma, multiplies, narrow, waits):
-            return Compiled('', 90, 'bf16', '', '', 255, stack, shared, wgmma, multiplies, narrow, waits).problems()
+        def problems(*found):
+            return Compiled('', 90, 'bf16', '', '', 255, *found).problems()
 
-        assert len(problems(1000, 300_000, 0, True, 3, 1)) == 5
-        assert problems(64, 1000, 4, True, 0, 0) == problems(0, 1000, 0, False, 0, 0) == []
+        assert len(problems(1000, 300_000, 0, True, 3, 1, True)) == 6
+        assert problems(64, 1000, 4, True, 0, 0, False) == problems(0, 1000, 0, False, 0, 0, False) == []
 
         load, product = "ld.global.b16 { %rs1 }, [ %rd1 + 0 ];", "wgmma.mma_async.sync.aligned.m64n64k16 x;"
         loop = ["$L__BB0_2:", product, load, load, "@%p1 bra \\t$L__BB0_2;"]
@@ -58,5 +60,24 @@ def test_the_compile_table_can_fail() -> None:
         assert waiting_loops("\\n".join(waiting)) == 1
         assert waiting_loops("\\n".join([*loop, waiting[2]])) == 0
     """
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    subprocess.run([sys.executable, "-c", code], check=True, env=COMPILER)
+
+
+def test_a_kernel_compiled_for_a_batch_is_called_out() -> None:
+    """Without their exemptions the kernels are compiled anew for other numbers of rows."""
+    code = """if True:
+        from benchmarks.compile_table import compiled
+        from fused_dpo.triton_forward import _merge_splits_kernel
+
+        def of_batch():
+            return [row for row in compiled(set(), "plain", 80, "fp32", "triton", 0.0) if row.of_batch]
+
+        assert of_batch() == []
+        for parameter in _merge_splits_kernel.params:
+            parameter.do_not_specialize = False
+        _merge_splits_kernel.device_caches.clear()
+        again = of_batch()
+        assert {row.kernel for row in again} == {"_merge_splits_kernel"}
+        assert all(row.problems() == ["compiled again for another batch"] for row in again)
+    """
+    subprocess.run([sys.executable, "-c", code], check=True, env=COMPILER)

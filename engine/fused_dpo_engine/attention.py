@@ -73,10 +73,10 @@ def packed_attention(
     if fused_dpo_plan is None:
         whole = plan_attention([Segment(0, query.shape[2], 0, 0)])
         return segment_attention(query, key, value, whole, call), None
-    tokens = fused_dpo_plan.segments[-1].stop
-    if query.shape[0] != 1 or query.shape[2] != tokens:
+    if query.shape[0] != 1 or query.shape[2] != fused_dpo_plan.num_rows:
         raise ValueError(
-            f"the plan covers one row of {tokens} tokens, the batch has {query.shape[0]} of {query.shape[2]}."
+            f"the plan covers one row of {fused_dpo_plan.num_rows} tokens, the batch has {query.shape[0]} of "
+            f"{query.shape[2]}."
         )
     return fused_dpo_backend(query, key, value, fused_dpo_plan, call), None
 

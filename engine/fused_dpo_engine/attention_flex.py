@@ -58,7 +58,7 @@ def block_mask(plan: AttentionPlan, window: int | None, device: torch.device) ->
 
 
 def _make_mask(plan: AttentionPlan, window: int | None, device: torch.device) -> BlockMask:
-    length = plan.segments[-1].stop
+    length = plan.num_rows
     table = np.empty((4, length), dtype=np.int32)
     for start, stop, trunk, shared in plan.segments:
         first = plan.segments[trunk].start

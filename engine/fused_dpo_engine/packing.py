@@ -1,7 +1,7 @@
 """Token pairs -> one packed row without padding, what they share computed once; built on the host."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -31,7 +31,10 @@ class AttentionPlan:
     """
 
     segments: tuple[Segment, ...]
-    """In the order of the row, without gaps."""
+    """In the order of the row, without gaps. What is compiled for one batch must not look at them: `torch.compile` would
+    make it anew for every number of segments."""
+    num_rows: int
+    """T."""
     cu_q: Tensor = field(repr=False)
     """int32 [N+1], offsets of the segments' queries in the row."""
     cu_k: Tensor = field(repr=False)
@@ -47,7 +50,7 @@ class AttentionPlan:
         """The plan with its tensors on `device`."""
         cu_q, cu_k = (offsets.to(device, non_blocking=non_blocking) for offsets in (self.cu_q, self.cu_k))
         kv_index = None if self.kv_index is None else self.kv_index.to(device, non_blocking=non_blocking)
-        return AttentionPlan(self.segments, cu_q, cu_k, self.max_q, self.max_k, kv_index)
+        return replace(self, cu_q=cu_q, cu_k=cu_k, kv_index=kv_index)
 
 
 def plan_attention(segments: Sequence[Segment]) -> AttentionPlan:
@@ -61,7 +64,8 @@ def plan_attention(segments: Sequence[Segment]) -> AttentionPlan:
             first = segments[trunk].start
             rows += [np.arange(first, first + shared), np.arange(start, stop)]
         kv_index = torch.from_numpy(np.concatenate(rows))
-    return AttentionPlan(tuple(segments), _offsets(queries), _offsets(keys), max(queries), max(keys), kv_index)
+    offsets = _offsets(queries), _offsets(keys)
+    return AttentionPlan(tuple(segments), sum(queries), *offsets, max(queries), max(keys), kv_index)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from fused_dpo_engine.attention_segments import segment_attention
 from fused_dpo_engine.attention_varlen import torch_backend
 from fused_dpo_engine.packing import PackedBatch, pack
 from fused_dpo_engine.policy import Policy
@@ -16,9 +17,11 @@ from tests.engine.helpers import gradients, make_pairs, tiny_model, worst_gradie
 from tests.engine.kernels_in_torch import varlen_reference
 from tests.engine.policy_helpers import policy_of
 
-PAIRS = make_pairs(*[(5 + i, 7 + i % 3, 3 + i % 4) for i in range(15)])
-BATCHES = [pack(PAIRS, range(3 * i, 3 * i + 2 + i % 2)) for i in range(5)]
+PAIRS = make_pairs(*[(5 + i % 7, 7 + i % 3, 3 + i % 4) for i in range(12)])
+BATCHES = [pack(PAIRS, range(i, 2 * i + 1)) for i in range(1, 6)]
 """Of different lengths and numbers of segments."""
+MANY = [pack(PAIRS, range(count)) for count in (4, *range(1, 13))]
+"""More numbers of segments than torch compiles code for, before it gives up."""
 SAME_OPS: dict[str, Any] = {"rtol": 1e-13, "atol": 1e-13}
 """In float64; aot_eager runs the model's ops, so results are equal unless a matmul finds its operands laid out anew."""
 GRADIENTS_TOLERANCE = 1e-6
@@ -36,6 +39,18 @@ def opaque_varlen(
 @opaque_varlen.register_fake
 def _(q: Tensor, *_) -> Tensor:
     return torch.empty_like(q)
+
+
+def _keep_shapes(ctx, inputs, output) -> None:
+    ctx.shapes = [tensor.shape for tensor in inputs[1:3]]
+
+
+def _wrong_gradient(ctx, gradient: Tensor):
+    """Of the right shapes, for graphs of training that are counted."""
+    return (gradient, *(gradient.new_zeros(shape) for shape in ctx.shapes), *[None] * 6)
+
+
+opaque_varlen.register_autograd(_wrong_gradient, setup_context=_keep_shapes)
 
 
 def traced_varlen_attn(
@@ -96,6 +111,18 @@ def test_variable_length_kernels_need_no_graph_break():
             torch.testing.assert_close(policy(batch), logps, **SAME_OPS)
             frames.append(counter.frame_count)
     assert frames[1:] == [frames[1]] * 4
+
+
+@pytest.mark.parametrize("kernel", [torch_backend(traced_varlen_attn), segment_attention], ids=["varlen", "sdpa"])
+def test_no_code_of_its_own_for_a_number_of_segments(compiled, kernel):
+    assert len({len(batch.attention.segments) for batch in MANY}) > torch._dynamo.config.recompile_limit  # pyright: ignore
+    policy, counter = compiled(tiny_model(num_hidden_layers=1))
+    policy.attention = kernel
+    frames = []
+    for batch in MANY:
+        policy(batch).sum().backward()
+        frames.append(counter.frame_count)
+    assert frames[1:] == [frames[1]] * 12
 
 
 def test_the_reference_runs_the_code_of_training(compiled):

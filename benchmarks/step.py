@@ -38,7 +38,8 @@ from benchmarks.random_model import MIX, PREFIX
 from benchmarks.step_ways import OURS, Case, Outcome, OwnStep, true_logps
 from benchmarks.trl_step import TRL, TrlStep, absent
 from fused_dpo_engine.config import ModelOptions
-from fused_dpo_engine.loading import choose_device, first_line
+from fused_dpo_engine.errors import first_line
+from fused_dpo_engine.loading import choose_device
 
 WAYS = (*OURS, *TRL)
 PREFERENCES = Path(__file__).parents[1] / "examples" / "preferences.jsonl"

@@ -1,4 +1,4 @@
-"""Which attention backend a model runs on: the first in a stated order that can do what the model needs here."""
+"""Which attention backends can do what a model needs here, in a stated order; it runs on the first that is right."""
 
 import importlib.metadata
 import importlib.util
@@ -58,6 +58,8 @@ def why_not(
     widest = 128 if name == "flash_attn_4" else 256
     if needs.head_dim > widest:
         return f"its heads are at most {widest} wide, not {needs.head_dim}"
+    if needs.head_dim % 8 and name != "flash_attn_2":  # which pads them
+        return f"its heads are multiples of 8 wide, not {needs.head_dim}"
     if needs.softcap is not None and name in ("varlen", "flash_attn_4"):
         return "it has no softcap"
     if needs.window is not None and name == "flash_attn_4":
@@ -69,28 +71,27 @@ def why_not(
     return None
 
 
-def choose_backend(
+def candidates(
     needs: AttentionNeeds,
     device: torch.device,
     dtype: torch.dtype,
     capability: tuple[int, int] | None,
     available: Collection[str],
     wanted: str = "auto",
-) -> str:
-    """The first backend of `ORDER` that is available and can serve the needs, or the one that is wanted.
+) -> list[str]:
+    """The backends that are available and can serve the needs, in the order of `ORDER`, or the one that is wanted.
 
     Raises:
         UserError: the one that is wanted is not there or cannot serve them.
     """
     if wanted == "auto":
-        able = (n for n in ORDER if n in available and why_not(n, needs, device, dtype, capability) is None)
-        return next(able)
+        return [n for n in ORDER if n in available and why_not(n, needs, device, dtype, capability) is None]
     if wanted not in available:
         raise UserError(f"--attention {wanted}: not installed here; installed are {', '.join(sorted(available))}.")
     reason = why_not(wanted, needs, device, dtype, capability)
     if reason:
         raise UserError(f"--attention {wanted} cannot run this model: {reason}; --attention auto finds one that can.")
-    return wanted
+    return [wanted]
 
 
 def available_backends() -> set[str]:
@@ -100,14 +101,10 @@ def available_backends() -> set[str]:
         found.add("varlen")
     if _has_module("flash_attn_interface"):
         found.add("flash_attn_3")
-    if _has_module("flash_attn.cute"):
+    if _version("flash-attn-4"):  # flash-attn 2.8 has files of flash_attn.cute too, of an early state
         found.add("flash_attn_4")
-    try:
-        major, minor = importlib.metadata.version("flash-attn").split(".")[:2]
-        if (int(major), int(minor)) >= (2, 6):  # the first with softcap; bottom-right alignment since 2.1
-            found.add("flash_attn_2")
-    except (importlib.metadata.PackageNotFoundError, ValueError):
-        pass
+    if _version("flash-attn") >= (2, 6):  # the first with softcap; bottom-right alignment since 2.1
+        found.add("flash_attn_2")
     return found
 
 
@@ -134,6 +131,14 @@ def load_backend(name: str) -> Backend:
             f"attention backend {name} is installed but cannot be imported: {error}; mend the package, or give another "
             f"--attention (varlen, flex, sdpa)."
         ) from error
+
+
+def _version(distribution: str) -> tuple[int, ...]:
+    """Major and minor version of what is installed; empty if it is not, or has no such version."""
+    try:
+        return tuple(int(part) for part in importlib.metadata.version(distribution).split(".")[:2])
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return ()
 
 
 def _has_module(name: str) -> bool:

@@ -4,6 +4,8 @@ The mask says who sees whom, so keys need no gathering. Not run on a GPU yet; to
 the tests check its forward there, and `verify_backend` both on the user's device.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,6 +22,12 @@ _masks: WeakKeyDictionary[AttentionPlan, dict[Any, BlockMask]] = WeakKeyDictiona
 """Masks of the batches that are still in use, by window: the layers of a model share one or two."""
 
 
+VARIANTS = 64
+"""How often FlexAttention may be compiled: with and without gradient, window and softcap, and for a few ranges of
+lengths. At torch's own limit of 8 it would go on uncompiled, with T² scores a head in memory."""
+
+
+@not_traced
 def flex_backend(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, call: AttentionCall) -> Tensor:
     """See `fused_dpo_engine.attention_call.Backend`.
 
@@ -31,16 +39,18 @@ def flex_backend(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan,
     def capped(score: Tensor, *_: Tensor) -> Tensor:
         return score if softcap is None else softcap * torch.tanh(score / softcap)
 
-    out = _flex(q.device.type)(
-        q,
-        k,
-        v,
-        score_mod=None if softcap is None else capped,
-        block_mask=block_mask(plan, call.window, q.device),
-        scale=call.scaling,
-        enable_gqa=q.shape[1] != k.shape[1],
-        return_aux=None if call.sinks is None else AuxRequest(lse=True),
-    )
+    mask = block_mask(plan, call.window, q.device)
+    with _compiling():
+        out = _flex(q.device.type)(
+            q,
+            k,
+            v,
+            score_mod=None if softcap is None else capped,
+            block_mask=mask,
+            scale=call.scaling,
+            enable_gqa=q.shape[1] != k.shape[1],
+            return_aux=None if call.sinks is None else AuxRequest(lse=True),
+        )
     if call.sinks is not None:
         out, aux = out
         # The sink joins the softmax's denominator: exp(lse) / (exp(lse) + exp(sink)) of every weight is left.
@@ -48,7 +58,6 @@ def flex_backend(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan,
     return out.transpose(1, 2)
 
 
-@not_traced
 def block_mask(plan: AttentionPlan, window: int | None, device: torch.device) -> BlockMask:
     """The plan as a block mask over the packed row, made once a batch and window."""
     masks = _masks.setdefault(plan, {})
@@ -77,4 +86,12 @@ def _make_mask(plan: AttentionPlan, window: int | None, device: torch.device) ->
 @cache
 def _flex(device: str) -> Any:
     """Compiled for CUDA, where nothing else is fast; elsewhere torch's plain form of the same."""
-    return torch.compile(flex_attention, dynamic=True) if device == "cuda" else flex_attention
+    return torch.compile(flex_attention) if device == "cuda" else flex_attention
+
+
+@contextmanager
+def _compiling() -> Iterator[None]:
+    """Settings of the compiler for `_flex`: as a variable, which a second value would make of it, inductor cannot lower
+    the softcap."""
+    with torch._dynamo.config.patch(specialize_float=True, recompile_limit=VARIANTS):  # pyright: ignore
+        yield

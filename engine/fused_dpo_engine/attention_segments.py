@@ -1,8 +1,12 @@
 """Packed attention a segment at a time through torch's SDPA: any device and dtype, softcap, windows and sinks."""
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fused_dpo_engine.attention_call import AttentionCall, not_traced
 from fused_dpo_engine.packing import AttentionPlan
@@ -32,7 +36,7 @@ def segment_attention(query: Tensor, key: Tensor, value: Tensor, plan: Attention
     # Split once: slices would each send back a gradient as long as the whole row.
     queries, keys, values = (tensor.to(compute_dtype).split(lengths, dim=2) for tensor in (query, key, value))
     pieces = []
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(device, enabled=False), _kernels(device):
         for at, segment in enumerate(plan.segments):
             k, v = keys[at], values[at]
             if segment.shared:
@@ -52,12 +56,15 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Te
         if call.window is not None:
             mask &= distance < call.window
     if call.softcap is None and call.sinks is None:
+        if q.is_cuda and (mask is not None or q.dtype == torch.float32):
+            k, v = _for_every_head(
+                q, k, v
+            )  # for groups there is only SDPA's plain form, which keeps L x S scores a head
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=call.scaling, enable_gqa=q.shape[1] != k.shape[1]
         )
     # No fused kernel of torch caps the scores or has sinks on every device: spelled out, softmax in fp32 as models do.
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    k, v = _for_every_head(q, k, v)
     scores = q @ k.transpose(2, 3) * call.scaling
     if call.softcap is not None:
         scores = call.softcap * torch.tanh(scores / call.softcap)
@@ -69,3 +76,14 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Te
         scores = torch.cat((scores, sinks), dim=-1)
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
     return weights[..., :keys].to(v.dtype) @ v
+
+
+def _for_every_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    groups = q.shape[1] // k.shape[1]
+    return k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+
+
+def _kernels(device: str) -> AbstractContextManager[Any]:
+    """SDPA's kernels but for cuDNN's, which makes a plan for every pair of lengths; segments come in all lengths."""
+    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(kernels) if device == "cuda" else nullcontext()

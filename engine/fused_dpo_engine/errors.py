@@ -11,3 +11,9 @@ class UnsupportedModelError(UserError):
 
 class TrainingDivergedError(RuntimeError):
     """The loss or its gradient is no longer a number; the last good weights have been saved."""
+
+
+def first_line(error: BaseException) -> str:
+    """An error's message as one sentence."""
+    line = str(error).strip().split("\n")[0]
+    return line if line.endswith(".") else f"{line}."

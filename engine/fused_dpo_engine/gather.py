@@ -6,6 +6,21 @@ import torch
 from torch import Tensor
 
 
+@torch.library.custom_op("fused_dpo_engine::sum_rows", mutates_args=())
+def _sum_rows(rows: Tensor, index: Tensor, num_rows: int) -> Tensor:
+    """Sums [num_rows, ...] of `rows` [K, ...] by `index`; an operator, as code compiled of it would add atomically."""
+    total = rows.new_zeros(num_rows, *rows.shape[1:])
+    if rows.is_cuda:
+        # index_add_, which index_select's own backward calls, adds in any order there; this one sorts first.
+        return total.index_put_((index,), rows, accumulate=True)
+    return total.index_add_(0, index, rows)
+
+
+@_sum_rows.register_fake
+def _(rows: Tensor, index: Tensor, num_rows: int) -> Tensor:
+    return rows.new_empty(num_rows, *rows.shape[1:])
+
+
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, index: Tensor) -> Tensor:
@@ -16,11 +31,7 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (index,), (gradient,) = ctx.saved_tensors, gradients
-        total = gradient.new_zeros(ctx.num_rows, *gradient.shape[1:])
-        if gradient.is_cuda:
-            # index_add_, which index_select's own backward calls, adds in any order there; this one sorts first.
-            return total.index_put_((index,), gradient, accumulate=True), None
-        return total.index_add_(0, index, gradient), None
+        return _sum_rows(gradient, index, ctx.num_rows), None
 
 
 def gather_rows(rows: Tensor, index: Tensor) -> Tensor:

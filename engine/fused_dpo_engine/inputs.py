@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 from fused_dpo_engine.config import DataOptions, ModelOptions, PackingOptions
 from fused_dpo_engine.data import read_rows
-from fused_dpo_engine.errors import UserError
-from fused_dpo_engine.loading import check_source, first_line, no_such_folder
+from fused_dpo_engine.errors import UserError, first_line
+from fused_dpo_engine.loading import check_source, no_such_folder
 from fused_dpo_engine.pairs import TokenizedPairs, TokenPair, split_pairs
 from fused_dpo_engine.tokenization import tokenize_pairs
 

@@ -27,7 +27,9 @@ def apply_liger(model: Any, device: torch.device) -> None:
             _apply_liger_kernel_to_instance,
         )
     except ImportError as error:
-        raise UserError(f"--liger: {error}; install it with pip install 'fused-dpo[liger]'.") from error
+        raise UserError(
+            f"--liger: {error}; install it, or a later release of it, with pip install -U 'fused-dpo[liger]'."
+        ) from error
     model_type = model.config.model_type
     if model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         raise UserError(
@@ -37,10 +39,20 @@ def apply_liger(model: Any, device: torch.device) -> None:
     # It passes on what its function for this model type takes; both losses are on by default in one or the other.
     _apply_liger_kernel_to_instance(
         model=model,
-        rope=True,
+        rope=_rotates_whole_heads(model.config),
         rms_norm=True,
         swiglu=True,
         geglu=True,
         cross_entropy=False,
         fused_linear_cross_entropy=False,
     )
+
+
+def _rotates_whole_heads(config: Any) -> bool:
+    """Whether the rotary embedding turns all of a head's width, as liger-kernel's takes for granted (Phi-4-mini's does
+    not). Patched for the whole process, its mistake would be on both sides of the self-test."""
+    config = config.get_text_config()
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
+    factors = [part.get("partial_rotary_factor", 1.0) for part in nested]
+    return {*factors, getattr(config, "partial_rotary_factor", None) or 1.0} == {1.0}

@@ -11,7 +11,7 @@ from fused_dpo import head_of
 from fused_dpo.precision import has_bf16_units
 from fused_dpo_engine.attention import ATTENTION_NAME
 from fused_dpo_engine.config import ModelOptions
-from fused_dpo_engine.errors import UserError
+from fused_dpo_engine.errors import UserError, first_line
 from fused_dpo_engine.support import backbone_of, check_packable
 
 
@@ -120,9 +120,3 @@ def check_source(name: str) -> None:
 def no_such_folder(name: str) -> str:
     """For the message where loading failed: a mistyped folder looks like a name on the Hub."""
     return f"there is no such folder {name}, nor could the Hub help: " if not Path(name).is_dir() else ""
-
-
-def first_line(error: BaseException) -> str:
-    """An error's message as one sentence."""
-    line = str(error).strip().split("\n")[0]
-    return line if line.endswith(".") else f"{line}."

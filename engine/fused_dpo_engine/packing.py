@@ -31,8 +31,8 @@ class AttentionPlan:
     """
 
     segments: tuple[Segment, ...]
-    """In the order of the row, without gaps. What is compiled for one batch must not look at them: `torch.compile` would
-    make it anew for every number of segments."""
+    """In the order of the row, without gaps. What is compiled must not look at them: `torch.compile` would make it anew
+    for every number of segments."""
     num_rows: int
     """T."""
     cu_q: Tensor = field(repr=False)

@@ -1,6 +1,7 @@
 """The model as DPO sees it: pairs in, sequence log-probs out."""
 
 import dataclasses
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -11,14 +12,15 @@ from transformers import PreTrainedModel
 from fused_dpo import KernelOptions, fused_token_logps, head_of
 from fused_dpo.autograd import sequence_sum
 from fused_dpo.losses import desensitized_weights
+from fused_dpo_engine.attention import verify_backend
 from fused_dpo_engine.attention_call import Backend
-from fused_dpo_engine.attention_choice import available_backends, choose_backend, load_backend
+from fused_dpo_engine.attention_choice import available_backends, candidates, load_backend
 from fused_dpo_engine.batches import PairBatch
 from fused_dpo_engine.config import LoraOptions, ModelOptions
-from fused_dpo_engine.errors import UserError
+from fused_dpo_engine.errors import UserError, first_line
 from fused_dpo_engine.gather import gather_rows
 from fused_dpo_engine.liger import apply_liger
-from fused_dpo_engine.loading import choose_dtype, first_line, load_model
+from fused_dpo_engine.loading import choose_dtype, load_model
 from fused_dpo_engine.packing import PackedBatch
 from fused_dpo_engine.padding import IGNORED, PaddedBatch
 from fused_dpo_engine.support import attention_needs, backbone_of
@@ -167,9 +169,25 @@ class Policy(nn.Module):
 
 
 def attention_for(model: Any, device: torch.device, dtype: torch.dtype, wanted: str) -> str:
-    """Name of the attention backend for a model's packed rows on this device; `wanted` as in `ModelOptions`."""
+    """Name of the attention backend for a model's packed rows on this device; `wanted` as in `ModelOptions`.
+
+    Raises:
+        UserError: the one that is wanted is not there, cannot serve the model, fails or computes something else. Of
+            those that nobody asked for by name, such a one is passed over with a warning.
+    """
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    return choose_backend(attention_needs(model), device, dtype, capability, available_backends(), wanted)
+    needs = attention_needs(model)
+    names = candidates(needs, device, dtype, capability, available_backends(), wanted)
+    for name in names:
+        try:
+            verify_backend(name, load_backend(name), needs, device, dtype)
+        except UserError as reason:
+            if name == names[-1]:
+                raise
+            warnings.warn(f"passed over: {reason}", stacklevel=2)
+        else:
+            return name
+    raise AssertionError("SDPA serves everything")
 
 
 def build_policy(

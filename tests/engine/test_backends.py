@@ -6,6 +6,7 @@ Kernels that need a GPU are replaced by `tests.engine.kernels_in_torch`, which c
 import importlib.metadata
 import importlib.util
 import inspect
+import shutil
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -14,25 +15,28 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 
-from fused_dpo_engine import attention_choice
+from fused_dpo_engine import attention_choice, attention_flex, attention_segments
+from fused_dpo_engine import policy as policy_module
 from fused_dpo_engine.attention import verify_backend
 from fused_dpo_engine.attention_call import AttentionCall, Backend
 from fused_dpo_engine.attention_choice import (
     ORDER,
     AttentionNeeds,
     available_backends,
-    choose_backend,
+    candidates,
     load_backend,
     why_not,
 )
 from fused_dpo_engine.attention_flex import flex_backend
-from fused_dpo_engine.attention_segments import segment_attention
+from fused_dpo_engine.attention_segments import causal_attention, segment_attention
 from fused_dpo_engine.attention_varlen import flash_backend, torch_backend
 from fused_dpo_engine.config import ModelOptions
 from fused_dpo_engine.errors import UnsupportedModelError, UserError
 from fused_dpo_engine.gather import gather_rows
 from fused_dpo_engine.packing import AttentionPlan, Segment, plan_attention
+from fused_dpo_engine.policy import attention_for
 from tests.engine import kernels_in_torch as kernels
 from tests.engine.helpers import eager_twin, gradients, own_logps, tiny_model, unshared_plan, worst_gradient_error
 from tests.engine.policy_helpers import BATCH, GRADIENT_TOLERANCE, ORDERED, VALUE_TOLERANCE, policy_of, relative
@@ -161,10 +165,40 @@ class TestFlex:
         got = flex_backend(q, k, v, PLANS[plan], call)
         torch.testing.assert_close(got, segment_attention(q, k, v, PLANS[plan], call))
 
+    @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on a CPU")
+    def test_compiled(self, monkeypatch):
+        """As on CUDA: a second softcap, such as that of a model after the comparison's, is no variable."""
+        compiled = torch.compile(flex_attention)
+        monkeypatch.setattr(attention_flex, "_flex", lambda _device: compiled)
+        for softcap, length in ((2.0, 40), (50.0, 40), (50.0, 60)):
+            plan = plan_attention([Segment(0, length - 9, 0, 0), Segment(length - 9, length, 0, 3)])
+            q, k, v = (tensor.detach() for tensor in inputs(plan, dtype=torch.float32))
+            with torch.no_grad():
+                got = flex_backend(q, k, v, plan, AttentionCall(5.0, softcap=softcap))
+            torch.testing.assert_close(got, segment_attention(q, k, v, plan, AttentionCall(5.0, softcap=softcap)))
+
     def test_another_plan_gives_another_mask(self):
         q, k, v = (tensor.detach() for tensor in inputs(PLANS["shared"], dtype=torch.float32))
         a, b = (flex_backend(q, k, v, plan, AttentionCall(1.0)) for plan in PLANS.values())
         assert (a - b).abs().max() > 0.01
+
+
+class TestSegments:
+    @pytest.mark.parametrize(("shared", "dtype"), [(0, torch.bfloat16), (3, torch.bfloat16), (0, torch.float32)])
+    def test_groups_on_cuda(self, monkeypatch, shared, dtype):
+        """Where SDPA has no fused kernel for groups, every head gets keys of its own."""
+        seen = []
+
+        def sdpa(q, k, v, **settings):
+            seen.append((k.shape[1], settings["enable_gqa"]))
+            return v
+
+        monkeypatch.setattr(Tensor, "is_cuda", True)
+        monkeypatch.setattr(attention_segments.F, "scaled_dot_product_attention", sdpa)
+        keys = torch.randn(1, 2, 5 + shared, 8, dtype=dtype)
+        causal_attention(torch.randn(1, 4, 5, 8, dtype=dtype), keys, keys, AttentionCall(1.0))
+        fused = dtype == torch.bfloat16 and not shared
+        assert seen == [(2, True) if fused else (4, False)]
 
 
 class TestGather:
@@ -211,23 +245,27 @@ class TestChoice:
             ({"head_dim": 256, "value_dim": 256}, torch.bfloat16, (10, 0), ALL, "flash_attn_2"),
             ({"head_dim": 512, "value_dim": 512}, torch.bfloat16, (9, 0), ALL, "flex"),
             ({"head_dim": 192}, torch.bfloat16, (9, 0), ALL, "flex"),
+            ({"head_dim": 100, "value_dim": 100}, torch.bfloat16, (9, 0), ALL, "flash_attn_2"),
+            ({"head_dim": 100, "value_dim": 100}, torch.bfloat16, (9, 0), {"varlen", "flex", "sdpa"}, "flex"),
             ({}, torch.bfloat16, (9, 0), {"sdpa"}, "sdpa"),
         ],
     )
     def test_first_that_can(self, changes, dtype, capability, available, expected):
-        assert choose_backend(needs(**changes), CUDA, dtype, capability, available) == expected
+        names = candidates(needs(**changes), CUDA, dtype, capability, available)
+        assert names[0] == expected
+        assert names[-1] == "sdpa"
 
     def test_cpu(self):
-        assert choose_backend(needs(sinks=True, softcap=1.0), CPU, torch.bfloat16, None, ALL) == "sdpa"
+        assert candidates(needs(sinks=True, softcap=1.0), CPU, torch.bfloat16, None, ALL) == ["sdpa"]
 
     def test_wanted(self):
-        assert choose_backend(NEEDS, CUDA, torch.bfloat16, (9, 0), ALL, "flex") == "flex"
+        assert candidates(NEEDS, CUDA, torch.bfloat16, (9, 0), ALL, "flex") == ["flex"]
         with pytest.raises(UserError, match="--attention flash_attn_2: not installed here; installed are flex, sdpa"):
-            choose_backend(NEEDS, CUDA, torch.bfloat16, (9, 0), {"sdpa", "flex"}, "flash_attn_2")
+            candidates(NEEDS, CUDA, torch.bfloat16, (9, 0), {"sdpa", "flex"}, "flash_attn_2")
         with pytest.raises(UserError, match="--attention varlen cannot run this model: it has no softcap; --attention"):
-            choose_backend(needs(softcap=1.0), CUDA, torch.bfloat16, (9, 0), ALL, "varlen")
+            candidates(needs(softcap=1.0), CUDA, torch.bfloat16, (9, 0), ALL, "varlen")
         with pytest.raises(UserError, match="it needs a CUDA device"):
-            choose_backend(NEEDS, CPU, torch.bfloat16, None, ALL, "varlen")
+            candidates(NEEDS, CPU, torch.bfloat16, None, ALL, "varlen")
 
     def test_every_name_can_be_asked_for(self):
         assert [ModelOptions("m", attention=name).attention for name in ORDER] == list(ORDER)  # pyright: ignore
@@ -235,34 +273,31 @@ class TestChoice:
 
 
 class TestAvailable:
-    def installed(self, monkeypatch: pytest.MonkeyPatch, modules: set[str], version: str | None) -> set[str]:
-        def find(name: str) -> object:
-            if name == "broken.cute":
-                raise ModuleNotFoundError
-            return object() if name in modules else None
-
-        def of(_: str) -> str:
-            if version is None:
+    def installed(self, monkeypatch: pytest.MonkeyPatch, modules: set[str], versions: dict[str, str]) -> set[str]:
+        def of(name: str) -> str:
+            if name not in versions:
                 raise importlib.metadata.PackageNotFoundError
-            return version
+            return versions[name]
 
-        monkeypatch.setattr(importlib.util, "find_spec", find)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name in modules else None)
         monkeypatch.setattr(importlib.metadata, "version", of)
         return available_backends()
 
     @pytest.mark.parametrize(
-        ("modules", "version", "expected"),
+        ("modules", "versions", "expected"),
         [
-            (set(), None, {"flex", "sdpa"}),
-            ({"torch.nn.attention.varlen"}, None, {"varlen", "flex", "sdpa"}),
-            ({"flash_attn"}, "2.8.3.post2", {"flash_attn_2", "flex", "sdpa"}),
-            ({"flash_attn"}, "2.5.9", {"flex", "sdpa"}),
-            ({"flash_attn_interface", "flash_attn.cute"}, None, {"flash_attn_3", "flash_attn_4", "flex", "sdpa"}),
-            ({"flash_attn"}, "unknown", {"flex", "sdpa"}),
+            (set(), {}, {"flex", "sdpa"}),
+            ({"torch.nn.attention.varlen"}, {}, {"varlen", "flex", "sdpa"}),
+            # flash-attn 2.8 brings files of flash_attn.cute that do not work without flash-attn-4's requirements
+            ({"flash_attn", "flash_attn.cute"}, {"flash-attn": "2.8.3.post2"}, {"flash_attn_2", "flex", "sdpa"}),
+            ({"flash_attn"}, {"flash-attn": "2.5.9"}, {"flex", "sdpa"}),
+            ({"flash_attn_interface"}, {}, {"flash_attn_3", "flex", "sdpa"}),
+            ({"flash_attn.cute"}, {"flash-attn-4": "4.0.0b36"}, {"flash_attn_4", "flex", "sdpa"}),
+            ({"flash_attn"}, {"flash-attn": "unknown"}, {"flex", "sdpa"}),
         ],
     )
-    def test_what_is_found(self, monkeypatch, modules, version, expected):
-        assert self.installed(monkeypatch, modules, version) == expected
+    def test_what_is_found(self, monkeypatch, modules, versions, expected):
+        assert self.installed(monkeypatch, modules, versions) == expected
 
     def test_here(self):
         """Nothing of flash-attn in the tests' environment unless it is really installed."""
@@ -313,35 +348,27 @@ def changed(**settings: Any) -> Callable[..., Tensor]:
     return kernel
 
 
+def rounded(backend: Backend, dtype: torch.dtype) -> Backend:
+    """Half precision in and out, fp32 between, as kernels compute."""
+    return lambda q, k, v, plan, call: backend(q.float(), k.float(), v.float(), plan, call).to(dtype)
+
+
 class TestVerification:
-    ALL_OF_IT = needs(window=4096, softcap=2.0)
+    ALL_OF_IT = needs(window=4096, softcap=50.0)
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
     @pytest.mark.parametrize("name", ["flash_attn_2", "flash_attn_3"])
     def test_a_right_kernel_passes(self, name, dtype):
-        if dtype == torch.float32:
-            verify_backend(name, KERNELS[name], self.ALL_OF_IT, CPU, dtype)
-            return
-        exact = KERNELS[name]
-
-        def rounded(q, k, v, plan, call):
-            """Half precision in and out, fp32 between, as kernels compute."""
-            return exact(q.float(), k.float(), v.float(), plan, call).to(dtype)
-
-        verify_backend(name, rounded, self.ALL_OF_IT, CPU, dtype)
+        verify_backend(name, rounded(KERNELS[name], dtype), self.ALL_OF_IT, CPU, dtype)
 
     @pytest.mark.parametrize(
         "mistake", [{"top_left": True}, {"wider": 1}, {"wider": -1}, {"uncapped": True}, {"scale": 1.1}], ids=str
     )
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_a_wrong_kernel_is_named(self, mistake, dtype):
-        exact = flash_backend(changed(**mistake))
-
-        def rounded(q, k, v, plan, call):
-            return exact(q.float(), k.float(), v.float(), plan, call).to(dtype)
-
+        wrong = rounded(flash_backend(changed(**mistake)), dtype)
         with pytest.raises(UserError, match=r"backend flash_attn_2 does not compute what it should.*--attention"):
-            verify_backend("flash_attn_2", rounded, self.ALL_OF_IT, CPU, dtype)
+            verify_backend("flash_attn_2", wrong, self.ALL_OF_IT, CPU, dtype)
 
     def test_a_wrong_gradient_is_named(self):
         def forgetful(q, k, v, plan, call):
@@ -350,3 +377,40 @@ class TestVerification:
 
         with pytest.raises(UserError, match="gradient of the key"):
             verify_backend("flash_attn_2", forgetful, NEEDS, CPU, torch.float32)
+
+    def test_a_kernel_that_fails_is_named(self):
+        def failing(*_):
+            raise RuntimeError("no kernel image is available\nfor execution on the device")
+
+        with pytest.raises(
+            UserError, match=r"varlen fails on this device: RuntimeError: no kernel image is available\."
+        ):
+            verify_backend("varlen", failing, NEEDS, CPU, torch.float32)
+
+
+class TestAttentionFor:
+    """The first that proves right is taken."""
+
+    @pytest.fixture(autouse=True)
+    def _here(self, monkeypatch):
+        functions = {
+            "flash_attn_2": rounded(flash_backend(changed(top_left=True)), torch.bfloat16),
+            "varlen": rounded(KERNELS["varlen"], torch.bfloat16),
+            "sdpa": segment_attention,
+        }
+        monkeypatch.setattr(policy_module, "candidates", lambda *_: self.names)
+        monkeypatch.setattr(policy_module, "load_backend", functions.__getitem__)
+
+    def test_what_is_wrong_is_passed_over(self):
+        self.names = ["flash_attn_2", "varlen", "sdpa"]
+        with pytest.warns(UserWarning, match="passed over: attention backend flash_attn_2 does not compute what it sh"):
+            assert attention_for(tiny_model(), CPU, torch.bfloat16, "auto") == "varlen"
+
+    def test_what_is_wanted_is_not(self):
+        self.names = ["flash_attn_2"]
+        with pytest.raises(UserError, match=r"flash_attn_2 does not compute .* Others are --attention varlen"):
+            attention_for(tiny_model(), CPU, torch.bfloat16, "flash_attn_2")
+
+    def test_sdpa_needs_no_comparison(self):
+        self.names = ["sdpa"]
+        assert attention_for(tiny_model(), CPU, torch.bfloat16, "auto") == "sdpa"

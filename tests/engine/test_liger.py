@@ -38,6 +38,16 @@ def test_backbone_kernels_and_never_its_cross_entropy(calls):
     assert {name for name, asked in call.items() if not asked} == {"cross_entropy", "fused_linear_cross_entropy"}
 
 
+@pytest.mark.parametrize("name", ["partial_rotary_factor", "rope_parameters"])
+def test_no_rotary_embedding_for_a_part_of_the_head(calls, name):
+    """liger-kernel's would turn the whole of it."""
+    model = tiny_model()
+    setattr(model.config, name, 0.75 if name == "partial_rotary_factor" else {"partial_rotary_factor": 0.5})
+    apply_liger(model, CUDA)
+    assert not calls[0]["rope"]
+    assert calls[0]["rms_norm"]
+
+
 def test_unknown_model_types(calls):
     with pytest.raises(UserError, match=r"nothing for model type 'gpt2'; leave --liger out, or take one of llama\."):
         apply_liger(tiny_model("gpt2"), CUDA)
@@ -52,5 +62,5 @@ def test_needs_a_gpu(calls, tiny_llama):
 
 def test_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "liger_kernel", None)
-    with pytest.raises(UserError, match=r"pip install 'fused-dpo\[liger\]'"):
+    with pytest.raises(UserError, match=r"pip install -U 'fused-dpo\[liger\]'"):
         apply_liger(tiny_model(), CUDA)

@@ -41,7 +41,10 @@ SPILL_ALLOWANCE = 64
 """Bytes of stack a thread: a few registers saved outside the inner loop cost nothing that can be measured."""
 HALF = {"bf16", "fp16"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-MULTIPLY = ("_logps_forward_kernel", "_dlogits_kernel", "_kept_dlogits_kernel", "_gathered_product_kernel")
+MULTIPLY = (
+    *("_logps_forward_kernel", "_dlogits_kernel", "_kept_dlogits_kernel", "_gathered_product_kernel"),
+    "_through_adapter_kernel",
+)
 OF_LOGITS = ("_logps_forward_kernel", "_dlogits_kernel")
 TILE = ("BLOCK_T", "BLOCK_M", "BLOCK_V", "BLOCK_N", "BLOCK_D", "BLOCK_K")
 ROWS, V, D = 304, 4640, 256
@@ -143,12 +146,13 @@ def call(
     def leaf(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=dtype).requires_grad_()
 
+    rank = options.get("rank", 0)
     head = LMHead(
         torch.zeros(V, D).requires_grad_() if options.get("autocast") else leaf(V, D),
         bias=leaf(V) if options.get("bias") else None,
         logit_scale=options.get("logit_scale", 1.0),
         softcap=options.get("softcap"),
-        lora=(leaf(16, D), leaf(V, 16), 2.0) if options.get("lora") else None,
+        lora=(leaf(rank, D), leaf(V, rank), 2.0) if rank else None,
     )
     target = torch.arange(rows)
     target[3::7] = target[3::7] if all_rows else -1
@@ -158,14 +162,15 @@ def call(
     logps.sum().backward()
 
 
-EVERYTHING = {"bias": True, "logit_scale": 0.5, "softcap": 30.0, "lora": True, "stats": True}
+EVERYTHING = {"bias": True, "logit_scale": 0.5, "softcap": 30.0, "rank": 16, "stats": True}
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "all rows": {"all_rows": True},
     "bias": {"bias": True},
     "scale": {"logit_scale": 0.5},
     "softcap": {"softcap": 30.0},
-    "lora": {"lora": True},
+    "lora": {"rank": 16},
+    "large lora": {"rank": 512},
     "stats": {"stats": True},
     "autocast": {"autocast": True},
     "all": EVERYTHING,
@@ -180,7 +185,7 @@ def compile_all() -> Iterator[Compiled]:
     described = replace(TILE_CONFIGS[90, 2, PLAIN], described=True, flattened=True)
     for architecture, dtype in product((80, 90), DTYPES):
         seen: set[str] = set()
-        labels = OPTIONS if dtype == "bf16" else ("plain", "stats", "all")
+        labels = OPTIONS if dtype == "bf16" else ("plain", "stats", "large lora", "all")
         for impl, eps, label in product(("triton", "library"), (0.0, 2**-12), labels):
             name = (
                 ", ".join((impl * (impl != "triton"), "filtered" * bool(eps), label)).strip(", ").replace(", , ", ", ")
@@ -216,7 +221,7 @@ def compiled(
         measured = registers, stack, binary.metadata.shared, wgmma, multiplies
         # A product with a single column, for the gradient of a bias, has nothing wider to load.
         narrow = 0 if constants.get("N") == 1 else narrow_loads(binary.asm["ptx"])
-        waits = waiting_loops(binary.asm["ptx"]) if kernel.__name__ in OF_LOGITS else 0
+        waits = waiting_loops(binary.asm["ptx"]) if kernel.__name__ in OF_LOGITS and multiplies else 0
         found = *measured, narrow, waits, key not in of_first
         yield Compiled(kernel.__name__, architecture, dtype, name, label, *found)
 

@@ -85,7 +85,8 @@ def fused_dpo_logps(
     Numerics:
         Logits are accumulated and exponentiated in fp32, never rounded below; sums over a sequence are taken in
         float64 and rounded once. Bit-equal from run to run, and batch-invariant: a sequence's log-prob has the same
-        bits whatever else is in the batch, packed or padded, with or without gradient. Gradients are accumulated in
+        bits whatever else is in the batch, packed or padded, with or without gradient; but `impl="streaming"` on CUDA,
+        which float64 takes there, leaves sums of rows to torch, and their order to it. Gradients are accumulated in
         fp32 and rounded once to the dtype of their input; only those required are computed. With filtered gradients on
         a CPU with bf16 units, tokens of tiny probability take part in the log-sum-exp with logits rounded to bf16,
         unless the head has a bias, a scale, a softcap or a temperature. A row without upstream gradient adds nothing,

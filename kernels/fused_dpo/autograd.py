@@ -282,7 +282,8 @@ def _setup_sequence_sum(ctx, inputs, output) -> None:
 def _sequence_sum_gradient(ctx, dsums: Tensor):
     (cu_seqlens,) = ctx.saved_tensors
     sequence_of_row = torch.bucketize(torch.arange(ctx.rows, device=dsums.device), cu_seqlens[1:], right=True)
-    return dsums[sequence_of_row], None
+    # Rows beyond the last offset belong to none: an index out of bounds would end the process's use of a GPU.
+    return torch.cat((dsums, dsums.new_zeros(1)))[sequence_of_row], None
 
 
 sequence_sum.register_autograd(_sequence_sum_gradient, setup_context=_setup_sequence_sum)

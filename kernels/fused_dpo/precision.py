@@ -53,15 +53,18 @@ def matmul_precision(operand_dtype: torch.dtype) -> Iterator[None]:
 
 
 @contextmanager
-def fp32_partial_sums() -> Iterator[None]:
-    """Within the block, a product of half-precision tensors that cuBLAS splits adds its parts up in fp32."""
+def fp32_sums() -> Iterator[None]:
+    """Within the block, cuBLAS adds up products of half-precision tensors in fp32, also where it splits them.
+
+    Where a user lets fp16 be added up in fp16, torch refuses to give such a product a result in fp32.
+    """
     matmul: Any = torch.backends.cuda.matmul
-    before = matmul.allow_bf16_reduced_precision_reduction
-    matmul.allow_bf16_reduced_precision_reduction = False
+    before = matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_accumulation
+    matmul.allow_bf16_reduced_precision_reduction = matmul.allow_fp16_accumulation = False
     try:
         yield
     finally:
-        matmul.allow_bf16_reduced_precision_reduction = before
+        matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_accumulation = before
 
 
 def as_operand(tensor: Tensor, compute_dtype: torch.dtype) -> Tensor:
@@ -103,7 +106,8 @@ def matmul_fp32(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """`a @ b` of plain tensors accumulated and returned in fp32; `b` is taken in the dtype of `a`."""
     b = b.to(a.dtype)
     if has_fp32_result(a):
-        return torch.mm(a, b, out_dtype=torch.float32, out=out)
+        with fp32_sums():
+            return torch.mm(a, b, out_dtype=torch.float32, out=out)
     with matmul_precision(torch.float32):
         return torch.mm(a.float(), b.float(), out=out)
 
@@ -112,7 +116,8 @@ def add_matmul_fp32(sums: Tensor, a: Tensor, b: Tensor) -> None:
     """`sums += a @ b` in fp32, the product never by itself in memory; operands as in `matmul_fp32`."""
     b = b.to(a.dtype)
     if has_fp32_result(a):
-        torch.addmm(sums, a, b, out_dtype=torch.float32, out=sums)
+        with fp32_sums():
+            torch.addmm(sums, a, b, out_dtype=torch.float32, out=sums)
         return
     with matmul_precision(torch.float32):
         sums.addmm_(a.float(), b.float())

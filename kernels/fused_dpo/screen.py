@@ -107,8 +107,8 @@ class Judgement:
 
 def _keep_targets(keep: Tensor, row: Tensor, column: Tensor, judged: Tensor) -> None:
     """Set `keep[row, column]` where `judged`, without waiting for the device to tell how many those are."""
-    flat = row * keep.shape[1] + column.clamp(max=keep.shape[1] - 1)
-    judged = judged & (column < keep.shape[1])
+    flat = row * keep.shape[1] + column.clamp(0, keep.shape[1] - 1)
+    judged = judged & (column >= 0) & (column < keep.shape[1])
     keep.view(torch.uint8).view(-1).scatter_reduce_(0, flat, judged.to(torch.uint8), "amax")
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from fused_dpo.gradients import GradientSums
 from fused_dpo.head import HeadGrads, LMHead
 from fused_dpo.operands import Operands, ceil_div
-from fused_dpo.precision import fp32_partial_sums, in_range, matmul_fp32, matmul_precision
+from fused_dpo.precision import fp32_sums, in_range, matmul_fp32, matmul_precision
+from fused_dpo.triton_adapter import through_adapter
 from fused_dpo.triton_autotune import choose_config
 from fused_dpo.triton_configs import TileConfig
 from fused_dpo.triton_tile import (
@@ -31,7 +32,6 @@ from fused_dpo.triton_tile import (
     logits_tile,
     on_device,
     scored,
-    through_adapter,
     through_softcap,
     weight_slices,
 )
@@ -121,7 +121,8 @@ class DLogits:
         R, D = hidden.shape
         rows = torch.arange(R, device=hidden.device)
         self._config = config or choose_config(architecture(hidden.device), hidden, head, want_stats=False)
-        self._tiles = Tiles(hidden, rows, head, self._config)
+        lora_h = None if head.lora is None else through_adapter(hidden, rows, head.lora)
+        self._tiles = Tiles(hidden, rows, head, lora_h, self._config)
         self._arguments: dict[str, Any] = {
             **self._config.constants,
             "row_index_ptr": rows,
@@ -191,7 +192,9 @@ def _add_slices(
 ) -> None:
     """Add all slices of dz to the hidden states' sums, and write what they give for weight, bias and adapter."""
     operands, head, (R, D) = sums.operands, sums.operands.head, h.shape
-    lora_h = None if head.lora is None or sums.dlora_b is None else through_adapter(h, head.lora)
+    lora_h = None
+    if head.lora is not None and sums.dlora_b is not None:
+        lora_h = through_adapter(h, torch.arange(R, device=h.device), head.lora)
     # The weight's gradient is written by the matmul, or a quarter of the workspace takes products on their way there.
     quarter = workspace_mib * 2**18
     quarters = 4 if written_by_matmul(head.weight, h, unit) else 3
@@ -221,7 +224,7 @@ def written_by_matmul(out: Tensor, a: Tensor, unit: Tensor | None) -> bool:
 def write_product(a: Tensor, b: Tensor, unit: Tensor | None, at_once: int, out: Tensor) -> None:
     """`a @ b` in `unit` into `out`, accumulated in fp32 and rounded once: by the library or by `at_once` rows."""
     if written_by_matmul(out, a, unit):
-        with matmul_precision(torch.float32), fp32_partial_sums():
+        with matmul_precision(torch.float32), fp32_sums():
             torch.mm(a, b, out=out)
         return
     for first in range(0, out.shape[0], at_once):

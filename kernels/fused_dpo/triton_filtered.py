@@ -23,6 +23,7 @@ from fused_dpo.operands import Operands, ceil_div, round_up
 from fused_dpo.precision import in_range, matmul_precision
 from fused_dpo.screen import BIAS, EVERYTHING, Judgement
 from fused_dpo.stats import TokenStats
+from fused_dpo.triton_adapter import through_adapter
 from fused_dpo.triton_configs import (
     PLAIN,
     RICH,
@@ -206,10 +207,9 @@ class _KeptLists:
         quarters = 4 if head.weight.dtype == hidden.dtype else 3  # one for slices of the weight that are converted
         fits = quarters * workspace_mib * 2**18 // (self.slots * hidden.element_size()) // multiple * multiple
         self.width = min(max(fits, multiple), round_up(self.V, multiple))
-        tiles = Tiles(hidden, rows, head)
-        self._lora_h = tiles.lora_h
+        self._lora_h = None if head.lora is None else through_adapter(hidden, rows, head.lora)
         self._tile: dict[str, Any] = {
-            **tiles.arguments(),
+            **Tiles(hidden, rows, head, self._lora_h).arguments(),
             "row_index_ptr": rows,
             "target_ptr": target,
             "state_ptr": state,
@@ -257,7 +257,7 @@ class _KeptLists:
         others: list[tuple[Tensor, Tensor, Tensor | None]] = []  # rows to gather, where to write, index of the rows
         if sums.dweight is not None:
             others.append((operands.hidden, sums.dweight, operands.rows))
-        if sums.dlora_b is not None:
+        if sums.dlora_b is not None and self._lora_h is not None:
             others.append((self._lora_h, sums.dlora_b, None))
         if sums.dbias is not None:
             others.append((torch.ones(self.R, 1, dtype=operands.dtype, device=self.device), sums.dbias[:, None], None))

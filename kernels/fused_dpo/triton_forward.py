@@ -11,6 +11,7 @@ from torch import Tensor
 from fused_dpo.head import LMHead
 from fused_dpo.operands import ceil_div
 from fused_dpo.stats import TokenStats
+from fused_dpo.triton_adapter import through_adapter
 from fused_dpo.triton_autotune import choose_config
 from fused_dpo.triton_configs import HOT_SPLITS, SPLIT_COLUMNS, TileConfig, epilogue_of, tile_config
 from fused_dpo.triton_tile import (
@@ -283,7 +284,8 @@ class Partials:
             "R": R,
             "WANT_STATS": with_stats,
         }
-        self._tiles = Tiles(hidden, rows, head, config)
+        lora_h = None if head.lora is None else through_adapter(hidden, rows, head.lora)
+        self._tiles = Tiles(hidden, rows, head, lora_h, config)
         self._bound: tuple[Tensor, int] | None = None
 
     def bound(self, hot_splits: int) -> None:

@@ -15,11 +15,7 @@ from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fused_dpo.head import LMHead
-from fused_dpo.precision import matmul_fp32
 from fused_dpo.triton_configs import TileConfig
-
-ADAPTER_ROWS = 1024
-"""Rows that are brought through an adapter at a time."""
 
 OF_BATCH = (
     *("row_index_ptr", "target_ptr", "index_ptr", "picked_ptr", "logps_ptr", "state_ptr", "stats_ptr", "upstream_ptr"),
@@ -112,6 +108,7 @@ class TileOptions(NamedTuple):
     RANK: int
     """Of the adapter, 0 without one."""
     BLOCK_R: int
+    """How much of it is multiplied at a time."""
     HAS_SCALE: bool
     HAS_BIAS: bool
     HAS_SOFTCAP: bool
@@ -132,41 +129,34 @@ def padded(h: Tensor, rows: int) -> Tensor:
     return F.pad(h, (0, 0, 0, missing)) if missing else h
 
 
-def through_adapter(hidden: Tensor, lora: tuple[Tensor, Tensor, float]) -> Tensor:
-    """The adapter's inner product `scale * hidden @ a.T` [rows, rank], rounded once to the hidden states' dtype.
-
-    By products of one shape: for another the library may choose a kernel that sums in another order, and a row's bits
-    would depend on how many there are.
-    """
-    a, _, scale = lora
-    through = hidden.new_empty(hidden.shape[0], a.shape[0])
-    for first in range(0, hidden.shape[0], ADAPTER_ROWS):
-        part = hidden[first : first + ADAPTER_ROWS]
-        through[first : first + ADAPTER_ROWS] = scale * matmul_fp32(padded(part, ADAPTER_ROWS), a.T)[: part.shape[0]]
-    return through
+def rank_block(rank: int, dtype: torch.dtype) -> int:
+    """How much of an adapter's rank is multiplied at a time: more would not fit beside the tile."""
+    power: Any = triton.next_power_of_2(rank)
+    return min(max(16, power), 64 // dtype.itemsize)
 
 
 class Tiles:
     """What kernels that compute tiles of logits of the scored rows take for `logits_tile`.
 
-    Attributes:
-        lora_h: the adapter's inner product, formed once; without an adapter the weight.
+    Args:
+        hidden, rows, head: as everywhere.
+        lora_h: the adapter's inner product, if there is an adapter.
+        config: of the tiles, for their operands.
     """
 
-    def __init__(self, hidden: Tensor, rows: Tensor, head: LMHead, config: TileConfig | None = None) -> None:
+    def __init__(
+        self, hidden: Tensor, rows: Tensor, head: LMHead, lora_h: Tensor | None, config: TileConfig | None = None
+    ) -> None:
         weight = head.weight
-        self.lora_h, lora_b, rank = weight, weight, 0
+        lora_b, rank = weight, 0
         if head.lora is not None:
-            a, lora_b, _ = head.lora
-            rank = a.shape[0]
-            self.lora_h = through_adapter(scored(hidden, rows), head.lora)
-        power: Any = triton.next_power_of_2(rank)
+            lora_b, rank = head.lora[1], head.lora[0].shape[0]
         self._config = config if config is not None and config.described else None
         self._hidden, self._scored = hidden, scored(hidden, rows) if self._config else hidden
         self._weight = WeightSlice(weight, 0)
         self._inputs = TileInputs(
             bias=weight if head.bias is None else head.bias.contiguous(),
-            lora_h=self.lora_h,
+            lora_h=weight if lora_h is None else lora_h,
             lora_b=lora_b,
             product=weight,
             V=weight.shape[0],
@@ -187,7 +177,7 @@ class Tiles:
         )
         self._options = TileOptions(
             RANK=rank,
-            BLOCK_R=max(16, power),
+            BLOCK_R=rank_block(rank, hidden.dtype),
             HAS_SCALE=head.logit_scale != 1.0 or head.temperature != 1.0,
             HAS_BIAS=head.bias is not None,
             HAS_SOFTCAP=head.softcap is not None,
@@ -212,7 +202,7 @@ class Tiles:
         else:
             weight, first = operand or self._weight
             inputs = inputs._replace(stride_wv=weight.stride(0), stride_wd=weight.stride(1), weight_first=first)
-            if config is not None and describable(hidden, weight):
+            if config is not None and describable(self._scored, weight):
                 hidden = TensorDescriptor.from_tensor(self._scored, [config.block_t, config.block_d])
                 weight = TensorDescriptor.from_tensor(weight, [config.block_v, config.block_d])
                 options = options._replace(DESCRIBED=True)
@@ -325,8 +315,8 @@ def logits_tile(
                     other=0.0,
                 )
             acc = tl.dot(h, w.to(h.dtype), acc, input_precision="ieee")
-    if OPTIONS.RANK > 0:
-        offs_r = tl.arange(0, OPTIONS.BLOCK_R)
+    for start_r in range(0, OPTIONS.RANK, OPTIONS.BLOCK_R):
+        offs_r = start_r + tl.arange(0, OPTIONS.BLOCK_R)
         mask_r = offs_r < OPTIONS.RANK
         lora_h = tl.load(
             inputs.lora_h + offs_t.to(tl.int64)[:, None] * OPTIONS.RANK + offs_r[None, :],

@@ -167,3 +167,11 @@ def test_opcheck_token_logps_backward(dtype: torch.dtype, needs: str, eps: float
 @pytest.mark.parametrize("lengths", [[2, 0, 3], [5], [0, 5, 0]], ids=str)
 def test_opcheck_sequence_sum(lengths: list[int]) -> None:
     check(OPS.sequence_sum.default, torch.randn(5, requires_grad=True), cu_seqlens(lengths).long())
+
+
+def test_rows_beyond_the_last_offset_have_no_gradient() -> None:
+    """On a GPU nobody looks at the offsets; an index out of bounds would end the process's use of it."""
+    values = torch.randn(7, requires_grad=True)
+    OPS.sequence_sum(values, torch.tensor([0, 2, 5])).backward(torch.tensor([2.0, 3.0]))
+    assert values.grad is not None
+    assert values.grad.tolist() == [2.0, 2.0, 3.0, 3.0, 3.0, 0.0, 0.0]

@@ -168,3 +168,10 @@ def test_no_rows() -> None:
     empty = torch.empty(0, dtype=torch.int64)
     kept = judge(torch.empty(0, 64, dtype=torch.uint8), empty, torch.empty(0), torch.empty(0), empty, EPS)
     assert kept.shape == (0, 64)
+
+
+def test_rows_without_a_target_mark_nothing() -> None:
+    """As where `row_index` names an ignored row, which only a CPU refuses: -1 is no column, of its block or another."""
+    nothing = torch.zeros(2, 64)
+    assert not judged(nothing, [0, 1], [1.0, 1.0], [1.0, 1.0], target=[-1, -1]).any()
+    assert judged(nothing, [0, 1], [1.0, 1.0], [1.0, 1.0], target=[-1, 63]).nonzero().tolist() == [[1, 63]]

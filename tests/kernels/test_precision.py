@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_dpo import LMHead, fused_dpo_logps, kept, streaming
-from fused_dpo.precision import matmul_precision
+from fused_dpo.precision import add_matmul_fp32, fp32_sums, matmul_fp32, matmul_precision
 from tests.kernels.helpers import (
     Problem,
     assert_close,
@@ -34,6 +34,26 @@ def _restore_flags() -> Iterator[None]:
 def flags() -> tuple[object, ...]:
     cpu, cuda = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul  # pyright: ignore[reportAttributeAccessIssue]
     return torch.get_float32_matmul_precision(), cpu.fp32_precision, cuda.fp32_precision
+
+
+def test_sums_in_fp16_are_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a program lets cuBLAS add up fp16 in fp16, torch gives no product of fp16 a result in fp32."""
+    matmul, seen = torch.backends.cuda.matmul, []
+    for name in ("mm", "addmm"):
+        monkeypatch.setattr(torch, name, lambda *_, **__: seen.append(matmul.allow_fp16_accumulation))
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    a = torch.ones(2, 2, dtype=torch.float16)
+    matmul.allow_fp16_accumulation = True
+    try:
+        matmul_fp32(a, a)
+        add_matmul_fp32(a, a, a)
+        with fp32_sums():
+            assert not matmul.allow_bf16_reduced_precision_reduction
+        assert matmul.allow_bf16_reduced_precision_reduction
+        assert matmul.allow_fp16_accumulation
+    finally:
+        matmul.allow_fp16_accumulation = False
+    assert seen == [False, False]
 
 
 @pytest.mark.parametrize("flag", ["high", "medium"])

@@ -19,7 +19,6 @@ from fused_dpo.triton_backward import slice_width
 from fused_dpo.triton_configs import (
     SPLIT_COLUMNS,
 )
-from fused_dpo.triton_tile import ADAPTER_ROWS
 from tests.kernels.helpers import (
     DIFFERENTIABLE,
     EVERY_FEATURE,
@@ -332,18 +331,3 @@ def test_choice_of_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(ValueError, match="needs CUDA tensors"):
         call(hidden, weight)
-
-
-def test_products_with_an_adapter_have_one_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the batch: for another shape the library may choose a kernel that sums in another order."""
-    shapes: set[torch.Size] = set()
-    multiply = triton_tile.matmul_fp32
-
-    def noted(a: Tensor, b: Tensor) -> Tensor:
-        shapes.add(a.shape)
-        return multiply(a, b)
-
-    monkeypatch.setattr(triton_tile, "matmul_fp32", noted)
-    for rows in (1, ADAPTER_ROWS, 2 * ADAPTER_ROWS + 3):
-        by_triton(on_device(make_problem((rows,), V=40, D=9, lora_rank=3, shift=False).to(torch.float32)))
-    assert shapes == {(ADAPTER_ROWS, 9)}

@@ -1,0 +1,54 @@
+"""Low-rank adapters in the Triton kernels: the inner product, and ranks beyond what is multiplied at a time."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from fused_dpo.triton_adapter import BLOCK_ROWS, through_adapter
+from fused_dpo.triton_tile import rank_block
+from tests.kernels.helpers import assert_agrees, evaluate, fused, make_problem
+from tests.kernels.triton_helpers import DEVICE, TRITON_DTYPES, on_device
+
+
+def problem(dtype: torch.dtype, T: int, D: int, rank: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(T, D).to(DEVICE, dtype), torch.randn(rank, D).to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
+@pytest.mark.parametrize("R", [1, BLOCK_ROWS, BLOCK_ROWS + 1])
+@pytest.mark.parametrize("rank", [1, 16, 33, 70])
+@pytest.mark.parametrize("D", [1, 32, 65])
+def test_inner_product(dtype: torch.dtype, R: int, rank: int, D: int) -> None:
+    """Of some rows, accumulated in fp32 and rounded once."""
+    hidden, a = problem(dtype, R + 3, D, rank)
+    rows = torch.randperm(R + 3, device=DEVICE)[:R].sort().values
+    got = through_adapter(hidden, rows, (a, a, 0.5))
+    true = 0.5 * hidden[rows].double() @ a.double().T
+    assert got.dtype == dtype
+    assert got.is_contiguous()
+    scale = hidden[rows].double().norm(dim=1)[:, None] * a.double().norm(dim=1)
+    assert float(((got.double() - true).abs() / scale).max()) <= torch.finfo(dtype).eps
+
+
+def test_strides() -> None:
+    hidden, a = problem(torch.float32, 9, 40, 5)
+    rows = torch.arange(9, device=DEVICE)
+    expected = through_adapter(hidden, rows, (a, a, 1.0))
+    strided = hidden.T.contiguous().T, a.T.contiguous().T
+    assert torch.equal(through_adapter(strided[0], rows, (strided[1], a, 1.0)), expected)
+
+
+def test_a_row_alone_has_the_same_bits() -> None:
+    """Whatever else there is, and wherever in the block it stands."""
+    hidden, a = problem(torch.float32, 150, 70, 20)
+    every = through_adapter(hidden, torch.arange(150, device=DEVICE), (a, a, 1.0))
+    for row in (0, 63, 64, 149):
+        assert torch.equal(through_adapter(hidden, torch.tensor([row], device=DEVICE), (a, a, 1.0))[0], every[row])
+
+
+@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
+@pytest.mark.parametrize("impl", ["triton", "library"])
+def test_ranks_beyond_a_block(dtype: torch.dtype, impl: str) -> None:
+    rank = 2 * rank_block(512, dtype) + 1
+    whole = on_device(make_problem((5, 20), V=70, D=17, lora_rank=rank).to(dtype))
+    assert_agrees(evaluate(lambda p: fused(p, impl=impl), whole), whole)

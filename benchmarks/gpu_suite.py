@@ -2,11 +2,13 @@
 
     python -m benchmarks.gpu_suite --out DIR [--minutes 8.5] [--hidden FILE] [--model DIR]
 
-Checks first, then timings, the most telling cases first. Once the minutes are over it begins no part, and no row after
+Checks in the dtype that is timed first, then timings, the most telling cases first, variants of the kernels
+(`benchmarks.tuning`), whole steps, and the other checks. Once the minutes are over it begins no part, and no row after
 a finished one; what was begun is finished, but for compute-sanitizer, which is stopped. A part that fails, finds no
-time left or is cut short is recorded, and the next one begins. --hidden needs the package safetensors, and the step of
-a model the trainer's requirements. DIR/gpu_suite.json, what each part said, and DIR/gpu_rows.json, the measurements as
-a results file for `benchmarks.report` and `benchmarks.compare`, are written as they come.
+time left or is cut short is recorded, and the next one begins, in a new process if the old one has lost the device or
+hangs. --hidden needs the package safetensors, and the step of a model the trainer's requirements. DIR/gpu_suite.json,
+what each part said, and DIR/gpu_rows.json, the measurements as a results file for `benchmarks.report` and
+`benchmarks.compare`, are written as they come.
 """
 
 import argparse
@@ -29,14 +31,20 @@ import torch
 
 from benchmarks import ROOT, head, records
 from benchmarks.arguments import hidden_file, out_folder, positive
-from benchmarks.cases import AXES, BARE, SCALED, STAGED, TRAIN, Case, head_cases, scaling_cases
-from benchmarks.gpu_checks import CHECKS, SMALL, NotHereError, Scale
-from benchmarks.measure import environment, quantiles, timed
+from benchmarks.cases import AXES, BARE, LOSS, SCALED, STAGED, TRAIN, Case, head_cases, scaling_cases
+from benchmarks.gpu_checks import CHECKS, LATE, OF_DTYPES, SMALL, NotHereError, Scale
+from benchmarks.measure import environment, median_seconds, quantiles, seconds_of
 from benchmarks.peers import IMPLEMENTATIONS
 from benchmarks.stages import stages_of
+from benchmarks.supervise import BEGUN, RECORD, DeviceLostError, device_is_lost, supervised, write_record
+from benchmarks.tuning import DEVICE, VARIANTS, tuned
 
 NAMES = (BARE, *IMPLEMENTATIONS)
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+OURS = (BARE, *(name for name in IMPLEMENTATIONS if name.startswith("fused")))
+"""Whose rows fail the part if they fail; others may not be installed, or run out of memory."""
+COMPILED = ("torch.compile naive",)
+"""What takes the compiler half a minute a case: left for the end, and measured on the main case alone."""
+ROWS = "gpu_rows.json"
 RANDOM_MODEL = "random:llama-1b"
 Row = dict[str, Any]
 SANITIZER_MODES = {"memcheck": {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, "racecheck": {}}
@@ -44,40 +52,17 @@ SANITIZER_MODES = {"memcheck": {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, "raceche
 memcheck sees no access that leaves a tensor."""
 SANITIZER_SECONDS = 20.0
 """A tool is not begun with less time left: importing torch under it takes most of that."""
-SUMMARISED = ("extra_mib", "share_of_bare", "worst_logp_error_nat", "dhidden_error", "dweight_error", "kept_fraction")
 
 
 def ceilings() -> dict[str, float]:
     """What this very card reaches: a large copy, and a large bf16 product of random numbers."""
+    a, b = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
+    seconds_of(lambda: a @ b, runs=200, limit=0.5)  # until the clocks have risen
+    matmul = statistics.median(seconds_of(lambda: a @ b, runs=50))
     source = torch.randn(2**30, device="cuda")
     target = torch.empty_like(source)
     copy = median_seconds(lambda: target.copy_(source))
-    a, b = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
-    matmul = median_seconds(lambda: a @ b)
     return {"copy_tb_s": 2 * source.nbytes / copy / 1e12, "matmul_tflop_s": 2 * 8192**3 / matmul / 1e12}
-
-
-def seconds_of(function: Callable[[], Any], runs: int = 10, limit: float = 4.0) -> list[float]:
-    """Times of single calls by device events, or by the clock without a GPU; in `limit` seconds, but three at least."""
-    times: list[float] = []
-    started = time.perf_counter()
-    while len(times) < runs and (time.perf_counter() - started < limit or len(times) < 3):
-        if not torch.cuda.is_available():
-            times.append(timed(function)[1])
-            continue
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        function()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    return times
-
-
-def median_seconds(function: Callable[[], Any]) -> float:
-    """Median time after a warm-up."""
-    function()
-    return statistics.median(seconds_of(function))
 
 
 def head_rows(
@@ -86,8 +71,12 @@ def head_rows(
     """A row an implementation: checked against float64, then memory and time; one that fails says why."""
     loaded = head.load(case, hidden_file, DEVICE)
     bare_run = head.bare_matmuls(case, phase, loaded.problem)
-    bare = median_seconds(bare_run)
+    bare = 0.0
     for name in names:
+        if phase != LOSS and name != BARE and IMPLEMENTATIONS[name].logps is None:
+            continue  # has a loss only
+        if name == BARE or name.startswith("fused") or not bare:
+            bare = median_seconds(bare_run)  # the machine's speed at this moment
         row: Row = {"id": f"head/{case.name}/{phase}/{name}", "suite": "head", **which}
         row |= head.describe_row(name, case, phase, loaded)
         try:
@@ -116,13 +105,13 @@ def stage_rows(hidden_file: Path | None) -> Iterator[Row]:
         yield from stages_of(case.name, name, head.prepare(name, case, phase, loaded))
 
 
-def step_rows(model: str) -> Iterator[Row]:
+def step_rows(model: str, hidden_file: Path | None) -> Iterator[Row]:
     """Whole steps of a model, a row a way."""
     try:
         from benchmarks.step import gpu_rows
     except ImportError as missing:
         raise NotHereError(f"the trainer's requirements are not installed: {missing}") from None
-    yield from gpu_rows(model)
+    yield from gpu_rows(model, hidden_file=hidden_file)
 
 
 def sanitizer(deadline: float = math.inf) -> dict[str, Any]:
@@ -178,57 +167,85 @@ def parts(
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Name and work of every part, in order; `deadline` is for the one that can be stopped."""
     scale = replace(scale, hidden_file=hidden_file)
-    for name, check in CHECKS.items():
-        yield f"check: {name}", lambda check=check: check(scale)
     if scale.device != "cuda":
+        for name, check in CHECKS.items():
+            yield f"check: {name}", lambda check=check: check(scale)
         return
+    timed, others = replace(scale, dtypes=scale.dtypes[:1]), replace(scale, dtypes=scale.dtypes[1:])
+    for name, check in CHECKS.items():
+        if name not in LATE:
+            yield f"check: {name}", lambda check=check: check(timed)
     yield "ceilings", ceilings
-    (main, phase), *others = head_cases(gpu=True)
-    yield f"head {main.name} {phase}", lambda: head_rows(main, phase, hidden_file)
+    (main, phase), *cases = head_cases(gpu=True)
+    soon = [name for name in NAMES if name not in COMPILED]
+    yield f"head {main.name} {phase}", lambda: head_rows(main, phase, hidden_file, soon)
     yield "stages", lambda: stage_rows(hidden_file)
-    for name in filter(None, (RANDOM_MODEL, model)):
-        yield f"step {name}", lambda name=name: step_rows(name)
-    for case, phase in others:
-        yield f"head {case.name} {phase}", lambda case=case, phase=phase: head_rows(case, phase, hidden_file)
+    yield "tuning", lambda: tuned(VARIANTS, main, hidden_file)
+    yield f"step {RANDOM_MODEL}", lambda: step_rows(RANDOM_MODEL, hidden_file)
+    for case, phase in cases[:2]:
+        yield f"head {case.name} {phase}", lambda case=case, phase=phase: head_rows(case, phase, hidden_file, soon)
+    for name in OF_DTYPES:
+        yield f"check: {name}, other dtypes", lambda name=name: CHECKS[name](others)
+    for name in LATE:
+        yield f"check: {name}", lambda name=name: CHECKS[name](scale)
+    if model:
+        yield f"step {model}", lambda: step_rows(model, hidden_file)
+    yield f"compiled {main.name} {TRAIN}", lambda: head_rows(main, TRAIN, hidden_file, COMPILED)
+    for case, phase in cases[2:]:
+        yield f"head {case.name} {phase}", lambda case=case, phase=phase: head_rows(case, phase, hidden_file, soon)
     for axis in AXES:
         yield f"scaling with {axis}", lambda axis=axis: scaling_rows(axis, hidden_file)
     yield "compute-sanitizer", lambda: sanitizer(deadline)
 
 
-def summary(row: Row) -> str:
-    """A row in a line of the log."""
-    if "failed" in row:
-        return f"{row['id']}: {row['failed']}"
-    if "seconds" in row:
-        return f"{row['id']}: {1e3 * row['seconds']:.2f} ms"
-    numbers = {key: row[key] for key in SUMMARISED if key in row}
-    return f"{row['id']}: {1e3 * row['median_s']:.2f} ms " + " ".join(f"{k}={v:.4g}" for k, v in numbers.items())
-
-
 def run(
-    out: Path, minutes: float, scale: Scale, hidden_file: Path | None = None, model: str | None = None
+    out: Path,
+    minutes: float,
+    scale: Scale,
+    hidden_file: Path | None = None,
+    model: str | None = None,
+    *,
+    resume: bool = False,
 ) -> dict[str, Any]:
-    """Run all parts that can be begun within the time, and write the record after each."""
+    """Run all parts that can be begun within the time, and write the record before and after each.
+
+    With `resume` those that the record in `out` has are left out.
+
+    Raises:
+        DeviceLostError: after a part that failed the device answers no more.
+    """
     out.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {"environment": environment(), "parts": {}}
     rows: list[Row] = []
+    if resume:
+        record = json.loads((out / RECORD).read_text())
+        rows = list(records.read(out / ROWS).rows.values()) if (out / ROWS).exists() else []
     deadline = time.perf_counter() + 60 * minutes
     for name, work in parts(scale, hidden_file, model, deadline):
+        if name in record["parts"]:
+            continue
         begun = time.perf_counter()
         entry: dict[str, Any] = {"status": "no time left"}
         if begun < deadline:
+            record["parts"][name] = {"status": BEGUN}
+            write_record(out, record)
             try:
                 result = work()
                 entry = {"status": "ok", "result": result}
                 if isinstance(result, Iterator):
                     entry["result"] = lines = []
+                    of_part: list[Row] = []
                     for row in result:
+                        of_part.append(row)
                         rows.append(row)
-                        lines.append(summary(row))
-                        records.write(out / "gpu_rows.json", rows)
+                        lines.append(records.summary(row))
+                        records.write(out / ROWS, rows)
                         if time.perf_counter() > deadline:
                             entry["status"] = "cut short"
                             break
+                    missing = records.failed(of_part, OURS)
+                    if missing or (of_part and all("failed" in row for row in of_part)):
+                        entry |= {"status": "failed", "error": f"no time for {', '.join(missing) or 'any'}"}
             except NotHereError as reason:
                 entry = {"status": "skipped", "error": str(reason)}
             except Exception as error:
@@ -236,8 +253,11 @@ def run(
                 entry = {"status": "failed", "error": f"{type(error).__name__}: {str(error)[:1000]}"}
             entry["seconds"] = time.perf_counter() - begun
         record["parts"][name] = entry
-        print(f"{entry['status']:<12} {name}  {json.dumps(entry.get('result') or entry.get('error', ''))}", flush=True)
-        (out / "gpu_suite.json").write_text(json.dumps(record, indent=2) + "\n")
+        said = json.dumps(entry.get("error") or entry.get("result", ""))
+        print(f"{entry['status']:<12} {name}  {said}", flush=True)
+        write_record(out, record)
+        if entry["status"] == "failed" and device_is_lost():
+            raise DeviceLostError
     return record
 
 
@@ -252,14 +272,29 @@ def main() -> int:
     parser.add_argument("--hidden", type=hidden_file, help=hidden_help)
     parser.add_argument("--model", help="model folder for the whole step, beside one of random weights (default: none)")
     parser.add_argument("--interpreter", action="store_true", help="the checks alone, small, in Triton's interpreter")
+    parser.add_argument("--process", choices=("begin", "resume"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.interpreter and options.hidden:
         parser.error("--interpreter checks problems smaller than any real hidden states; leave out --hidden")
     if not options.interpreter and not torch.cuda.is_available():
         print("no CUDA device; --interpreter runs the checks without one", file=sys.stderr)
         return 2
-    scale = SMALL if options.interpreter else Scale()
-    record = run(options.out, options.minutes, scale, options.hidden, options.model)
+    if options.interpreter:
+        return verdict(run(options.out, options.minutes, SMALL))
+    if options.process:
+        resume = options.process == "resume"
+        run(options.out, options.minutes, Scale(), options.hidden, options.model, resume=resume)
+        return 0
+    command = [sys.executable, "-m", "benchmarks.gpu_suite", "--out", str(options.out)]
+    for name in ("hidden", "model"):
+        if value := getattr(options, name):
+            command += [f"--{name}", str(value)]
+    supervised(command, options.out, options.minutes)
+    return verdict(json.loads((options.out / RECORD).read_text()))
+
+
+def verdict(record: dict[str, Any]) -> int:
+    """Print the last line, and give the exit status."""
     failed = [name for name, entry in record["parts"].items() if entry["status"] not in ("ok", "skipped")]
     skipped = [name for name, entry in record["parts"].items() if entry["status"] == "skipped"]
     passed = len(record["parts"]) - len(failed) - len(skipped)

@@ -1,12 +1,16 @@
 """How things are measured: time, the peak of memory, of a CPU's in a process of its own, and the versions used."""
 
 import ctypes
+import os
 import platform
+import statistics
 import subprocess
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from importlib import metadata
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
@@ -60,6 +64,40 @@ def timed(function: Callable[[], Result]) -> tuple[Result, float]:
     return result, time.perf_counter() - started
 
 
+def seconds_of(function: Callable[[], Any], runs: int = 10, limit: float = 4.0) -> list[float]:
+    """Times of single calls, as many as `limit` seconds have room for, but three at least.
+
+    On a GPU by device events around calls that follow each other without a pause: after one, a call would begin with
+    the device waiting for the host.
+    """
+    if not torch.cuda.is_available():
+        times: list[float] = []
+        started = time.perf_counter()
+        while len(times) < runs and (time.perf_counter() - started < limit or len(times) < 3):
+            times.append(timed(function)[1])
+        return times
+    first = _event_times(function, 1)[0]
+    return _event_times(function, max(3, min(runs, int(limit / first))))
+
+
+def _event_times(function: Callable[[], Any], runs: int) -> list[float]:
+    """Of `runs` calls on the device, after one that covers the host's start."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(runs + 1)]
+    function()
+    events[0].record()
+    for event in events[1:]:
+        function()
+        event.record()
+    torch.cuda.synchronize()
+    return [begin.elapsed_time(end) / 1e3 for begin, end in pairwise(events)]
+
+
+def median_seconds(function: Callable[[], Any]) -> float:
+    """Median time after a warm-up."""
+    function()
+    return statistics.median(seconds_of(function))
+
+
 def console() -> Any:
     """Where tables are printed: as wide as the terminal, and wide enough for a table where there is none."""
     from rich.console import Console
@@ -82,10 +120,17 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    except OSError:  # no git here
+        return "unknown"
+
+
+@cache
 def environment() -> dict[str, Any]:
-    """Device, versions and commit that a result belongs to."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
+    """Device, versions and commit that a result belongs to; FUSED_DPO_COMMIT names it where there is no repository."""
     cuda = torch.cuda.is_available()
     versions = {name: _version(name) for name in PACKAGES}
     return {
@@ -93,7 +138,7 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "commit": commit.strip() or "unknown",
+        "commit": os.environ.get("FUSED_DPO_COMMIT") or _commit(),
         **({"cuda": torch.version.cuda} if cuda else {}),
         **{name: version for name, version in versions.items() if version},
     }

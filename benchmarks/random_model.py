@@ -7,6 +7,7 @@ token gets follows from its id, so that it is the same in every layout, and ids 
 sequence get consecutive ones.
 """
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -107,7 +108,9 @@ def _replace_hidden(values: Tensor) -> Any:
     return hook
 
 
-def build_random_policy(options: ModelOptions, device: torch.device, *, packing: bool = True) -> Policy:
+def build_random_policy(
+    options: ModelOptions, device: torch.device, *, packing: bool = True, hidden_file: Path | None = None
+) -> Policy:
     """The policy of `random:NAME`, the same in every call; fp32 weights computed in `options.dtype`."""
     config = model_config(options.model.removeprefix(PREFIX))
     torch.manual_seed(0)
@@ -115,7 +118,8 @@ def build_random_policy(options: ModelOptions, device: torch.device, *, packing:
         attention = ATTENTION_NAME if packing else "sdpa"
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
     vocabulary, hidden_size = model.lm_head.weight.shape
-    problem = replay(min(REPLAYED, vocabulary // 16), hidden_size, vocabulary, device=device.type)
+    rows = min(REPLAYED, vocabulary // 16)
+    problem = replay(rows, hidden_size, vocabulary, device=device.type, hidden_file=hidden_file)
     model.lm_head.weight.data.copy_(problem.weight)
     model.base_model.register_forward_hook(_replace_hidden(problem.hidden), with_kwargs=True)
     compute_dtype = choose_dtype(options, device)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from benchmarks import measure
 
 FOLDER = Path(__file__).parent / "results"
+SUMMARISED = ("extra_mib", "share_of_bare", "worst_logp_error_nat", "dhidden_error", "dweight_error", "kept_fraction")
 
 
 class Record(NamedTuple):
@@ -46,3 +47,19 @@ def read(path: Path) -> Record:
     if len(rows) < len(content["rows"]):
         raise ValueError(f"{path} names a row twice")
     return Record(path, environment, rows, {name: line for line, name in enumerate(rows, start=3)})
+
+
+def failed(rows: Iterable[dict[str, Any]], names: Iterable[str]) -> list[str]:
+    """Ids of the rows of some implementations that have no time, though they were there to be measured."""
+    wanted = set(names)
+    return [row["id"] for row in rows if "failed" in row and row.get("implementation") in wanted]
+
+
+def summary(row: dict[str, Any]) -> str:
+    """A row in a line of a log."""
+    if "failed" in row:
+        return f"{row['id']}: {row['failed']}"
+    if "seconds" in row:
+        return f"{row['id']}: {1e3 * row['seconds']:.2f} ms"
+    numbers = {key: row[key] for key in SUMMARISED if key in row}
+    return f"{row['id']}: {1e3 * row['median_s']:.2f} ms " + " ".join(f"{k}={v:.4g}" for k, v in numbers.items())

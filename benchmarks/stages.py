@@ -39,7 +39,8 @@ def stages(run: HeadRun) -> dict[str, float]:
             torch.cuda.synchronize()
     seconds: dict[str, float] = defaultdict(float)
     for event in profiler.key_averages():
-        seconds[_gpu_stage(event.key) if cuda else _cpu_stage(event.key)] += _microseconds(event, cuda) / 1e6
+        if spent := _microseconds(event, cuda):  # calls of CUDA's runtime take none on the device
+            seconds[_gpu_stage(event.key) if cuda else _cpu_stage(event.key)] += spent / 1e6
     rest = seconds.pop("other", 0.0)
     ordered = sorted(seconds.items(), key=lambda item: -item[1])
     return {**dict(ordered[:LARGEST]), "other": rest + sum(time for _, time in ordered[LARGEST:])}
@@ -57,7 +58,7 @@ def _cpu_stage(key: str) -> str:
 def _gpu_stage(key: str) -> str:
     if any(part in key.lower() for part in LIBRARY):
         return "library matrix products"
-    return key.split("(")[0].split("<")[0].removeprefix("void ")[:60]
+    return key.replace("(anonymous namespace)::", "").split("(")[0].split("<")[0].removeprefix("void ")[:60]
 
 
 def stages_of(case: str, name: str, run: HeadRun) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ import argparse
 import gc
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +182,12 @@ def step_cases(model: str, data: Sequence[str], *, full: bool, device: str) -> l
 
 
 def gpu_rows(
-    model: str, data: Sequence[str] = (), *, ways: Sequence[str] = WAYS, rounds: int = 5
+    model: str,
+    data: Sequence[str] = (),
+    *,
+    ways: Sequence[str] = WAYS,
+    rounds: int = 5,
+    hidden_file: Path | None = None,
 ) -> Iterator[dict[str, Any]]:
     """A row a way on this process's GPU, for every data set; a way that fails has a row with `failed`.
 
@@ -190,9 +196,10 @@ def gpu_rows(
         data: as `Case.data`; by default the pairs in `examples/`, or the lengths of hh_helpful for a random model.
         ways: of WAYS.
         rounds: timed steps, after the one that is checked.
+        hidden_file: of real hidden states, for a random model.
     """
     for case in step_cases(model, data, full=True, device="cuda"):
-        yield from rows(case, ways, rounds)
+        yield from rows(replace(case, hidden_file=hidden_file), ways, rounds)
 
 
 def compare(

@@ -38,6 +38,8 @@ class Case:
     """Token slots that a forward pass may have; a sequence may have half of them."""
     dtype: str = "bfloat16"
     device: str = "cpu"
+    hidden_file: Path | None = None
+    """Of real hidden states, for a random model; see `replay`."""
 
     @property
     def name(self) -> str:
@@ -71,7 +73,7 @@ class Case:
         settings: Any = {"dtype": dtype or self.dtype, "grad_mode": grad_mode}
         options, device = ModelOptions(model=self.model, **settings), torch.device(self.device)
         if self.random:
-            return build_random_policy(options, device, packing=packing)
+            return build_random_policy(options, device, packing=packing, hidden_file=self.hidden_file)
         return build_policy(options, LoraOptions(), device, packing=packing)
 
     def describe(self) -> dict[str, Any]:

@@ -23,8 +23,7 @@ import torch
 from benchmarks import head, records
 from benchmarks.arguments import hidden_file, out_file, positive
 from benchmarks.cases import FORWARD, TRAIN, Case, head_cases
-from benchmarks.gpu_suite import DEVICE, median_seconds, seconds_of, summary
-from benchmarks.measure import quantiles
+from benchmarks.measure import median_seconds, quantiles, seconds_of
 from fused_dpo import triton_configs as configs
 from fused_dpo import triton_forward
 from fused_dpo.triton_configs import PLAIN, RICH, ProductConfig, TileConfig
@@ -32,6 +31,7 @@ from fused_dpo.triton_configs import PLAIN, RICH, ProductConfig, TileConfig
 Change = tuple[Any, Any, Any]
 """A dict and key, or a module and name, and the value that it gets."""
 SHIPPED = "as shipped"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ARCHITECTURE = 90
 """Whose tiles the variants change; newer devices take them too."""
 
@@ -219,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = []
     for row in tuned(wanted, head_cases(gpu=True)[0][0], options.hidden):
         rows.append(row)
-        print(f"{summary(row)} (predicted {1e3 * row['predicted_s']:.1f} ms)", flush=True)
+        print(f"{records.summary(row)} (predicted {1e3 * row['predicted_s']:.1f} ms)", flush=True)
         records.write(options.out, rows)
         if time.perf_counter() > deadline:
             print(f"{len(wanted) - len(rows)} of {len(wanted)} variants left: no time", file=sys.stderr)

@@ -1,6 +1,7 @@
 """The benchmarks measure what they say, on small problems, and give nothing that is wrong a time."""
 
 import json
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import head, records, replay
+from benchmarks import ROOT, head, records, replay
 from benchmarks.cases import AXES, BARE, FORWARD, HEADS, LOSS, PHASES, TRAIN, Case, head_cases, scaling_cases
 from benchmarks.measure import environment, isolated, peak_growth_mib, quantiles, timed
 from benchmarks.peers import IMPLEMENTATIONS, Implementation, per_sequence
@@ -39,6 +40,16 @@ def grow_twice(mib: int) -> float:
 
 
 class TestMeasure:
+    def test_the_environment_without_a_repository(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Nor git: the results are written all the same, and the commit can be told."""
+        monkeypatch.setenv("PATH", "")
+        environment.cache_clear()
+        assert environment()["commit"] == "unknown"
+        monkeypatch.setenv("FUSED_DPO_COMMIT", "abc1234")
+        environment.cache_clear()
+        assert environment()["commit"] == "abc1234"
+        environment.cache_clear()
+
     @pytest.mark.parametrize("mib", [50, 200])
     def test_peak_growth(self, mib: int) -> None:
         """What was allocated and freed again, in a process of its own."""
@@ -311,6 +322,26 @@ class TestRows:
             assert sum(products) == case.passes(phase)
 
 
+SUITE = """
+import os, sys, time
+from pathlib import Path
+from benchmarks import gpu_suite
+
+def hangs():
+    time.sleep(60)
+
+def loses():
+    gpu_suite.device_is_lost = lambda: True
+    raise RuntimeError("illegal memory access")
+
+parts = {"fine": lambda: 1, "dies": lambda: os._exit(9), "rows": lambda: iter([{"id": "a", "median_s": 1.0}])}
+parts |= {"hangs": hangs, "loses": loses, "last": lambda: None}
+gpu_suite.parts = lambda *_: iter(parts.items())
+resume = sys.argv[-1] == "resume"
+gpu_suite.run(Path(sys.argv[2]), float(sys.argv[4]), gpu_suite.Scale(), resume=resume)
+"""
+
+
 class TestGpuSuite:
     def test_rows_of_a_case(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """One that fails, one that is wrong and one that is absent leave the others their rows."""
@@ -336,18 +367,70 @@ class TestGpuSuite:
         assert ours["id"] == "head/tiny-N150/forward+backward/fused filtered"
         assert {"median_s", "extra_mib", "share_of_bare", "kept_fraction", "dweight_error", "tokens_per_s"} <= set(ours)
         assert rows[BARE]["share_of_bare"] > 0
-        assert "too large" in gpu_suite.summary(rows["fails"])
-        assert "dweight_error" in gpu_suite.summary(ours)
+        assert "too large" in records.summary(rows["fails"])
+        assert "dweight_error" in records.summary(ours)
 
     def test_parts_on_a_gpu(self) -> None:
-        """Checks, then the main case, then the rest."""
+        """Checks of what is timed, the main case, the variants, a whole step, then the rest; each once."""
         from benchmarks import gpu_suite
 
         names = [name for name, _ in gpu_suite.parts(gpu_suite.Scale(), None)]
-        assert names.index("ceilings") == len(gpu_suite.CHECKS)
-        assert names[len(gpu_suite.CHECKS) + 1] == "head Qwen3-8B-N8192 forward+backward"
-        assert {"stages", "step random:llama-1b", "scaling with N", "compute-sanitizer"} <= set(names)
+        first = [f"check: {name}" for name in gpu_suite.CHECKS if name not in gpu_suite.LATE]
+        first += ["ceilings", "head Qwen3-8B-N8192 forward+backward", "stages", "tuning", "step random:llama-1b"]
+        assert names[: len(first)] == first
+        assert {f"check: {name}" for name in gpu_suite.CHECKS} <= set(names)
+        assert {"scaling with N", "compute-sanitizer", "check: batch invariance, other dtypes"} <= set(names)
+        assert len(set(names)) == len(names)
         assert "step my/model" in [name for name, _ in gpu_suite.parts(gpu_suite.Scale(), None, "my/model")]
+
+    def test_what_is_timed_is_checked_first_and_other_dtypes_later(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from benchmarks import gpu_suite
+
+        seen: list[tuple[torch.dtype, ...]] = []
+        name = "accuracy against float64"
+        monkeypatch.setitem(gpu_suite.CHECKS, name, lambda scale: seen.append(scale.dtypes))
+        work = dict(gpu_suite.parts(gpu_suite.Scale()))
+        work[f"check: {name}"]()
+        work[f"check: {name}, other dtypes"]()
+        assert seen == [(torch.bfloat16,), (torch.float16, torch.float32)]
+
+    def test_a_part_without_our_times_has_failed(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        from benchmarks import gpu_suite
+
+        def rows(*failing: str):
+            return lambda: iter(
+                {"id": name, "implementation": name} | ({"failed": "x"} if name in failing else {"median_s": 1.0})
+                for name in ("fused exact", "TRL")
+            )
+
+        parts = [("peer", rows("TRL")), ("ours", rows("fused exact")), ("all", rows("TRL", "fused exact"))]
+        monkeypatch.setattr(gpu_suite, "parts", lambda *_: iter(parts))
+        record = gpu_suite.run(tmp_path, 1.0, gpu_suite.Scale())["parts"]
+        assert [entry["status"] for entry in record.values()] == ["ok", "failed", "failed"]
+        assert record["ours"]["error"] == "no time for fused exact"
+
+    def test_what_is_left_runs_in_another_process(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """After a part that kills its process, one that hangs, and one after which the GPU is lost."""
+        from benchmarks import supervise
+
+        script = tmp_path / "suite.py"
+        script.write_text(SUITE)
+        out = tmp_path / "out"
+        out.mkdir()
+        monkeypatch.setattr(supervise, "HANGING_SECONDS", 1.0)
+        monkeypatch.setenv("PYTHONPATH", str(ROOT))
+        supervise.supervised([sys.executable, str(script), "--out", str(out)], out, 1.0)
+        record = json.loads((out / "gpu_suite.json").read_text())["parts"]
+        assert {name: entry["status"] for name, entry in record.items()} == {
+            "fine": "ok", "dies": "failed", "rows": "ok", "hangs": "failed", "loses": "failed", "last": "ok",
+        }  # fmt: skip
+        assert "ended with status -9" in record["hangs"]["error"]
+        assert "ended with status 9" in record["dies"]["error"]
+        assert list(records.read(out / "gpu_rows.json").rows) == ["a"]
+
+        script.write_text("raise SystemExit(3)")
+        with pytest.raises(SystemExit, match="ended with status 3 before any part"):
+            supervise.supervised([sys.executable, str(script)], out, 1.0)
 
     def test_rows_are_kept_as_they_come_until_time_is_up(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         from benchmarks import gpu_suite

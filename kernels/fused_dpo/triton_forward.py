@@ -24,6 +24,7 @@ from fused_dpo.triton_tile import (
     grouped_block,
     grouped_other,
     logits_tile,
+    named,
     on_device,
     surprise_of,
     weight_slices,
@@ -35,7 +36,7 @@ MERGE_SPLITS = 64
 """Splits it takes at a time."""
 
 
-@triton.jit(do_not_specialize=OF_BATCH)
+@triton.jit(do_not_specialize=OF_BATCH, repr=named("_logps_forward_kernel", SCREEN=("screen", "")))
 def _logps_forward_kernel(
     hidden_ptr,
     weight_ptr,

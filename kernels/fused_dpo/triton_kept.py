@@ -8,7 +8,7 @@ covers the longest list there can be, and a program beyond the end of its own do
 import triton
 import triton.language as tl
 
-from fused_dpo.triton_tile import OF_BATCH, exp, logits_tile, through_softcap
+from fused_dpo.triton_tile import OF_BATCH, exp, logits_tile, named, through_softcap
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def _compact_kernel(flags_ptr, list_ptr, counts_ptr, N, stride_fg, stride_lg, BL
     tl.store(counts_ptr + group, count)
 
 
-@triton.jit(do_not_specialize=OF_BATCH)
+@triton.jit(do_not_specialize=OF_BATCH, repr=named("_kept_dlogits_kernel", BY_COLUMNS=("columns", "rows")))
 def _kept_dlogits_kernel(
     hidden_ptr,
     weight_ptr,
@@ -120,7 +120,7 @@ def _kept_dlogits_kernel(
             tl.store(out, dz.to(dz_ptr.dtype.element_ty), mask=mask_t[:, None])
 
 
-@triton.jit(do_not_specialize=OF_BATCH)
+@triton.jit(do_not_specialize=OF_BATCH, repr=named("_gathered_product_kernel", ACCUMULATE=("hidden", "weight")))
 def _gathered_product_kernel(
     a_ptr,
     list_ptr,

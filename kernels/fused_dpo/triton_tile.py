@@ -3,7 +3,7 @@
 # pyright: reportAttributeAccessIssue=false
 # for the fields of a constexpr, which kernels read
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -28,6 +28,16 @@ Triton compiles a kernel anew where an integer is 1 or a multiple of 16, or a po
 numbers among the threads by what it knows: two such kernels may sum in two orders, and a sequence's log-prob would hang
 on how many rows there are beside its own. Training would also stop for the compiler at every new kind of batch.
 """
+
+
+def named(stem: str, **flags: tuple[str, str]) -> Callable[[Any], str]:
+    """Names of a kernel's variants, for profilers: the stem, and for each constant what stands for true and false."""
+
+    def name(specialization: Any) -> str:
+        words = (words[not specialization.constants.get(flag)] for flag, words in flags.items())
+        return "_".join((stem, *filter(None, words)))
+
+    return name
 
 
 def interpreted() -> bool:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -81,3 +82,21 @@ def test_a_kernel_compiled_for_a_batch_is_called_out() -> None:
         assert all(row.problems() == ["compiled again for another batch"] for row in again)
     """
     subprocess.run([sys.executable, "-c", code], check=True, env=COMPILER)
+
+
+def test_variants_of_a_kernel_have_names_of_their_own(tmp_path: Path) -> None:
+    """Profilers tell the hidden states' product from the weight's, and the screening forward from the first split's."""
+    code = """if True:
+        import torch
+        from benchmarks.compile_table import call, launches
+
+        with launches(80) as collected:
+            call(torch.float32, "triton", 2**-12)
+        names = {binary.metadata.name for _, binary in collected.values()}
+        assert {f"_kept_dlogits_kernel_{which}" for which in ("columns", "rows")} <= names, names
+        assert {f"_gathered_product_kernel_{which}" for which in ("hidden", "weight")} <= names, names
+        assert {"_logps_forward_kernel", "_logps_forward_kernel_screen"} <= names, names
+    """
+    # What is compiled is kept by the kernel's source, which the name is no part of.
+    environment = COMPILER | {"TRITON_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)

@@ -45,8 +45,11 @@ def test_checks_notice_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(AssertionError, match=r"filtered, .*: the second run differs"):
         gpu_checks.check_run_to_run(scale)
     monkeypatch.setattr(gpu_checks, "SLOPE", 0.0)
+    gpu_checks.make_case.cache_clear()
     with pytest.raises(AssertionError, match="100% of the vocabulary kept"):
         gpu_checks.check_run_to_run(scale)
+
+    gpu_checks.make_case.cache_clear()
 
     monkeypatch.setattr(gpu_checks, "WAYS", {"streaming, exact": streaming["torch, exact"]})
     gpu_checks.check_accuracy(scale)

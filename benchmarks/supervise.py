@@ -53,19 +53,27 @@ def supervised(command: Sequence[str], out: Path, minutes: float) -> None:
     while True:
         known = len(_entries(out))
         left = max((ends - time.perf_counter()) / 60, 1e-3)
-        with subprocess.Popen(
-            [*command, "--minutes", f"{left:.3f}", "--process", how], cwd=ROOT, start_new_session=True
-        ) as process:
+        status = _watched([*command, "--minutes", f"{left:.3f}", "--process", how], out)
+        if status == 0:
+            return
+        if len(_entries(out)) == known:
+            raise SystemExit(f"the suite ended with status {status} before any part.")
+        _end_what_was_begun(out, status)
+        how = "resume"
+
+
+def _watched(command: Sequence[str], out: Path) -> int:
+    """Exit status of a process that does not outlive this one, and is killed where it hangs."""
+    with subprocess.Popen(command, cwd=ROOT, start_new_session=True) as process:
+        try:
             while process.poll() is None:
                 time.sleep(0.1)
                 if _running(out) and _idle_seconds(out) > HANGING_SECONDS:
                     os.killpg(process.pid, signal.SIGKILL)
-        if process.returncode == 0:
-            return
-        if len(_entries(out)) == known:
-            raise SystemExit(f"the suite ended with status {process.returncode} before any part.")
-        _end_what_was_begun(out, process.returncode)
-        how = "resume"
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return process.returncode
 
 
 def _end_what_was_begun(out: Path, status: int) -> None:

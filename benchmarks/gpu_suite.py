@@ -38,6 +38,7 @@ from benchmarks.peers import IMPLEMENTATIONS
 from benchmarks.stages import stages_of
 from benchmarks.supervise import BEGUN, RECORD, DeviceLostError, device_is_lost, supervised, write_record
 from benchmarks.tuning import DEVICE, VARIANTS, tuned
+from fused_dpo.triton_tile import interpreted
 
 NAMES = (BARE, *IMPLEMENTATIONS)
 OURS = (BARE, *(name for name in IMPLEMENTATIONS if name.startswith("fused")))
@@ -280,6 +281,9 @@ def main() -> int:
         print("no CUDA device; --interpreter runs the checks without one", file=sys.stderr)
         return 2
     if options.interpreter:
+        if not interpreted():  # which triton chooses when it is imported
+            command = [sys.executable, "-m", "benchmarks.gpu_suite", *sys.argv[1:]]
+            return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False).returncode
         return verdict(run(options.out, options.minutes, SMALL))
     if options.process:
         resume = options.process == "resume"

@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 
-from benchmarks import ROOT
-
 RECORD = "gpu_suite.json"
 BEGUN = "begun"
 """Status in the record of a part that is running, or was when its process ended."""
@@ -64,7 +62,7 @@ def supervised(command: Sequence[str], out: Path, minutes: float) -> None:
 
 def _watched(command: Sequence[str], out: Path) -> int:
     """Exit status of a process that does not outlive this one, and is killed where it hangs."""
-    with subprocess.Popen(command, cwd=ROOT, start_new_session=True) as process:
+    with subprocess.Popen(command, start_new_session=True) as process:
         try:
             while process.poll() is None:
                 time.sleep(0.1)

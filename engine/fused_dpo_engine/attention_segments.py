@@ -56,10 +56,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Te
         if call.window is not None:
             mask &= distance < call.window
     if call.softcap is None and call.sinks is None:
+        # With a mask or in fp32 CUDA has SDPA's plain form alone for groups, which keeps L x S scores a head.
         if q.is_cuda and (mask is not None or q.dtype == torch.float32):
-            k, v = _for_every_head(
-                q, k, v
-            )  # for groups there is only SDPA's plain form, which keeps L x S scores a head
+            k, v = _for_every_head(q, k, v)
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=call.scaling, enable_gqa=q.shape[1] != k.shape[1]
         )

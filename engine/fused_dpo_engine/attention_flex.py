@@ -4,8 +4,6 @@ The mask says who sees whom, so keys need no gathering. Not run on a GPU yet; to
 the tests check its forward there, and `verify_backend` both on the user's device.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -40,7 +38,8 @@ def flex_backend(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan,
         return score if softcap is None else softcap * torch.tanh(score / softcap)
 
     mask = block_mask(plan, call.window, q.device)
-    with _compiling():
+    # As a variable, which a second value would make of it, inductor could not lower the softcap.
+    with torch._dynamo.config.patch(specialize_float=True, recompile_limit=VARIANTS):  # pyright: ignore
         out = _flex(q.device.type)(
             q,
             k,
@@ -87,11 +86,3 @@ def _make_mask(plan: AttentionPlan, window: int | None, device: torch.device) ->
 def _flex(device: str) -> Any:
     """Compiled for CUDA, where nothing else is fast; elsewhere torch's plain form of the same."""
     return torch.compile(flex_attention) if device == "cuda" else flex_attention
-
-
-@contextmanager
-def _compiling() -> Iterator[None]:
-    """Settings of the compiler for `_flex`: as a variable, which a second value would make of it, inductor cannot lower
-    the softcap."""
-    with torch._dynamo.config.patch(specialize_float=True, recompile_limit=VARIANTS):  # pyright: ignore
-        yield

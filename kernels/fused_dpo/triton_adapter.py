@@ -50,13 +50,14 @@ def _through_adapter_kernel(
     for start_d in range(0, D, BLOCK_D):
         offs_d = start_d + tl.arange(0, BLOCK_D)
         mask_d = offs_d < D
+        wide_d = offs_d.to(tl.int64)  # the hidden states may be transposed
         h = tl.load(
-            hidden_ptr + rows[:, None] * stride_ht + offs_d[None, :] * stride_hd,
+            hidden_ptr + rows[:, None] * stride_ht + wide_d[None, :] * stride_hd,
             mask=mask_t[:, None] & mask_d[None, :],
             other=0.0,
         )
         a = tl.load(
-            a_ptr + offs_r[None, :] * stride_ar + offs_d[:, None] * stride_ad,
+            a_ptr + offs_r[None, :] * stride_ar + wide_d[:, None] * stride_ad,
             mask=mask_r[None, :] & mask_d[:, None],
             other=0.0,
         )

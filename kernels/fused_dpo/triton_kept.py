@@ -167,6 +167,7 @@ def _gathered_product_kernel(
     offs_m = tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
+    wide_n = offs_n.to(tl.int64)  # a transposed weight passes 2^31
     row = group.to(tl.int64) * BLOCK_M + offs_m
     mask_m = row < M
     live = tl.minimum(tl.load(counts_ptr + group) - first, capacity)
@@ -186,7 +187,7 @@ def _gathered_product_kernel(
             a_group + offs_m.to(tl.int64)[:, None] * stride_am + wide[None, :] * stride_ak, mask=mask_a, other=0.0
         )
         b = tl.load(
-            b_ptr + at.to(tl.int64)[:, None] * stride_bk + offs_n[None, :] * stride_bn,
+            b_ptr + at.to(tl.int64)[:, None] * stride_bk + wide_n[None, :] * stride_bn,
             mask=mask_k[:, None] & mask_n[None, :],
             other=0.0,
         )

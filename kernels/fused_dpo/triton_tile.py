@@ -314,13 +314,14 @@ def logits_tile(
             else:
                 offs_d = start_d + tl.arange(0, BLOCK_D)
                 mask_d = offs_d < inputs.D
+                wide_d = offs_d.to(tl.int64)  # where transposed, D x V, too
                 h = tl.load(
-                    hidden_ptr + rows[:, None] * inputs.stride_ht + offs_d[None, :] * inputs.stride_hd,
+                    hidden_ptr + rows[:, None] * inputs.stride_ht + wide_d[None, :] * inputs.stride_hd,
                     mask=mask_t[:, None] & mask_d[None, :],
                     other=0.0,
                 )
                 w = tl.load(
-                    weight_ptr + weight_rows[None, :] * inputs.stride_wv + offs_d[:, None] * inputs.stride_wd,
+                    weight_ptr + weight_rows[None, :] * inputs.stride_wv + wide_d[:, None] * inputs.stride_wd,
                     mask=mask_v[None, :] & mask_d[:, None],
                     other=0.0,
                 )

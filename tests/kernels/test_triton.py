@@ -252,6 +252,29 @@ def test_strided_inputs(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("grad_mode", ["exact", "filtered"])
+def test_positions_beyond_32_bits(grad_mode: str) -> None:
+    """Operands whose columns lie 2^26 numbers apart, as in a transposed head of more than 2^31: the bits of copies.
+
+    An offset that has wrapped around ends the process.
+    """
+    apart, D = 2**26, 40
+    problem = on_device(make_problem((5, 20), V=40, D=D, lora_rank=3).to(torch.float16))
+    memory = torch.empty(D * apart, dtype=torch.float16, device=DEVICE)  # of which a few pages are touched
+    assert memory.numel() > 2**31
+    far_hidden = memory.as_strided(problem.hidden.shape, (1, apart)).copy_(problem.hidden)
+    far_weight = memory.as_strided(problem.weight.shape, (1, apart), 64).copy_(problem.weight)
+    far = replace(problem, hidden=far_hidden, weight=far_weight)
+
+    def results(p: Problem) -> tuple[Tensor, ...]:
+        operands = p.hidden.requires_grad_(), p.weight.requires_grad_()
+        logps = by_triton(p, grad_mode=grad_mode)
+        return (logps, *torch.autograd.grad(logps[0] - logps[1], operands))
+
+    for got, expected in zip(results(far), results(problem), strict=True):
+        assert bits_equal(got, expected)
+
+
+@pytest.mark.parametrize("grad_mode", ["exact", "filtered"])
 @pytest.mark.parametrize("impl", ["triton", "library"])
 def test_a_weight_in_fp32_is_converted_in_slices(impl: str, grad_mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As autocast leaves it: the bits of a weight in fp16, but for its own gradient, which is not rounded to that."""

@@ -18,19 +18,19 @@ from fused_dpo.precision import matmul_fp32
 from fused_dpo.triton_backward import DLogits
 from fused_dpo.triton_configs import library_config
 from fused_dpo.triton_forward import Partials, Results
-from fused_dpo.triton_tile import Product, WeightSlice, architecture, padded
+from fused_dpo.triton_tile import Product, WeightSlice, architecture, padded, scored, weight_slices
 
 
-def products(h: Tensor, weight: Tensor, first: int, values: Tensor) -> Iterator[Product]:
-    """Products of `padded` hidden rows with rows of the head's weight from `first` on, some columns at a time.
+def products(h: Tensor, weight: WeightSlice, values: Tensor) -> Iterator[Product]:
+    """Products of `padded` hidden rows with rows of the weight in their dtype, some columns at a time.
 
     `values` has that many, and each product overwrites the one before: two in turn would not stay in the L2 cache.
     """
-    for start in range(0, weight.shape[0], values.shape[1]):
-        weight_slice = weight[start : start + values.shape[1]].to(h.dtype)
-        part = values[:, : weight_slice.shape[0]]
-        matmul_fp32(h, weight_slice.T, out=part)
-        yield Product(part, first + start)
+    for start in range(0, weight.values.shape[0], values.shape[1]):
+        rows = weight.values[start : start + values.shape[1]]
+        part = values[:, : rows.shape[0]]
+        matmul_fp32(h, rows.T, out=part)
+        yield Product(part, weight.first + start)
 
 
 def library_scan(
@@ -44,23 +44,32 @@ def library_scan(
 ) -> None:
     """`fused_dpo.triton_forward.Scan` by given products; the first slice bounds the log-sum-exp for a screen.
 
-    Memory: 4 bytes for each entry of a product, the chunk's hidden states, and 8 bytes (16 with stats, and 4 more with
-    a screen) a row and split of a chunk.
+    Memory: 4 bytes for each entry of a product; 8 bytes (16 with stats, and 4 more with a screen) a scored row and
+        split; a copy of the scored hidden states if not all rows are scored, else the last chunk's; a slice of the
+        weight where it has another dtype.
     """
     config = library_config(architecture(hidden.device), hidden.dtype)
-    V, tile, split = head.weight.shape[0], config.tile, config.split_columns
-    width = min(config.slice_columns, V)
+    tile, split, h = config.tile, config.split_columns, scored(hidden, rows)
+    width = min(config.slice_columns, head.weight.shape[0])
     values = torch.empty(width, config.chunk_rows, dtype=torch.float32, device=hidden.device).T
+    chunks: list[tuple[Partials, Tensor]] = []
     for first in range(0, rows.numel(), config.chunk_rows):
-        chunk = rows[first : first + config.chunk_rows]
-        screen = None if results.screen is None else results.screen[first // tile.block_t :]
-        partials = Partials(hidden, target, chunk, head, results._replace(screen=screen), filter_eps, tile, split)
-        for product in products(padded(hidden[chunk], config.chunk_rows), head.weight, 0, values):
-            first_split, splits = product.first // split, ceil_div(product.values.shape[1], split)
-            if first_split == 0 and screen is not None:
-                partials.forward(0, splits, product)
-                partials.bound(splits)
-            partials.forward(first_split, splits, product)
+        here = slice(first, first + config.chunk_rows)
+        of_chunk = results
+        if results.screen is not None:
+            of_chunk = results._replace(screen=results.screen[first // tile.block_t :])
+        partials = Partials(hidden, target, rows[here], head, of_chunk, filter_eps, tile, split)
+        chunks.append((partials, padded(h[here], config.chunk_rows)))
+    # Slices outside: each is converted, and read from memory, once.
+    for weight in weight_slices(head.weight, hidden.dtype, width):
+        for partials, operand in chunks:
+            for product in products(operand, weight, values):
+                first_split, splits = product.first // split, ceil_div(product.values.shape[1], split)
+                if first_split == 0 and results.screen is not None:
+                    partials.forward(0, splits, product)
+                    partials.bound(splits)
+                partials.forward(first_split, splits, product)
+    for partials, _ in chunks:
         partials.merge()
 
 
@@ -80,7 +89,7 @@ def library_dlogits(
 
     def fill(dz: Tensor, weight: WeightSlice) -> None:
         for chunk, dlogits, h in zip(chunks, launches, operands, strict=True):
-            for product in products(h, weight.values, weight.first, values):
+            for product in products(h, weight, values):
                 start = product.first - weight.first
                 dlogits(dz[chunk, start : start + product.values.shape[1]], product)
 

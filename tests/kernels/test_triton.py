@@ -13,12 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_dpo import KernelOptions, LMHead, fused_dpo_logps, triton_forward, triton_tile
+from fused_dpo import KernelOptions, LMHead, fused_dpo_logps, triton_forward, triton_library, triton_tile
 from fused_dpo.autograd import Filtering, token_logps
 from fused_dpo.triton_backward import slice_width
-from fused_dpo.triton_configs import (
-    SPLIT_COLUMNS,
-)
+from fused_dpo.triton_configs import SPLIT_COLUMNS, library_config
+from fused_dpo.triton_tile import architecture
 from tests.kernels.helpers import (
     DIFFERENTIABLE,
     EVERY_FEATURE,
@@ -282,13 +281,15 @@ def test_a_weight_in_fp32_is_converted_in_slices(impl: str, grad_mode: str, monk
     slices: list[triton_tile.WeightSlice] = []
 
     def of_one_split(weight: Tensor, dtype: torch.dtype, rows: int) -> Iterator[triton_tile.WeightSlice]:
-        for part in triton_tile.weight_slices(weight, dtype, split if weight.dtype != dtype else rows):
+        fits = split if impl == "triton" and weight.dtype != dtype else rows
+        for part in triton_tile.weight_slices(weight, dtype, fits):
             slices.append(part)
             yield part
 
     monkeypatch.setattr(triton_forward, "SPLIT_COLUMNS", split)
     monkeypatch.setattr(triton_forward, "weight_slices", of_one_split)
-    problem = on_device(make_problem((9, 12), V=V, D=20, shift=False).to(torch.float16))
+    monkeypatch.setattr(triton_library, "weight_slices", of_one_split)
+    problem = on_device(make_problem((9, 32), V=V, D=20, shift=False).to(torch.float16))
     target = problem.labels.masked_fill(problem.labels == IGNORE, -1)
     filtering = Filtering(2**-12 if grad_mode == "filtered" else 0.0, 1 / 16)
     results = []
@@ -297,7 +298,9 @@ def test_a_weight_in_fp32_is_converted_in_slices(impl: str, grad_mode: str, monk
         offsets = present(problem.cu_seqlens).long()
         logps, *_ = token_logps(hidden, target, offsets, None, LMHead(weight), impl, 1, filtering, want_stats=False)
         results.append((logps.detach(), *torch.autograd.grad(logps.sum(), (hidden, weight))))
-    assert [part.first for part in slices] == ([0, *range(0, V, split)] if impl == "triton" else [])
+    of_library = range(0, V, library_config(architecture(torch.device(DEVICE)), torch.float16).slice_columns)
+    once_each = [0, *range(0, V, split)] if impl == "triton" else [*of_library, *of_library]
+    assert [part.first for part in slices] == once_each
     assert {part.values.dtype for part in slices} <= {torch.float16}
     (logps, dhidden, dweight), (*same, dweight_fp32) = results
     assert dweight_fp32.dtype == torch.float32

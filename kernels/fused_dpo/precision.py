@@ -60,11 +60,13 @@ def fp32_sums() -> Iterator[None]:
     """
     matmul: Any = torch.backends.cuda.matmul
     before = matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_accumulation
-    matmul.allow_bf16_reduced_precision_reduction = matmul.allow_fp16_accumulation = False
+    split_k = matmul.allow_bf16_reduced_precision_reduction_split_k  # which an assignment of one bool would allow
+    matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_accumulation = (False, split_k), False
     try:
         yield
     finally:
-        matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_accumulation = before
+        matmul.allow_bf16_reduced_precision_reduction = before[0], split_k
+        matmul.allow_fp16_accumulation = before[1]
 
 
 def as_operand(tensor: Tensor, compute_dtype: torch.dtype) -> Tensor:

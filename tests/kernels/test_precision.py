@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -54,6 +55,24 @@ def test_sums_in_fp16_are_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         matmul.allow_fp16_accumulation = False
     assert seen == [False, False]
+
+
+@pytest.mark.parametrize("before", [(True, True), (False, True), (False, False)])
+def test_how_cublas_sums_bf16_is_given_back(before: tuple[bool, bool]) -> None:
+    """With the switch beside it, which forbids cuBLAS to split products."""
+
+    def settings() -> tuple[bool, bool]:
+        matmul: Any = torch.backends.cuda.matmul
+        return matmul.allow_bf16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction_split_k
+
+    matmul: Any = torch.backends.cuda.matmul
+    matmul.allow_bf16_reduced_precision_reduction = before
+    try:
+        with fp32_sums():
+            assert settings() == (False, before[1])
+        assert settings() == before
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction = True
 
 
 @pytest.mark.parametrize("flag", ["high", "medium"])

@@ -23,7 +23,7 @@ class Segment(NamedTuple):
     shared: int
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)  # not frozen: of those torch 2.11 compiles in every field, and the segments with them
 class AttentionPlan:
     """Who sees whom in a packed row of T tokens and N segments; handed to every attention layer of the model.
 

@@ -46,7 +46,7 @@ MULTIPLY = (
     "_through_adapter_kernel",
 )
 OF_LOGITS = ("_logps_forward_kernel", "_dlogits_kernel")
-TILE = ("BLOCK_T", "BLOCK_M", "BLOCK_V", "BLOCK_N", "BLOCK_D", "BLOCK_K")
+TILE = ("BLOCK_T", "BLOCK_M", "BLOCK_V", "BLOCK_N", "BLOCK_D", "BLOCK_K", "SIDE")
 ROWS, V, D = 304, 4640, 256
 """Sizes of the calls: multiples of 16, as those of real heads are, beyond a split, a workspace of 1 MiB and a block."""
 OTHER_ROWS = (1, 56, 112)
@@ -158,7 +158,10 @@ def call(
     target[3::7] = target[3::7] if all_rows else -1
     offsets = torch.tensor([0, rows // 3, rows])
     filtering, want_stats = Filtering(eps, 1 / 16), bool(options.get("stats"))
-    logps, *_ = token_logps(leaf(rows, D), target, offsets, None, head, impl, 1, filtering, want_stats=want_stats)
+    keep = bool(options.get("keep_exponentials"))
+    logps, *_ = token_logps(
+        leaf(rows, D), target, offsets, None, head, impl, 1, filtering, want_stats=want_stats, keep_exponentials=keep
+    )
     logps.sum().backward()
 
 
@@ -173,6 +176,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "large lora": {"rank": 512},
     "stats": {"stats": True},
     "autocast": {"autocast": True},
+    "kept": {"keep_exponentials": True},
+    "kept, bias": {"keep_exponentials": True, "bias": True},
+    "kept, lora": {"keep_exponentials": True, "rank": 16},
+    "kept, autocast": {"keep_exponentials": True, "autocast": True},
     "all": EVERYTHING,
 }
 
@@ -185,17 +192,17 @@ def compile_all() -> Iterator[Compiled]:
     described = replace(TILE_CONFIGS[90, 2, PLAIN], described=True, flattened=True)
     for architecture, dtype in product((80, 90), DTYPES):
         seen: set[str] = set()
-        labels = OPTIONS if dtype == "bf16" else ("plain", "stats", "large lora", "all")
+        labels = OPTIONS if dtype == "bf16" else ("plain", "stats", "large lora", "kept", "all")
         for impl, eps, label in product(("triton", "library"), (0.0, 2**-12), labels):
             name = (
                 ", ".join((impl * (impl != "triton"), "filtered" * bool(eps), label)).strip(", ").replace(", , ", ", ")
             )
             yield from compiled(seen, name, architecture, dtype, impl, eps, **OPTIONS[label])
         if architecture == 90 and dtype in HALF:
-            for eps in (0.0, 2**-12):
+            for eps, keep in ((0.0, False), (0.0, True), (2**-12, False)):
                 with mock.patch.dict(TILE_CONFIGS, {(90, 2, PLAIN): described}):
-                    name = "descriptors" + ", filtered" * bool(eps)
-                    yield from compiled(seen, name, architecture, dtype, "triton", eps)
+                    name = "descriptors" + ", filtered" * bool(eps) + ", kept" * keep
+                    yield from compiled(seen, name, architecture, dtype, "triton", eps, keep_exponentials=keep)
 
 
 def compiled(

@@ -196,5 +196,6 @@ def _score(
         options.workspace_mib,
         filtering,
         want_stats=want_stats,
+        keep_exponentials=options.keep_exponentials,
     )
     return scoring, logps, stats, filter_stats

@@ -41,10 +41,14 @@ def token_logps(
     filtering: Filtering,
     *,
     want_stats: bool,
+    keep_exponentials: bool = False,
 ) -> tuple[Tensor, TokenStats | None, FilterStats]:
     """Differentiable per-token log-probs of canonical inputs (see `fused_dpo.validation.Scoring`)."""
     lora = LowRankAdapter(*head.lora) if head.lora is not None else None
-    logps, state, _, stats = _token_logps_op(
+    # Which kernel runs must not hang on whether there will be a backward: another may round otherwise.
+    keep = keep_exponentials and impl == "triton" and not (filtering.eps or want_stats or head.softcap)
+    hold = keep and torch.is_grad_enabled() and head.weight.requires_grad and not torch.compiler.is_compiling()
+    logps, state, _, stats, *_ = _token_logps_op(
         hidden,
         head.weight,
         head.bias,
@@ -61,6 +65,8 @@ def token_logps(
         workspace_mib,
         *filtering,
         want_stats,
+        keep,
+        hold,
     )
     filter_stats = FilterStats(state[3], state[4]) if filtering.eps else nothing_filtered(target, logps.dtype)
     return logps, TokenStats(*stats.unbind(0)) if want_stats else None, filter_stats
@@ -137,13 +143,18 @@ def _token_logps_op(
     filter_eps: float,
     tail_guard: float,
     want_stats: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-prob [T], state of the softmax [3 or 5, T], the screen [blocks, 2, V], and the stats stacked [3, T].
+    keep: bool,
+    hold: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Log-prob [T], state of the softmax [3 or 5, T], the screen [blocks, 2, V], the stats stacked [3, T], and both
+    parts of `Exponentials`.
 
-    The screen and the stats are empty where they are not wanted, and the state is 5 rows where there is a screen.
+    The screen and the stats are empty where they are not wanted, and the state is 5 rows where there is a screen. With
+    `keep` it is the forward that can keep exponentials, and with `hold` it does; else they are empty.
     """
     head = _head(weight, bias, lora_a, lora_b, lora_scale, logit_scale, softcap, temperature)
     rows = _scored_rows(target, row_index)
+    kept = head.weight.new_empty(0), hidden.new_empty(0, dtype=torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):  # the dtypes here are chosen, not defaults to improve on
         if filter_eps:
             forward, _ = _filtered(impl)
@@ -154,9 +165,16 @@ def _token_logps_op(
             )
         else:
             forward, _ = _exact(impl)
+            if keep:
+                from fused_dpo.triton_exponentials import Exponentials
+                from fused_dpo.triton_forward import fused_scan
+
+                exponentials = Exponentials.empty(hidden, rows, head, hold=hold)
+                forward = partial(forward, scan=partial(fused_scan, exponentials=exponentials))
+                kept = exponentials if exponentials.rows else kept
             logps, state, stats = forward(hidden, target, rows, head, workspace_mib, want_stats=want_stats)
             screen = torch.empty(0, 0, 0, dtype=torch.uint8, device=hidden.device)
-    return logps, state, screen, torch.stack(stats) if stats is not None else logps.new_empty(0)
+    return logps, state, screen, torch.stack(stats) if stats is not None else logps.new_empty(0), *kept
 
 
 def _screen_shape(
@@ -174,8 +192,9 @@ def _screen_shape(
 @_token_logps_op.register_fake
 def _(
     hidden, weight, bias, lora_a, lora_b, target, cu_seqlens, row_index,
-    lora_scale, logit_scale, softcap, temperature, impl, workspace_mib, filter_eps, tail_guard, want_stats,
+    lora_scale, logit_scale, softcap, temperature, impl, workspace_mib, filter_eps, tail_guard, want_stats, keep, hold,
 ):  # fmt: skip
+    del keep, hold  # of tensors without data nothing is kept
     per_row = hidden.new_empty(target.shape, dtype=accumulation_dtype(hidden.dtype))
     stats = per_row.new_empty((3, *target.shape) if want_stats else (0,))
     state = per_row.new_empty((5 if filter_eps else 3, *target.shape))
@@ -183,7 +202,8 @@ def _(
     if filter_eps:
         head = _head(weight, bias, lora_a, lora_b, lora_scale, logit_scale, softcap, temperature)
         screen = _screen_shape(hidden, head, row_index, cu_seqlens, impl, workspace_mib)
-    return per_row, state, hidden.new_empty(screen, dtype=torch.uint8), stats
+    kept = weight.new_empty(0), hidden.new_empty(0, dtype=torch.float32)
+    return per_row, state, hidden.new_empty(screen, dtype=torch.uint8), stats, *kept
 
 
 @torch.library.custom_op("fused_dpo::token_logps_backward", mutates_args=())
@@ -209,6 +229,17 @@ def _token_logps_backward_op(
     needs: list[bool],
 ) -> list[Tensor]:
     """The gradients that `needs` (hidden, weight, bias, lora a, lora b) asks for, in that order."""
+    return _gradients(
+        dlogps, hidden, weight, bias, lora_a, lora_b, target, cu_seqlens, row_index, state, screen,
+        lora_scale, logit_scale, softcap, temperature, impl, workspace_mib, filter_eps, needs,
+    )  # fmt: skip
+
+
+def _gradients(
+    dlogps, hidden, weight, bias, lora_a, lora_b, target, cu_seqlens, row_index, state, screen,
+    lora_scale, logit_scale, softcap, temperature, impl, workspace_mib, filter_eps, needs, kept=None,
+) -> list[Tensor]:  # fmt: skip
+    """What the operator returns; with `kept`, both parts of `Exponentials`, the weight's gradient is their memory."""
     head = _head(weight, bias, lora_a, lora_b, lora_scale, logit_scale, softcap, temperature)
     rows = _scored_rows(target, row_index)
     wanted = needs[0], needs[1], needs[2], needs[3], needs[4]
@@ -218,7 +249,13 @@ def _token_logps_backward_op(
             filtering: dict[str, Any] = {"cu_seqlens": cu_seqlens, "screen": screen, "filter_eps": filter_eps}
             grads = _filtered(impl)[1](*arguments, **filtering, needs=wanted)
         else:
-            grads = _exact(impl)[1](*arguments, needs=wanted)
+            backward = _exact(impl)[1]
+            if kept is not None:
+                from fused_dpo.triton_exponentials import DLogitsOfExponentials, Exponentials
+
+                form_dlogits = partial(DLogitsOfExponentials, Exponentials(*kept))
+                backward = partial(backward, form_dlogits=form_dlogits, dweight=kept[0])
+            grads = backward(*arguments, needs=wanted)
     return [grad for grad in grads if grad is not None]
 
 
@@ -237,16 +274,22 @@ def _(
 
 def _setup_token_logps(ctx, inputs, output) -> None:
     tensors, ctx.settings = inputs[:8], inputs[8:15]  # up to filter_eps
-    _, state, screen, stats = output
+    _, state, screen, stats, *kept = output
     ctx.save_for_backward(*tensors, state, screen)
-    ctx.mark_non_differentiable(state, screen, stats)
+    ctx.kept = kept if kept[0].numel() else None  # not saved: what is saved must not be written over
+    ctx.mark_non_differentiable(state, screen, stats, *kept)
     ctx.set_materialize_grads(False)  # no zeros of the size of the screen for its gradient
 
 
-def _token_logps_gradient(ctx, dlogps: Tensor, _dstate, _dscreen, _dstats):
+def _token_logps_gradient(ctx, dlogps: Tensor, *_):
     needs = list(ctx.needs_input_grad[:5])
-    grads = iter(_token_logps_backward_op(dlogps, *ctx.saved_tensors, *ctx.settings, needs))
-    return (*(next(grads) if needed else None for needed in needs), *[None] * 12)
+    arguments = dlogps, *ctx.saved_tensors, *ctx.settings, needs
+    kept, ctx.kept = ctx.kept, None  # the gradient is written over it: another backward has to compute everything
+    if kept is None or not needs[1] or torch.is_grad_enabled():
+        grads = iter(_token_logps_backward_op(*arguments))
+    else:  # no operator: one must not return what it was given
+        grads = iter(_gradients(*arguments, kept))
+    return (*(next(grads) if needed else None for needed in needs), *[None] * 14)
 
 
 def _refuse_double_backward(_ctx, *_grads):

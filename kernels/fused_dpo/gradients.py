@@ -27,9 +27,18 @@ class GradientSums:
     """
 
     def __init__(
-        self, operands: Operands, slice_width: int, needs: tuple[bool, bool, bool, bool, bool], *, empty: bool
+        self,
+        operands: Operands,
+        slice_width: int,
+        needs: tuple[bool, bool, bool, bool, bool],
+        *,
+        empty: bool,
+        dweight: Tensor | None = None,
     ) -> None:
-        """Sums for slices of at most `slice_width`; `empty` if there will be none, as nothing is scored."""
+        """Sums for slices of at most `slice_width`; `empty` if there will be none, as nothing is scored.
+
+        The weight's gradient is written to `dweight`, if there is memory for it already.
+        """
         self.operands = operands
         self.need_hidden, need_weight, need_bias, self.need_a, need_b = needs
         head, D, rank = operands.head, operands.D, operands.rank
@@ -41,7 +50,9 @@ class GradientSums:
         self.weight, self.bias = self._weight, self._bias
         allocate = torch.zeros_like if empty else torch.empty_like
         contiguous = torch.contiguous_format
-        self.dweight = allocate(head.weight, memory_format=contiguous) if need_weight else None
+        self.dweight = dweight
+        if dweight is None and need_weight:
+            self.dweight = allocate(head.weight, memory_format=contiguous)
         self.dbias = None
         if head.bias is not None and need_bias:
             self.dbias = allocate(head.bias, memory_format=contiguous)

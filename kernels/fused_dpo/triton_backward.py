@@ -166,16 +166,18 @@ def triton_backward(
     *,
     needs: tuple[bool, bool, bool, bool, bool],
     form_dlogits: FormDLogits = DLogits,
+    dweight: Tensor | None = None,
 ) -> HeadGrads:
     """Exact gradients of `sum(dlogps * logps)`, only those asked for: `streaming_backward` on CUDA.
 
     Numerics: dz is held in the hidden states' dtype (fp16: scaled so that its largest upstream gradient is 1, as its
         range ends at 6e-8); both products accumulate in fp32 and are rounded once.
     Memory: `workspace_mib`, 4·D bytes a scored row for the hidden states' gradient, and a copy of the scored hidden
-        states if not all rows are scored. No synchronisation with the host.
+        states if not all rows are scored. The weight's gradient is written to `dweight` where that is given, a slice
+        once its dz has been formed. No synchronisation with the host.
     """
     R = rows.numel()
-    sums = GradientSums(Operands(hidden, rows, head), 0, needs, empty=not R)
+    sums = GradientSums(Operands(hidden, rows, head), 0, needs, empty=not R, dweight=dweight)
     if not R:
         return sums.finish()
     upstream, unit = in_range(dlogps[rows].float(), hidden.dtype)

@@ -14,6 +14,7 @@ from fused_dpo.stats import TokenStats
 from fused_dpo.triton_adapter import through_adapter
 from fused_dpo.triton_autotune import choose_config
 from fused_dpo.triton_configs import HOT_SPLITS, SPLIT_COLUMNS, TileConfig, epilogue_of, tile_config
+from fused_dpo.triton_exponentials import Exponentials, forward_config
 from fused_dpo.triton_tile import (
     OF_BATCH,
     Product,
@@ -51,15 +52,20 @@ def _logps_forward_kernel(
     screen_ptr,
     tail_ptr,
     bound_ptr,
+    exponentials_ptr,
+    shift_ptr,
     filter_eps,
     hot_splits,
     first_split,
     group,
+    stride_ev,
+    kept_rows,
     R,
     SPLIT_COLUMNS: tl.constexpr,
     OPTIONS: tl.constexpr,
     WANT_STATS: tl.constexpr,
     SCREEN: tl.constexpr,
+    KEEP: tl.constexpr,
     FLATTENED: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -77,6 +83,9 @@ def _logps_forward_kernel(
     were run before, and what any other split has summed up so far. `screen` `[block, 2, V]` gets the exponents of each
     column's largest and mean in the block (see `fused_dpo.screen`), `tail`, like `total`, the sum of what is at most
     `filter_eps` in its own row.
+
+    KEEP leaves the exponentials of whole row blocks, `kept_rows` in all, for the backward, see
+    `fused_dpo.triton_exponentials`.
 
     Roofline: 2·R·D·V FLOP; bytes from memory are the weight once a group of row blocks (V·D) and the hidden states once
     (R·D), everything else comes from L2. Bound by the matrix units from a few hundred rows on. GIVEN: 4·R·V bytes, from
@@ -125,6 +134,12 @@ def _logps_forward_kernel(
         weights = exp(z - shift[:, None])
         rescale = exp(peak - shift)
         total = total * rescale + tl.sum(weights, axis=1)
+        if KEEP:
+            mask = (offs_v < V)[None, :] & (pid_t * BLOCK_T < kept_rows)
+            kept = exponentials_ptr + offs_v.to(tl.int64)[None, :] * stride_ev + offs_t[:, None]
+            tl.store(kept, weights.to(exponentials_ptr.dtype.element_ty), mask=mask)
+            of_tile = shift_ptr + start_v // BLOCK_V * kept_rows + offs_t
+            tl.store(of_tile, shift, mask=pid_t * BLOCK_T < kept_rows)
         if WANT_STATS:
             finite = tl.where(z == float("-inf"), 0.0, z)
             weighted = weighted * rescale + tl.sum(weights * finite, axis=1)
@@ -263,6 +278,7 @@ class Partials:
         filter_eps: float,
         config: TileConfig,
         split_columns: int,
+        exponentials: Exponentials | None = None,
     ) -> None:
         self.splits = ceil_div(head.weight.shape[0], split_columns)
         self._rows, self._weight, self._results = rows, head.weight, results
@@ -285,6 +301,10 @@ class Partials:
             "R": R,
             "WANT_STATS": with_stats,
         }
+        self._keeping: dict[str, Any] = {"KEEP": exponentials is not None}
+        self._keeping |= {"exponentials_ptr": self._peak, "shift_ptr": self._peak, "kept_rows": 0, "stride_ev": 0}
+        if exponentials is not None:
+            self._keeping |= exponentials.arguments(hidden.dtype)
         lora_h = None if head.lora is None else through_adapter(hidden, rows, head.lora)
         self._tiles = Tiles(hidden, rows, head, lora_h, config)
         self._bound: tuple[Tensor, int] | None = None
@@ -305,6 +325,7 @@ class Partials:
             **self._tiles.arguments(operand),
             **self._arguments,
             **screening,
+            **self._keeping,
             **config.constants,
             "FLATTENED": config.flattened,
             "SCREEN": self._bound is not None,
@@ -339,14 +360,17 @@ def fused_scan(
     filter_eps: float,
     workspace_mib: int,
     config: TileConfig | None = None,
+    exponentials: Exponentials | None = None,
 ) -> None:
     """All rows at once, by kernels that multiply; the logits never leave the registers."""
     want_stats, screening = results.stats is not None, results.screen is not None
+    if exponentials is not None:
+        config = forward_config(hidden, head)
     if screening:  # never tuned: the rows of a tile are the blocks of the screen
         epilogue = epilogue_of(head, want_stats=want_stats, screen=True)
         config = tile_config(architecture(hidden.device), hidden.dtype, epilogue)
     config = config or choose_config(architecture(hidden.device), hidden, head, want_stats=want_stats)
-    partials = Partials(hidden, target, rows, head, results, filter_eps, config, SPLIT_COLUMNS)
+    partials = Partials(hidden, target, rows, head, results, filter_eps, config, SPLIT_COLUMNS, exponentials)
     V, D = head.weight.shape
     rows_at_once = V  # of the weight, in whole splits
     if head.weight.dtype != hidden.dtype:

@@ -20,7 +20,7 @@ from fused_dpo.triton_configs import TileConfig
 OF_BATCH = (
     *("row_index_ptr", "target_ptr", "index_ptr", "picked_ptr", "logps_ptr", "state_ptr", "stats_ptr", "upstream_ptr"),
     *("peak_ptr", "total_ptr", "weighted_ptr", "sum_ptr", "tail_ptr", "bound_ptr", "residual_ptr", "smallest_ptr"),
-    *("T", "R", "M", "blocks", "first_split"),
+    *("T", "R", "M", "blocks", "first_split", "kept_rows"),
 )
 """Parameters of kernels that hang on the batch, and for whose values nothing is compiled.
 

@@ -147,7 +147,7 @@ def check(op: Callable, *args: object) -> None:
 def test_opcheck_token_logps(
     dtype: torch.dtype, lora: bool, want_stats: bool, row_index: Tensor | None, eps: float
 ) -> None:
-    check(OPS.token_logps.default, *arguments(dtype, lora), row_index, *SETTINGS, eps, 0.5, want_stats)
+    check(OPS.token_logps.default, *arguments(dtype, lora), row_index, *SETTINGS, eps, 0.5, want_stats, False, False)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_opcheck_token_logps(
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_opcheck_token_logps_backward(dtype: torch.dtype, needs: str, eps: float) -> None:
     inputs = arguments(dtype, lora=True, requires_grad=False)
-    _, state, screen, _ = OPS.token_logps.default(*inputs, None, *SETTINGS, eps, 0.5, False)
+    _, state, screen, *_ = OPS.token_logps.default(*inputs, None, *SETTINGS, eps, 0.5, False, False, False)
     dlogps = torch.randn(9, dtype=state.dtype)
     wanted = [name in needs.split() for name in DIFFERENTIABLE]
     check(OPS.token_logps_backward.default, dlogps, *inputs, None, state, screen, *SETTINGS, eps, wanted)

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any
 from unittest import mock
@@ -22,11 +23,14 @@ from torch.utils._pytree import tree_iter
 from fused_dpo import KernelOptions, LMHead, triton_tile
 from fused_dpo.autograd import _exact, _filtered, _screen_shape
 from fused_dpo.head import HeadGrads
-from fused_dpo.triton_forward import _logps_forward_kernel
+from fused_dpo.triton_exponentials import DLogitsOfExponentials, Exponentials
+from fused_dpo.triton_forward import _logps_forward_kernel, fused_scan
 from fused_dpo.validation import check_scoring
 from tests.kernels.allocations import MIB
 
 WAYS = list(product(("triton", "library"), ("exact", "filtered")))
+WAYS_TO_KEEP = [*((*way, False) for way in WAYS), ("triton", "exact", True)]
+"""With and without exponentials."""
 GOAL_MIB = 0.3 * 1024
 """Beyond inputs and gradients, at 8192 tokens and Qwen3-8B's head."""
 
@@ -53,6 +57,8 @@ class Call:
     frozen: bool = False
     """Whether hidden states alone need a gradient."""
     stats: bool = False
+    keep: bool = False
+    """Whether the exact forward by Triton keeps exponentials."""
     workspace_mib: int = KernelOptions.workspace_mib
 
     def leaf(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -71,6 +77,11 @@ class Call:
         with as_on_cuda(), Alive([part for part in parts if part is not None]) as alive:
             forward, backward = (_exact if mode == "exact" else _filtered)(impl)
             arguments = hidden, target, index
+            if self.keep:
+                kept = Exponentials.empty(hidden, index, head, hold=True)
+                form_dlogits = partial(DLogitsOfExponentials, kept)
+                forward = partial(forward, scan=partial(fused_scan, exponentials=kept))
+                backward = partial(backward, form_dlogits=form_dlogits, dweight=kept.gradient)
             if mode == "exact":
                 logps, state, _ = forward(*arguments, head, self.workspace_mib, want_stats=self.stats)
                 filtering = {}
@@ -95,6 +106,8 @@ class Call:
         stated = self.workspace_mib + (4 * R * (self.D + self.rank) + 100 * self.T) / MIB
         if impl == "library":
             stated += (4 * 1024 * 8192 + 1024 * self.D * itemsize) / MIB
+        if self.keep:  # what was subtracted
+            stated += 4 * min(self.D, R) * (self.V / 128 + 32) / MIB
         if mode == "exact":
             return stated + (R * self.D * itemsize / MIB if R < self.T else 0)
         blocks = R // (128 if itemsize == 2 else 64) + 1
@@ -165,6 +178,13 @@ def test_memory_of_a_large_head(impl: str, mode: str) -> None:
     assert Call(workspace_mib=192).extra_mib(impl, mode) - extra == pytest.approx(64, rel=0.1)
 
 
+def test_memory_of_a_large_head_that_keeps_exponentials() -> None:
+    """In the gradient, which is not counted; what comes on top is a number a row and tile."""
+    extra = Call(keep=True).extra_mib("triton", "exact")
+    assert extra - Call().extra_mib("triton", "exact") == pytest.approx(4 * 4096 * 608 / MIB, rel=0.01)
+    assert extra < GOAL_MIB
+
+
 SIZES = {
     "large head": Call(),
     "some rows": Call(R=5000),
@@ -190,22 +210,38 @@ def test_memory_as_stated(call: Call, impl: str, mode: str) -> None:
     assert call.extra_mib(impl, mode) <= call.stated_mib(impl, mode)
 
 
-@pytest.mark.parametrize(("impl", "mode"), WAYS)
+@pytest.mark.parametrize(
+    "call",
+    [
+        Call(keep=True, R=5000),
+        Call(keep=True, T=3000, D=1001, V=50257),
+        Call(keep=True, T=512),
+        Call(keep=True, weight_dtype=torch.float32),
+        Call(keep=True, dtype=torch.float32),
+        Call(keep=True, rank=16, bias=True),
+    ],
+    ids=["some rows", "odd sizes", "few rows", "autocast", "fp32", "adapter and bias"],
+)
+def test_memory_with_exponentials_as_stated(call: Call) -> None:
+    assert call.extra_mib("triton", "exact") <= call.stated_mib("triton", "exact")
+
+
+@pytest.mark.parametrize(("impl", "mode", "keep"), WAYS_TO_KEEP)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_nothing_is_read_back(dtype: torch.dtype, impl: str, mode: str) -> None:
+def test_nothing_is_read_back(dtype: torch.dtype, impl: str, mode: str, keep: bool) -> None:
     """With the scored rows given nothing waits for the device, and every gradient has the dtype of its tensor."""
-    call = Call(T=300, D=40, V=5000, R=200, dtype=dtype, bias=True, rank=3, stats=True)
+    call = Call(T=300, D=140, V=5000, R=200, dtype=dtype, bias=True, rank=3, stats=not keep, keep=keep)
     logps, grads, _ = call.run(impl, mode)
     assert logps.dtype == torch.float32
     assert [grad.dtype for grad in grads if grad is not None] == [dtype] * 5
     shapes = [tuple(grad.shape) for grad in grads if grad is not None]
-    assert shapes == [(300, 40), (5000, 40), (5000,), (3, 40), (5000, 3)]
+    assert shapes == [(300, 140), (5000, 140), (5000,), (3, 140), (5000, 3)]
 
 
-@pytest.mark.parametrize(("impl", "mode"), WAYS)
-def test_order_decides_nothing(impl: str, mode: str) -> None:
+@pytest.mark.parametrize(("impl", "mode", "keep"), WAYS_TO_KEEP)
+def test_order_decides_nothing(impl: str, mode: str, keep: bool) -> None:
     with Fixed():
-        Call(T=300, D=40, V=5000, R=200, bias=True, rank=3, stats=True).run(impl, mode)
+        Call(T=300, D=140, V=5000, R=200, bias=True, rank=3, stats=not keep, keep=keep).run(impl, mode)
 
 
 @pytest.mark.parametrize("shift", [True, False])

@@ -49,7 +49,7 @@ class Scale:
     """Of real hidden states, for the check of filtered gradients; see `replay`."""
 
 
-SMALL = Scale("cpu", (torch.float16, torch.float32), (1, 17, 30), V=200, D=20, large_vocab=100, large_dim=16,
+SMALL = Scale("cpu", (torch.float16, torch.float32), (1, 17, 30), V=200, D=40, large_vocab=100, large_dim=16,
     filter_vocab=1200, filter_dim=16)  # fmt: skip
 
 
@@ -137,6 +137,7 @@ WAYS: dict[str, Callable[..., Tensor]] = {
     f"{impl}, {mode}": partial(Case.logps, impl=impl, grad_mode=mode)
     for impl, mode in product(IMPLS, ("exact", "filtered"))
 }
+WAYS["triton, exact, kept"] = partial(Case.logps, impl="triton", grad_mode="exact", keep_exponentials=True)
 
 
 def cases_of(
@@ -175,13 +176,13 @@ def check_accuracy(scale: Scale) -> dict[str, Any]:
         for extras in (False, True):
             case = make_case(scale, dtype, extras=extras)
             truth, eager = evaluate(case.to(torch.float64), eager_logps), evaluate(case, eager_logps)
-            for impl in IMPLS:
-                ours = evaluate(case, WAYS[f"{impl}, exact"])
+            for way in (name for name in WAYS if "exact" in name):
+                ours = evaluate(case, WAYS[way])
                 for name, a, b, t in zip(("logps", "dhidden", "dweight"), ours, eager, truth, strict=True):
                     norm = float(t.norm())
                     error, eager_error = float((a.double() - t).norm()) / norm, float((b.double() - t).norm()) / norm
                     unit = torch.finfo(a.dtype).eps
-                    label = f"{impl}, {name}, {dtype}, {'bias and softcap' if extras else 'plain'}"
+                    label = f"{way}, {name}, {dtype}, {'bias and softcap' if extras else 'plain'}"
                     record[label] = {"error": error, "eager_error": eager_error}
                     bound = EXACT.gradient if a.dtype == torch.bfloat16 else 2 * eager_error + unit
                     assert error <= bound, f"{label}: error {error:.3g}, bound {bound:.3g}, eager {eager_error:.3g}"
@@ -326,9 +327,11 @@ def check_memory(scale: Scale) -> dict[str, Any]:
     exact = KernelOptions.workspace_mib * 2**20 + 4 * T * D + 1000 * T
     filtered = exact + 7 * V * T // 128 + V * T // 64  # screen, kept columns and their lists; marks
     products = {"triton": 0, "library": 4 * 1024 * 8192}
-    for impl, (mode, of_kernels) in product(IMPLS, (("exact", exact), ("filtered", filtered))):
-        stated = of_kernels + products[impl]
-        options = KernelOptions(impl=impl, row_index=torch.arange(T, device="cuda"))
+    ways = [(impl, mode, stated + products[impl], False)
+            for impl, (mode, stated) in product(IMPLS, (("exact", exact), ("filtered", filtered)))]  # fmt: skip
+    ways.append(("triton", "exact", exact + 4 * D * (V // 256 + 16), True))  # a number a kept row and tile
+    for impl, mode, stated, keep in ways:
+        options = KernelOptions(impl=impl, row_index=torch.arange(T, device="cuda"), keep_exponentials=keep)
         hidden.grad = weight.grad = None
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -340,8 +343,9 @@ def check_memory(scale: Scale) -> dict[str, Any]:
         torch.cuda.synchronize()
         extra = torch.cuda.max_memory_allocated() - before - 2 * (T * D + V * D)
         numbers = {"forward_mib": forward, "extra_mib": extra, "stated_mib": stated}
-        record[f"{impl}, {mode}"] = {name: size / 2**20 for name, size in numbers.items()}
-        assert extra <= stated, f"{impl}, {mode}: {extra / 2**20:.0f} MiB, stated {stated / 2**20:.0f} MiB"
+        label = f"{impl}, {mode}" + ", kept" * keep
+        record[label] = {name: size / 2**20 for name, size in numbers.items()}
+        assert extra <= stated, f"{label}: {extra / 2**20:.0f} MiB, stated {stated / 2**20:.0f} MiB"
     return record
 
 

@@ -154,7 +154,7 @@ def _token_logps_op(
     """
     head = _head(weight, bias, lora_a, lora_b, lora_scale, logit_scale, softcap, temperature)
     rows = _scored_rows(target, row_index)
-    kept = head.weight.new_empty(0), hidden.new_empty(0, dtype=torch.float32)
+    gradient, shifts = weight.new_empty(0), hidden.new_empty(0, dtype=torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):  # the dtypes here are chosen, not defaults to improve on
         if filter_eps:
             forward, _ = _filtered(impl)
@@ -171,10 +171,12 @@ def _token_logps_op(
 
                 exponentials = Exponentials.empty(hidden, rows, head, hold=hold)
                 forward = partial(forward, scan=partial(fused_scan, exponentials=exponentials))
-                kept = exponentials if exponentials.rows else kept
+                if exponentials.rows:
+                    gradient, shifts = exponentials
             logps, state, stats = forward(hidden, target, rows, head, workspace_mib, want_stats=want_stats)
             screen = torch.empty(0, 0, 0, dtype=torch.uint8, device=hidden.device)
-    return logps, state, screen, torch.stack(stats) if stats is not None else logps.new_empty(0), *kept
+    stacked = torch.stack(stats) if stats is not None else logps.new_empty(0)
+    return logps, state, screen, stacked, gradient, shifts
 
 
 def _screen_shape(
@@ -288,7 +290,7 @@ def _token_logps_gradient(ctx, dlogps: Tensor, *_):
     if kept is None or not needs[1] or torch.is_grad_enabled():
         grads = iter(_token_logps_backward_op(*arguments))
     else:  # no operator: one must not return what it was given
-        grads = iter(_gradients(*arguments, kept))
+        grads = iter(_gradients(*arguments, kept=kept))
     return (*(next(grads) if needed else None for needed in needs), *[None] * 14)
 
 

@@ -1,6 +1,6 @@
 """`keep_exponentials=True`: what the exact forward leaves in the memory of the weight's gradient for the backward."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -44,7 +44,7 @@ def computing(problem: Problem, **options: Any) -> Tensor:
 
 
 @pytest.fixture
-def kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Exponentials]]:
+def kept(monkeypatch: pytest.MonkeyPatch) -> list[Exponentials]:
     """What every forward has kept."""
     made: list[Exponentials] = []
     allocate = Exponentials.empty
@@ -54,7 +54,7 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Exponentials]]:
         return made[-1]
 
     monkeypatch.setattr(Exponentials, "empty", noted)
-    yield made
+    return made
 
 
 def rows_that_fit(problem: Problem) -> int:
@@ -114,10 +114,21 @@ def test_several_splits_and_slices(kept: list[Exponentials]) -> None:
     assert kept[0].rows == rows_that_fit(problem) > 0
 
 
-def test_the_gradient_is_the_memory(kept: list[Exponentials]) -> None:
+def test_the_gradient_is_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autograd takes it as the leaf's gradient as it is: nothing else holds it by then."""
+    places: list[int] = []
+    allocate = Exponentials.empty
+
+    def noted(*arguments: Any, **named: Any) -> Exponentials:
+        made = allocate(*arguments, **named)
+        places.append(made.gradient.data_ptr())
+        return made
+
+    monkeypatch.setattr(Exponentials, "empty", noted)
     problem = leaves(on_device(make_problem((130,), V=40, D=150).to(torch.float32)))
-    (dweight,) = torch.autograd.grad(keeping(problem).sum(), problem.weight)
-    assert dweight.data_ptr() == kept[0].gradient.data_ptr()
+    keeping(problem).sum().backward()
+    assert problem.weight.grad is not None
+    assert places == [problem.weight.grad.data_ptr()]
 
 
 def test_control_what_is_kept_is_what_is_used(kept: list[Exponentials]) -> None:
@@ -158,10 +169,19 @@ def test_a_weight_in_fp32_holds_twice_as_many_rows(kept: list[Exponentials]) -> 
     problem = on_device(make_problem((300,), V=90, D=D, shift=False).to(torch.float16))
     hidden, weight = problem.hidden.requires_grad_(), problem.weight.float().requires_grad_()
     offsets = torch.tensor([0, 300], device=DEVICE)
-    arguments: Any = hidden, problem.labels.clamp(min=0), offsets, None, LMHead(weight), "triton", 1
+    arguments: Any = (
+        hidden,
+        problem.labels.clamp(min=0),
+        offsets,
+        None,
+        LMHead(weight),
+        "triton",
+        1,
+        Filtering(0.0, 0.0),
+    )
     results = []
     for keep in (True, False):
-        logps, *_ = token_logps(*arguments, Filtering(0.0, 0.0), want_stats=False, keep_exponentials=keep)
+        logps, *_ = token_logps(*arguments, want_stats=False, keep_exponentials=keep)
         results.append((logps.detach(), *torch.autograd.grad(logps.sum(), (hidden, weight))))
     assert 2 * D - 64 < kept[0].rows <= 2 * D
     (logps, dhidden, dweight), expected = results

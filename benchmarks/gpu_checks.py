@@ -49,7 +49,7 @@ class Scale:
     """Of real hidden states, for the check of filtered gradients; see `replay`."""
 
 
-SMALL = Scale("cpu", (torch.float16, torch.float32), (1, 17, 40), V=200, D=40, large_vocab=100, large_dim=16,
+SMALL = Scale("cpu", (torch.float16, torch.float32), (1, 17, 30), V=200, D=32, large_vocab=100, large_dim=16,
     filter_vocab=1200, filter_dim=16)  # fmt: skip
 
 

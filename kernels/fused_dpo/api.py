@@ -94,7 +94,8 @@ def fused_dpo_logps(
 
     Memory:
         Saved for backward: the inputs and 12 bytes a row; with filtered gradients 20 bytes a row, and 2·V bytes a
-        block of up to 128 rows of one sequence, scored or not. Peak beyond inputs and gradients:
+        block of up to 128 rows of one sequence, scored or not; with `options.keep_exponentials` the memory of the
+        weight's gradient, and 4 bytes a kept row and tile of 128 or 256 columns. Peak beyond inputs and gradients:
         `options.workspace_mib`, a few numbers a row, and in the backward 4·D bytes a scored row (8·D for float64); with
         filtered gradients another V bytes a block, on CUDA 5·V bytes a block and V/64 bytes a row.
 

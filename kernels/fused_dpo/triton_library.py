@@ -18,7 +18,7 @@ from fused_dpo.precision import matmul_fp32
 from fused_dpo.triton_backward import DLogits
 from fused_dpo.triton_configs import library_config
 from fused_dpo.triton_forward import Partials, Results
-from fused_dpo.triton_tile import Product, WeightSlice, architecture, padded, scored, weight_slices
+from fused_dpo.triton_tile import Product, WeightSlice, architecture, padded, weight_slices
 
 
 def products(h: Tensor, weight: WeightSlice, values: Tensor) -> Iterator[Product]:
@@ -40,37 +40,46 @@ def library_scan(
     head: LMHead,
     results: Results,
     filter_eps: float,
-    _workspace_mib: int,
+    workspace_mib: int,
 ) -> None:
     """`fused_dpo.triton_forward.Scan` by given products; the first slice bounds the log-sum-exp for a screen.
 
-    Memory: 4 bytes for each entry of a product; 8 bytes (16 with stats, and 4 more with a screen) a scored row and
-        split; a copy of the scored hidden states if not all rows are scored, else the last chunk's; a slice of the
-        weight where it has another dtype.
+    A slice of the weight is converted, and read from memory, once for as many chunks as fit into the workspace.
+
+    Memory: 4 bytes for each entry of a product; a slice of the weight where it has another dtype; and `workspace_mib`
+        for 8 bytes (16 with stats, and 4 more with a screen) a row and split, and for copies of hidden states where
+        not all rows are scored.
     """
     config = library_config(architecture(hidden.device), hidden.dtype)
-    tile, split, h = config.tile, config.split_columns, scored(hidden, rows)
-    width = min(config.slice_columns, head.weight.shape[0])
+    (V, D), R, tile, split = head.weight.shape, rows.numel(), config.tile, config.split_columns
+    width, all_scored = min(config.slice_columns, V), hidden.shape[0] == R
     values = torch.empty(width, config.chunk_rows, dtype=torch.float32, device=hidden.device).T
-    chunks: list[tuple[Partials, Tensor]] = []
-    for first in range(0, rows.numel(), config.chunk_rows):
-        here = slice(first, first + config.chunk_rows)
-        of_chunk = results
-        if results.screen is not None:
-            of_chunk = results._replace(screen=results.screen[first // tile.block_t :])
-        partials = Partials(hidden, target, rows[here], head, of_chunk, filter_eps, tile, split)
-        chunks.append((partials, padded(h[here], config.chunk_rows)))
-    # Slices outside: each is converted, and read from memory, once.
-    for weight in weight_slices(head.weight, hidden.dtype, width):
-        for partials, operand in chunks:
-            for product in products(operand, weight, values):
-                first_split, splits = product.first // split, ceil_div(product.values.shape[1], split)
-                if first_split == 0 and results.screen is not None:
-                    partials.forward(0, splits, product)
-                    partials.bound(splits)
-                partials.forward(first_split, splits, product)
-    for partials, _ in chunks:
-        partials.merge()
+    row_bytes = 4 * ceil_div(V, split) * (2 + 2 * (results.stats is not None) + (results.screen is not None))
+    row_bytes += 0 if all_scored else D * hidden.element_size()
+    rows_at_once = max(workspace_mib * 2**20 // (config.chunk_rows * row_bytes), 1) * config.chunk_rows
+    for start in range(0, R, rows_at_once):
+        chunks: list[tuple[Partials, Tensor]] = []
+        for first in range(start, min(start + rows_at_once, R), config.chunk_rows):
+            here = slice(first, first + config.chunk_rows)
+            of_chunk = results
+            if results.screen is not None:
+                of_chunk = results._replace(screen=results.screen[first // tile.block_t :])
+            partials = Partials(hidden, target, rows[here], head, of_chunk, filter_eps, tile, split)
+            chunks.append((partials, padded(hidden[here] if all_scored else hidden[rows[here]], config.chunk_rows)))
+        for weight in weight_slices(head.weight, hidden.dtype, width):
+            for partials, h in chunks:
+                for product in products(h, weight, values):
+                    _scan_product(partials, product, split, screening=results.screen is not None)
+        for partials, _ in chunks:
+            partials.merge()
+
+
+def _scan_product(partials: Partials, product: Product, split: int, *, screening: bool) -> None:
+    first_split, splits = product.first // split, ceil_div(product.values.shape[1], split)
+    if screening and first_split == 0:
+        partials.forward(0, splits, product)
+        partials.bound(splits)
+    partials.forward(first_split, splits, product)
 
 
 def library_dlogits(

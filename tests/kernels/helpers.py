@@ -299,7 +299,7 @@ def bits_equal(a: Tensor | None, b: Tensor | None) -> bool:
     """Same bits; NaNs and signs of zero count."""
     if a is None or b is None:
         return a is b
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
     return a.dtype == b.dtype and torch.equal(a.contiguous().view(integer), b.contiguous().view(integer))
 
 

@@ -24,7 +24,8 @@ from fused_dpo import KernelOptions, LMHead, triton_tile
 from fused_dpo.autograd import _exact, _filtered, _screen_shape
 from fused_dpo.head import HeadGrads
 from fused_dpo.triton_exponentials import DLogitsOfExponentials, Exponentials
-from fused_dpo.triton_forward import _logps_forward_kernel, fused_scan
+from fused_dpo.triton_forward import _logps_forward_kernel, empty_results, fused_scan
+from fused_dpo.triton_library import library_scan
 from fused_dpo.validation import check_scoring
 from tests.kernels.allocations import MIB
 
@@ -183,6 +184,26 @@ def test_memory_of_a_large_head_that_keeps_exponentials() -> None:
     extra = Call(keep=True).extra_mib("triton", "exact")
     assert extra - Call().extra_mib("triton", "exact") == pytest.approx(4 * 4096 * 608 / MIB, rel=0.01)
     assert extra < GOAL_MIB
+
+
+@pytest.mark.parametrize("screen", [False, True])
+@pytest.mark.parametrize(
+    "call",
+    [Call(T=65536), Call(T=65536, R=50000), Call(weight_dtype=torch.float32)],
+    ids=["all rows", "some rows", "autocast"],
+)
+def test_memory_of_the_librarys_forward(call: Call, screen: bool) -> None:
+    """Partial results and copies of rows within the workspace, whatever the batch; a product and a slice on top."""
+    hidden, weight = call.leaf(call.T, call.D), call.leaf(call.V, call.D, dtype=call.weight_dtype)
+    target, rows = (call.leaf(size, dtype=torch.int64) for size in (call.T, call.R or call.T))
+    with as_on_cuda(), Alive([hidden, weight, target, rows]) as alive:
+        shape = (call.T // 128, 2, call.V) if screen else None
+        results = empty_results(hidden, want_stats=False, screen_shape=shape)
+        before = alive.now
+        library_scan(hidden, target, rows, LMHead(weight), results, 2**-12, call.workspace_mib)
+    product_and_slice = 4 * 1024 * 8192 + (2 * 8192 * call.D if call.weight_dtype else 0)
+    last_rows = 1024 * (2 * call.D + 100)  # padded, and a few numbers a row of a chunk
+    assert (alive.peak - before - product_and_slice - last_rows) / MIB < call.workspace_mib
 
 
 SIZES = {

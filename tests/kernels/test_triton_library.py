@@ -13,6 +13,8 @@ import torch
 
 from fused_dpo import triton_library
 from fused_dpo.triton_backward import slice_width
+from fused_dpo.triton_filtered import triton_screen_shape
+from fused_dpo.triton_forward import empty_results
 from tests.kernels.helpers import (
     DIFFERENTIABLE,
     EVERY_FEATURE,
@@ -114,6 +116,24 @@ def test_filtered(settings: dict[str, Any], dtype: torch.dtype) -> None:
 
 def test_run_to_run_and_batch_invariance() -> None:
     assert_invariant(by_library, V=SLICE + 70)
+
+
+@pytest.mark.parametrize("eps", [0.0, 2**-12])
+@pytest.mark.parametrize("all_scored", [False, True])
+def test_chunks_that_do_not_fit_into_the_workspace_together(all_scored: bool, eps: float) -> None:
+    """A chunk at a time, and all at once: the same bits."""
+    problem = on_device(make_problem((2 * CHUNK + 20,), V=SLICE + 70, D=9, shift=False).to(torch.float32))
+    target = problem.labels.clamp(min=0) if all_scored else problem.labels
+    rows = (target >= 0).nonzero().squeeze(1)
+    assert all_scored == (len(rows) == len(target))
+    assert len(rows) > CHUNK
+    shape = (triton_screen_shape(problem.hidden, problem.head, len(target))) if eps else None
+    scans = []
+    for workspace_mib in (0, 64):
+        scans.append(empty_results(problem.hidden, want_stats=False, screen_shape=shape))
+        triton_library.library_scan(problem.hidden, target, rows, problem.head, scans[-1], eps, workspace_mib)
+    for one, other in zip(*scans, strict=True):
+        assert (one is None and other is None) or bits_equal(present(one), present(other))
 
 
 def test_products_have_one_shape(monkeypatch: pytest.MonkeyPatch) -> None:

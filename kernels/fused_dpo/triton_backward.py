@@ -107,7 +107,7 @@ def _dlogits_kernel(
 
 class DLogits:
     """Launches of the kernel for some rows, all of them scored: `hidden` [R, D], `target` and `upstream` [R], `state`
-    [3, R]."""
+    [3, R], `lora_h` the adapter's inner product [R, rank] if there is an adapter."""
 
     def __init__(
         self,
@@ -116,12 +116,12 @@ class DLogits:
         state: Tensor,
         upstream: Tensor,
         head: LMHead,
+        lora_h: Tensor | None,
         config: TileConfig | None = None,
     ) -> None:
         R, D = hidden.shape
         rows = torch.arange(R, device=hidden.device)
         self._config = config or choose_config(architecture(hidden.device), hidden, head, want_stats=False)
-        lora_h = None if head.lora is None else through_adapter(hidden, rows, head.lora)
         self._tiles = Tiles(hidden, rows, head, lora_h, self._config)
         self._arguments: dict[str, Any] = {
             **self._config.constants,
@@ -143,8 +143,8 @@ class DLogits:
             _dlogits_kernel[(grid,)](**arguments)
 
 
-FormDLogits = Callable[[Tensor, Tensor, Tensor, Tensor, LMHead], Callable[[Tensor, WeightSlice], None]]
-"""What fills dz, for hidden states, target, state, upstream gradient (as in `DLogits`) and head."""
+FormDLogits = Callable[[Tensor, Tensor, Tensor, Tensor, LMHead, Tensor | None], Callable[[Tensor, WeightSlice], None]]
+"""What fills dz, for the arguments of `DLogits`."""
 
 
 def slice_width(R: int, V: int, itemsize: int, size: int) -> int:
@@ -182,21 +182,24 @@ def triton_backward(
         return sums.finish()
     upstream, unit = in_range(dlogps[rows].float(), hidden.dtype)
     h = scored(hidden, rows)
-    fill = form_dlogits(h, target[rows], state[:, rows], upstream, head)
-    _add_slices(sums, h, fill, unit, workspace_mib)
+    lora_h = None if head.lora is None else through_adapter(hidden, rows, head.lora)
+    fill = form_dlogits(h, target[rows], state[:, rows], upstream, head, lora_h)
+    _add_slices(sums, h, lora_h, fill, unit, workspace_mib)
     if unit is not None:
         sums.hidden *= unit
     return sums.finish()
 
 
 def _add_slices(
-    sums: GradientSums, h: Tensor, fill: Callable[[Tensor, WeightSlice], None], unit: Tensor | None, workspace_mib: int
+    sums: GradientSums,
+    h: Tensor,
+    lora_h: Tensor | None,
+    fill: Callable[[Tensor, WeightSlice], None],
+    unit: Tensor | None,
+    workspace_mib: int,
 ) -> None:
     """Add all slices of dz to the hidden states' sums, and write what they give for weight, bias and adapter."""
     operands, head, (R, D) = sums.operands, sums.operands.head, h.shape
-    lora_h = None
-    if head.lora is not None and sums.dlora_b is not None:
-        lora_h = through_adapter(h, torch.arange(R, device=h.device), head.lora)
     # The weight's gradient is written by the matmul, or a quarter of the workspace takes products on their way there.
     quarter = workspace_mib * 2**18
     quarters = 4 if written_by_matmul(head.weight, h, unit) else 3

@@ -119,13 +119,21 @@ class DLogitsOfExponentials:
     """`fused_dpo.triton_backward.FormDLogits` where the forward has left exponentials of the first rows."""
 
     def __init__(
-        self, exponentials: Exponentials, hidden: Tensor, target: Tensor, state: Tensor, upstream: Tensor, head: LMHead
+        self,
+        exponentials: Exponentials,
+        hidden: Tensor,
+        target: Tensor,
+        state: Tensor,
+        upstream: Tensor,
+        head: LMHead,
+        lora_h: Tensor | None,
     ) -> None:
         kept = exponentials.rows
         self._kept, self._side = kept, min(SIDE, exponentials.tile_columns)
         self._others = None
         if kept < hidden.shape[0]:
-            self._others = DLogits(hidden[kept:], target[kept:], state[:, kept:], upstream[kept:], head)
+            inner = None if lora_h is None else lora_h[kept:]
+            self._others = DLogits(hidden[kept:], target[kept:], state[:, kept:], upstream[kept:], head, inner)
         self._arguments: dict[str, Any] = {
             **exponentials.arguments(hidden.dtype),
             "target_ptr": target,

@@ -83,7 +83,7 @@ def _scan_product(partials: Partials, product: Product, split: int, *, screening
 
 
 def library_dlogits(
-    hidden: Tensor, target: Tensor, state: Tensor, upstream: Tensor, head: LMHead
+    hidden: Tensor, target: Tensor, state: Tensor, upstream: Tensor, head: LMHead, lora_h: Tensor | None
 ) -> Callable[[Tensor, WeightSlice], None]:
     """`fused_dpo.triton_backward.FormDLogits` by given products.
 
@@ -91,7 +91,11 @@ def library_dlogits(
     """
     config = library_config(architecture(hidden.device), hidden.dtype)
     chunks = [slice(first, first + config.chunk_rows) for first in range(0, hidden.shape[0], config.chunk_rows)]
-    launches = [DLogits(hidden[c], target[c], state[:, c], upstream[c], head, config.dz_tile) for c in chunks]
+    inner = [None if lora_h is None else lora_h[c] for c in chunks]
+    launches = [
+        DLogits(hidden[c], target[c], state[:, c], upstream[c], head, of_chunk, config.dz_tile)
+        for c, of_chunk in zip(chunks, inner, strict=True)
+    ]
     operands = [padded(hidden[c], config.chunk_rows) for c in chunks]
     width = min(config.slice_columns, head.weight.shape[0])
     values = torch.empty(config.chunk_rows, width, dtype=torch.float32, device=hidden.device)

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from fused_dpo import triton_backward
 from fused_dpo.triton_adapter import BLOCK_ROWS, through_adapter
 from fused_dpo.triton_tile import rank_block
-from tests.kernels.helpers import assert_agrees, evaluate, fused, make_problem
+from tests.kernels.helpers import IGNORE, assert_agrees, evaluate, fused, make_problem
 from tests.kernels.triton_helpers import DEVICE, TRITON_DTYPES, on_device
 
 
@@ -52,3 +53,18 @@ def test_ranks_beyond_a_block(dtype: torch.dtype, impl: str) -> None:
     rank = 2 * rank_block(512, dtype) + 1
     whole = on_device(make_problem((5, 20), V=70, D=17, lora_rank=rank).to(dtype))
     assert_agrees(evaluate(lambda p: fused(p, impl=impl), whole), whole)
+
+
+@pytest.mark.parametrize("impl", ["triton", "library"])
+def test_the_backward_forms_it_once(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For dz and for the gradient of b, whatever the number of chunks and slices."""
+    calls: list[int] = []
+
+    def counted(hidden: Tensor, rows: Tensor, lora: tuple[Tensor, Tensor, float]) -> Tensor:
+        calls.append(len(rows))
+        return through_adapter(hidden, rows, lora)
+
+    monkeypatch.setattr(triton_backward, "through_adapter", counted)
+    adapted = on_device(make_problem((50, 60), V=90, D=20, lora_rank=3).to(torch.float32))
+    evaluate(lambda p: fused(p, impl=impl, grad_mode="exact"), adapted)
+    assert calls == [int((adapted.aligned != IGNORE).sum())]

@@ -6,7 +6,7 @@ import platform
 
 import torch
 
-from fused_dpo.precision import has_bf16_units
+from fused_dpo.hardware import has_bf16_units
 from fused_dpo_engine.attention_choice import ORDER, available_backends
 
 PACKAGES = (

@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from fused_dpo import head_of
-from fused_dpo.precision import has_bf16_units
+from fused_dpo.hardware import has_bf16_units
 from fused_dpo_engine.attention import ATTENTION_NAME
 from fused_dpo_engine.config import ModelOptions
 from fused_dpo_engine.errors import UserError, first_line

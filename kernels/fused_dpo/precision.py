@@ -2,22 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-
-@lru_cache(maxsize=8)
-def has_bf16_units(device: torch.device) -> bool:
-    """Whether the device multiplies bf16 matrices faster than fp32 ones."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return units and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # not every build has the operator
-    return False
+from fused_dpo.hardware import has_bf16_units
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -12,9 +12,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from fused_dpo.hardware import has_bf16_units
 from fused_dpo.head import LMHead
 from fused_dpo.operands import Operands, ceil_div, even_bounds, round_up
-from fused_dpo.precision import accumulation_dtype, has_bf16_units, matmul_precision, product
+from fused_dpo.precision import accumulation_dtype, matmul_precision, product
 
 BLOCK_ROWS = 128
 """Scored rows that share their kept columns: fewer keep fewer columns, more feed the matrix units better."""

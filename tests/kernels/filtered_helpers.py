@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_dpo import KernelOptions, TokenLogps, filtered
-from fused_dpo.precision import has_bf16_units
+from fused_dpo.hardware import has_bf16_units
 from fused_dpo.screen import Judgement
 from tests.kernels.helpers import (
     Evaluation,

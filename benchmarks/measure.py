@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from fused_dpo.hardware import has_bf16_units
+
 Result = TypeVar("Result")
 
 PACKAGES = ("triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy")
@@ -96,6 +98,15 @@ def median_seconds(function: Callable[[], Any]) -> float:
     """Median time after a warm-up."""
     function()
     return statistics.median(seconds_of(function))
+
+
+def compute_dtype(device: str) -> str:
+    """Name the dtype that a device multiplies fastest: bfloat16 where it has units for it, else float32.
+
+    Raises:
+        ValueError: as `has_bf16_units`.
+    """
+    return "bfloat16" if has_bf16_units(torch.device(device)) else "float32"
 
 
 def console() -> Any:

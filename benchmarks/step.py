@@ -1,6 +1,6 @@
 """One DPO step of a model on real pairs: packed with shared prefixes against packed, padded, full logits, and TRL.
 
-    python -m benchmarks.step --model DIR [--data FILE ...] [--pairs N] [--tokens-per-batch N] [--dtype bfloat16]
+    python -m benchmarks.step --model DIR [--data FILE ...] [--pairs N] [--tokens-per-batch N] [--dtype auto]
                               [--device auto] [--ways NAME ...] [--repeats N] [--out FILE]
     python -m benchmarks.step --model random:llama-1b [--data hh_helpful ...] ...
 
@@ -23,24 +23,24 @@ way failed.
 import argparse
 import gc
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from benchmarks import records
 from benchmarks.arguments import out_file, positive_int
-from benchmarks.measure import console, cuda_growth_mib, isolated, peak_growth_mib, quantiles, timed
+from benchmarks.measure import compute_dtype, console, cuda_growth_mib, isolated, peak_growth_mib, quantiles, timed
 from benchmarks.random_model import MIX, PREFIX
 from benchmarks.step_ways import OURS, Case, Outcome, OwnStep, true_logps
 from benchmarks.trl_step import TRL, TrlStep, absent
 from fused_dpo_engine.config import ModelOptions
 from fused_dpo_engine.errors import first_line
-from fused_dpo_engine.loading import choose_device
+from fused_dpo_engine.loading import choose_device, dtype_warning
 
 WAYS = (*OURS, *TRL)
 PREFERENCES = Path(__file__).parents[1] / "examples" / "preferences.jsonl"
@@ -114,7 +114,6 @@ def examine(case: Case, way: str, true: Logps) -> tuple[dict[str, Any], Step | N
     row = row_of(case, way)
     if way in TRL and (reason := absent()):
         return row | {"failed": reason}, None
-    transformers.utils.logging.disable_progress_bar()
     step = build_step(case, way, true)
     outcome, extra_mib = extra_memory(step, case.device)
     lengths = torch.tensor([(pair.chosen_length, pair.rejected_length) for pair in step.pairs])
@@ -140,14 +139,18 @@ def measure(case: Case, way: str, true: Logps, rounds: int) -> dict[str, Any]:
     return row | {"tokens_per_s": row["tokens"] / row["median_s"]}
 
 
-def rows(case: Case, ways: Sequence[str], rounds: int) -> Iterator[dict[str, Any]]:
+def rows(
+    case: Case, ways: Sequence[str], rounds: int, announce: Callable[[str], None] = lambda _: None
+) -> Iterator[dict[str, Any]]:
     """A row a way, as they come; one that fails, or computes something else, says so in `failed`.
 
-    On a CPU each way has a process of its own.
+    On a CPU each way has a process of its own. What begins is announced.
     """
     call: Callable[..., Any] = isolated if case.device == "cpu" else _here
+    announce("log-probs in float32, one sequence at a time, to compare with")
     true, reason = _tried(call, true_logps, case)
     for way in ways:
+        announce(f"{way}: a step to check, {rounds} to time")
         row = None
         if true is not None:  # out of memory, another release of a trainer: the other ways still count
             row, reason = _tried(call, measure, case, way, true, rounds)
@@ -175,10 +178,8 @@ def _here(function: Callable[..., Any], *arguments: Any) -> Any:
 def step_cases(model: str, data: Sequence[str], *, full: bool, device: str) -> list[Case]:
     """The cases of `pytest benchmarks/` and of a GPU: without `full`, a small one for a CPU; on a GPU, large ones."""
     chosen = data or ([MIX] if model.startswith(PREFIX) else [str(PREFERENCES)])
-    if device != "cpu":
-        return [Case(model, name, pairs=64, budget=16384, device=device) for name in chosen]
-    pairs, budget = (16, 8192) if full else (4, 1024)
-    return [Case(model, name, pairs, budget, device=device) for name in chosen]
+    pairs, budget = (64, 16384) if device != "cpu" else (16, 8192) if full else (4, 1024)
+    return [Case(model, name, pairs, budget, compute_dtype(device), device) for name in chosen]
 
 
 def gpu_rows(
@@ -212,10 +213,16 @@ def compare(
     ways: Sequence[str] = WAYS,
     device: str = "cpu",
 ) -> list[dict[str, Any]]:
-    """Measure the ways and print them side by side."""
+    """Measure the ways, saying which as they begin, and print them side by side; `dtype` may be auto."""
     from rich.table import Table
 
-    measured = list(rows(Case(model, data, pairs, budget, dtype, device), ways, repeats))
+    dtype = compute_dtype(device) if dtype == "auto" else dtype
+    started = time.perf_counter()
+
+    def announce(what: str) -> None:
+        print(f"   {time.perf_counter() - started:4.0f} s  {what}", flush=True)
+
+    measured = list(rows(Case(model, data, pairs, budget, dtype, device), ways, repeats, announce))
     done = [row for row in measured if "failed" not in row]
     tokens = f", {done[0]['tokens']} tokens" if done else ""
     table = Table(title=f"one step on {pairs} pairs{tokens}, {dtype}, {Path(data).name}")
@@ -260,7 +267,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=8192,
         help="tokens per forward, of which a sequence may have half (default: 8192)",
     )
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="dtype to compute in")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "bfloat16", "float32"),
+        help="dtype to compute in; auto: bfloat16 where the device has units for it, else float32",
+    )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS, help="which (default: all)")
     parser.add_argument(
@@ -270,11 +282,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     mixes = options.data or [MIX if options.model.startswith(PREFIX) else str(PREFERENCES)]
     try:
-        device = str(choose_device(ModelOptions(model=options.model, device=options.device)))
+        asked = ModelOptions(model=options.model, device=options.device, dtype=options.dtype)
+        device = str(choose_device(asked))
+        warning = dtype_warning(asked, torch.device(device))
+        compute_dtype(device)  # or the environment is wrong
         for data in mixes:
             Case(options.model, data, options.pairs, options.tokens_per_batch).token_pairs()
     except ValueError as error:  # no such device, model or data; too few pairs, or none that fits
         parser.error(first_line(error))
+    if warning:
+        print(warning, file=sys.stderr, flush=True)
     measured = []
     for data in mixes:
         settings = (options.pairs, options.tokens_per_batch, options.dtype, options.repeats, options.ways, device)

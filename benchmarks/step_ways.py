@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -70,6 +71,7 @@ class Case:
 
     def policy(self, *, packing: bool, grad_mode: str = "auto", dtype: str | None = None) -> Policy:
         """The model with fp32 weights, computed in `dtype` (by default the case's)."""
+        transformers.utils.logging.disable_progress_bar()  # of its weights, which are there in a moment
         settings: Any = {"dtype": dtype or self.dtype, "grad_mode": grad_mode}
         options, device = ModelOptions(model=self.model, **settings), torch.device(self.device)
         if self.random:

@@ -25,10 +25,35 @@ def choose_device(options: ModelOptions) -> torch.device:
 
 
 def choose_dtype(options: ModelOptions, device: torch.device) -> torch.dtype:
-    """The compute dtype that `--dtype` means on this device."""
+    """Tell which compute dtype `--dtype` means on this device.
+
+    Raises:
+        UserError: the environment masks the CPU's units by a name that oneDNN does not know.
+    """
     if options.dtype == "auto":
-        return torch.bfloat16 if has_bf16_units(device) else torch.float32
+        return torch.bfloat16 if _has_bf16_units(device) else torch.float32
     return getattr(torch, options.dtype)
+
+
+def dtype_warning(options: ModelOptions, device: torch.device) -> str | None:
+    """Say what a dtype costs that was asked for and that the device has no units for; None if it has.
+
+    Raises:
+        UserError: as in `choose_dtype`.
+    """
+    if options.dtype != "bfloat16" or _has_bf16_units(device):
+        return None
+    return (
+        "warning: --dtype bfloat16, but torch has no bf16 units to use here (AVX512-BF16 or AMX on a CPU): products of "
+        "bf16 matrices take up to a hundred times as long as those of float32; --dtype float32 is what auto takes"
+    )
+
+
+def _has_bf16_units(device: torch.device) -> bool:
+    try:
+        return has_bf16_units(device)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def load_tokenizer(name: str, options: ModelOptions) -> PreTrainedTokenizerBase:

@@ -18,7 +18,7 @@ from fused_dpo.losses import loss_spec, needs_reference
 from fused_dpo_engine.config import LoraOptions, ModelOptions, TrainConfig
 from fused_dpo_engine.errors import UserError
 from fused_dpo_engine.inputs import choose_max_length, load_pairs
-from fused_dpo_engine.loading import choose_device, choose_dtype, load_tokenizer
+from fused_dpo_engine.loading import choose_device, choose_dtype, dtype_warning, load_tokenizer
 from fused_dpo_engine.pairs import TokenPair
 from fused_dpo_engine.planning import PlannedBatch, build_batch, plan_pairs
 from fused_dpo_engine.policy import Policy, build_policy
@@ -48,6 +48,8 @@ def train(config: TrainConfig) -> Summary:
     device = choose_device(config.model)
     output = Path(config.run.output).expanduser()
     _check_output(output, config.run.overwrite)
+    if warning := dtype_warning(config.model, device):
+        console.print(warning)
     tokenizer = load_tokenizer(config.model.model, config.model)
     config = _resolved(config, device)
     frozen = _reference_options(config)
@@ -177,6 +179,7 @@ def _score(
 ) -> tuple[ReferenceLogps, ReferenceLogps]:
     """Reference log-probs of all pairs that the run will see."""
     packing = config.packing
+    console.print(f"reference: log-probs of {len(pairs) + len(held_out)} pairs, once")
 
     def score(side: list[TokenPair], plan: list[PlannedBatch]) -> ReferenceLogps:
         batches = (build_batch(side, planned.indices, packing) for planned in plan)

@@ -1,12 +1,16 @@
-# Four verbs: demo, test, bench, check. Each makes the virtual environment first if it has to.
+# Four verbs: demo, test, bench, check; `masked` and `wheel` are further parts of what CI runs. Each makes the virtual
+# environment first if it has to.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PEERS := $(VENV)/.peers-installed
+PYTEST := $(BIN)/python -m pytest -n auto --durations=15
+# A CPU with AVX2 alone, as seen by oneDNN, by torch and its compiler, and by NumPy's OpenBLAS.
+AVX2 := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 OPENBLAS_CORETYPE=Haswell
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench check clean
+.PHONY: help install demo test masked bench check wheel clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -26,8 +30,11 @@ install: $(STAMP) ## make the virtual environment .venv and install the project 
 demo: $(STAMP) ## train a real model on real pairs on this machine, a few minutes on a CPU
 	$(BIN)/python -m examples.demo
 
-test: $(STAMP) ## run the tests
-	$(BIN)/python -m pytest
+test: $(STAMP) ## run the tests, a worker for each core
+	$(PYTEST)
+
+masked: $(STAMP) ## run those that depend on the CPU's instruction set as on a CPU with AVX2 alone
+	$(AVX2) $(PYTEST) -m cpu_units
 
 bench: $(PEERS) ## time, memory and error against the naive code and other kernels, on this machine
 	$(BIN)/python -m pytest benchmarks/ --results outputs/benchmarks.json
@@ -37,5 +44,10 @@ check: $(STAMP) ## lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+wheel: $(STAMP) ## build the wheel into dist/ and import all of it from an empty folder
+	rm -rf build dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(BIN)/python .ci/import_wheel.py dist/*.whl
+
 clean: ## remove the virtual environment and caches
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from benchmarks.replay import Replay, random_logits, replay
 
 HEADS = {
@@ -15,7 +17,7 @@ HEADS = {
 """Hidden size D and vocabulary V of models' heads (their published configurations)."""
 
 BARE = "bare matmuls"
-"""The matrix products alone, of bf16 numbers into bf16 results: the floor of whoever computes everything."""
+"""The matrix products alone, with results in the dtype of the case: the floor of whoever computes everything."""
 FORWARD = "forward"
 """Log-probs without gradient: scoring by the reference model."""
 TRAIN = "forward+backward"
@@ -39,6 +41,8 @@ class Case:
     """"real" (replayed, or synthetic where the file of hidden states is absent) or "random"."""
     trainable: bool = True
     """Whether the head's weight wants a gradient."""
+    dtype: str = "bfloat16"
+    """What holds the numbers, which are those of bfloat16 in float32 too."""
 
     @property
     def name(self) -> str:
@@ -47,14 +51,18 @@ class Case:
             self.lengths * (self.lengths != "hh_helpful"),
             self.logits * (self.logits != "real"),
             "frozen" * (not self.trainable),
+            self.dtype * (self.dtype != "bfloat16"),
         )
         return "-".join((self.model, f"N{self.N}", *filter(None, unusual)))
 
     def problem(self, hidden_file: Path | None, device: str) -> Replay:
         """The tensors of the case, the same in every call."""
         if self.logits == "random":
-            return random_logits(self.N, self.D, self.V, lengths=self.lengths, device=device)
-        return replay(self.N, self.D, self.V, lengths=self.lengths, hidden_file=hidden_file, device=device)
+            problem = random_logits(self.N, self.D, self.V, lengths=self.lengths, device=device)
+        else:
+            problem = replay(self.N, self.D, self.V, lengths=self.lengths, hidden_file=hidden_file, device=device)
+        dtype = getattr(torch, self.dtype)
+        return problem._replace(hidden=problem.hidden.to(dtype), weight=problem.weight.to(dtype))
 
     def passes(self, phase: str) -> int:
         """Matrix products of N x D x V that the phase cannot do without."""
@@ -62,8 +70,8 @@ class Case:
 
     def describe(self) -> dict[str, object]:
         """The case as a row holds it."""
-        fields = ("model", "N", "D", "V", "lengths", "trainable")
-        return {"case": self.name, **{field: getattr(self, field) for field in fields}, "dtype": "bfloat16"}
+        fields = ("model", "N", "D", "V", "lengths", "trainable", "dtype")
+        return {"case": self.name, **{field: getattr(self, field) for field in fields}}
 
 
 def head(model: str, N: int) -> Case:
@@ -71,8 +79,12 @@ def head(model: str, N: int) -> Case:
     return Case(model, N, *HEADS[model])
 
 
-def head_cases(gpu: bool) -> list[tuple[Case, str]]:
+def head_cases(gpu: bool, dtype: str = "bfloat16") -> list[tuple[Case, str]]:
     """Cases and phases of the head benchmark, the most telling first; for a GPU, or small enough for a CPU."""
+    return [(replace(case, dtype=dtype), phase) for case, phase in _head_cases(gpu)]
+
+
+def _head_cases(gpu: bool) -> list[tuple[Case, str]]:
     if not gpu:
         small = head("SmolLM2", 1024)
         cases = [(head("SmolLM2", 4096), TRAIN), (small, FORWARD), (small, LOSS)]
@@ -95,9 +107,9 @@ STAGED = (
 """What is split into stages."""
 
 
-def scaling_cases(axis: str, gpu: bool) -> list[Case]:
+def scaling_cases(axis: str, gpu: bool, dtype: str = "bfloat16") -> list[Case]:
     """Cases that differ along one axis."""
-    middle = Case("scaling", 8192, 4096, 151936) if gpu else Case("scaling", 1024, 576, 49152)
+    middle = Case("scaling", *((8192, 4096, 151936) if gpu else (1024, 576, 49152)), dtype=dtype)
     values = {
         "N": (1024, 2048, 4096, 8192, 16384, 32768) if gpu else (256, 512, 1024, 2048, 4096, 8192),
         "D": (1024, 2048, 4096, 8192) if gpu else (576, 1152, 2304, 4608),

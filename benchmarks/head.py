@@ -37,6 +37,7 @@ class HeadRun:
 
     def __init__(self, way: Implementation, case: Case, phase: str, problem: Replay, ref_logps: Tensor | None) -> None:
         self.way, self.phase, self.problem, self.ref_logps = way, phase, problem, ref_logps
+        self.budget = way.budget_in(case.dtype)
         train = phase != FORWARD
         self.hidden = problem.hidden.detach().clone().requires_grad_(train)
         self.weight = problem.weight.detach().requires_grad_(train and case.trainable)
@@ -84,7 +85,7 @@ def check(run: HeadRun, true: Truth) -> tuple[dict[str, float], list[str]]:
     """Call once; errors, and which of them are over the implementation's budget."""
     run()
     errors = run.errors(true)
-    return errors, over_budget(errors, run.way.budget)
+    return errors, over_budget(errors, run.budget)
 
 
 def extra_mib(run: HeadRun, name: str, case: Case, hidden_file: Path | None) -> float:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from fused_dpo.hardware import has_bf16_units
+from fused_dpo.hardware import has_bf16_units, masked_isa
 
 Result = TypeVar("Result")
 
@@ -139,6 +139,20 @@ def _commit() -> str:
         return "unknown"
 
 
+def cpu_features() -> str:
+    """Name the instruction sets of the CPU that decide about the speed of products, and what hides some of them."""
+    has = torch.cpu
+    features = {
+        "AVX2": has._is_avx2_supported(),
+        "AVX512": has._is_avx512_supported(),
+        "AVX512-BF16": has._is_avx512_bf16_supported(),
+        "AMX": has._is_amx_tile_supported(),
+    }
+    variable, isa = masked_isa()
+    hidden = "" if isa == "DEFAULT" else f"; {variable}={isa}"
+    return (", ".join(name for name, there in features.items() if there) or platform.machine()) + hidden
+
+
 @cache
 def environment() -> dict[str, Any]:
     """Device, versions and commit that a result belongs to; FUSED_DPO_COMMIT names it where there is no repository."""
@@ -150,6 +164,6 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "commit": os.environ.get("FUSED_DPO_COMMIT") or _commit(),
-        **({"cuda": torch.version.cuda} if cuda else {}),
+        **({"cuda": torch.version.cuda} if cuda else {"cpu_features": cpu_features()}),
         **{name: version for name, version in versions.items() if version},
     }

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.replay import Replay
-from benchmarks.verify import BF16_LOGITS, EXACT, FILTERED, Budget
+from benchmarks.verify import BF16_LOGITS, EXACT, FILTERED, FLOAT32, Budget
 from fused_dpo import DPOLoss, KernelOptions, fused_dpo_logps
 
 BETA = 0.1
@@ -33,8 +33,20 @@ class Implementation:
     """What has to be importable for it."""
     missing: bool = False
     """Whether this torch or this device lacks it."""
+    bf16_alone: bool = False
+    """Whether it is something else than the others in bfloat16 alone."""
     own_loss: Callable[[Replay, Tensor, Tensor], Tensor] | None = None
     """A fused DPO loss of its own, for an implementation that has no log-probs to give."""
+
+    def budget_in(self, dtype: str) -> Budget:
+        """Its budget on a case in this dtype: in float32 that of the dtype, unless it leaves something out."""
+        return FLOAT32 if dtype == "float32" and self.budget is not FILTERED else self.budget
+
+    def untimed(self, dtype: str) -> str | None:
+        """Say why it is not timed in this dtype; None if it is."""
+        if self.bf16_alone and dtype != "bfloat16":
+            return "not timed: this device has no bf16 units, and bf16 products take up to a hundred times as long"
+        return None
 
     def absent(self) -> str | None:
         """Why it cannot be measured here, if so."""
@@ -153,7 +165,7 @@ IMPLEMENTATIONS = {
         Implementation("fused exact, library", ours("exact", "library"), EXACT, missing=NO_CUDA),
         Implementation("fused exact, kept", ours("exact", keep_exponentials=True), EXACT, missing=NO_CUDA),
         Implementation("naive fp32-upcast", per_sequence(naive_upcast), BF16_LOGITS),
-        Implementation("naive bf16", per_sequence(naive_bf16), BF16_LOGITS),
+        Implementation("naive bf16", per_sequence(naive_bf16), BF16_LOGITS, bf16_alone=True),
         Implementation("torch.compile naive", per_sequence(compiled_naive), BF16_LOGITS),
         Implementation(
             "F.linear_cross_entropy", torch_linear_cross_entropy(False), BF16_LOGITS, missing=NO_LINEAR_CROSS_ENTROPY

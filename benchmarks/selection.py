@@ -51,4 +51,4 @@ def plain_cases(rows: Iterable[Row]) -> dict[str, list[Row]]:
     The first is the main one: the benchmark runs the most telling first.
     """
     cases = grouped([row for row in of_suite(rows, "head") if row.get("phase") == TRAIN], "case")
-    return {case: of_case for case, of_case in cases.items() if re.search(r"-N\d+$", case)} or cases
+    return {case: of_case for case, of_case in cases.items() if re.search(r"-N\d+(-float32)?$", case)} or cases

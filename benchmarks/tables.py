@@ -61,9 +61,11 @@ class Source(NamedTuple):
         """The device, versions and commit that the numbers belong to."""
         known = dict(self.record.environment)
         device, commit, threads = (known.pop(key, None) for key in ("device", "commit", "threads"))
+        features = known.pop("cpu_features", None)
         torch = {"torch": known.pop("torch", None)}
         versions = ", ".join(f"{name} {version}" for name, version in (torch | known).items() if version)
-        return f"{device or 'unknown device'}{f', {threads} threads' if threads else ''}; {versions}; commit {commit}"
+        machine = f"{device or 'unknown device'}{f' ({features})' if features else ''}"
+        return f"{machine}{f', {threads} threads' if threads else ''}; {versions}; commit {commit}"
 
     def table(self, rows: Sequence[Row], time: Quantity, others: Sequence[Quantity]) -> str:
         """One line a row: the implementation, its time, which links to the results file, and what `others` ask for."""

@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.cases import BARE, LOSS, Case, head_cases
-from benchmarks.conftest import DEVICE, MeasureHead
+from benchmarks.conftest import DEVICE, DTYPE, MeasureHead
 from benchmarks.peers import IMPLEMENTATIONS
 
 
@@ -11,7 +11,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test a case, phase and implementation."""
     arguments = [
         pytest.param(case, phase, name, id=f"{case.name}/{phase}/{name}")
-        for case, phase in head_cases(gpu=DEVICE == "cuda")
+        for case, phase in head_cases(DEVICE == "cuda", DTYPE)
         for name in (BARE, *IMPLEMENTATIONS)
         if phase == LOSS or name == BARE or IMPLEMENTATIONS[name].logps
     ]

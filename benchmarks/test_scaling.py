@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import head
 from benchmarks.cases import AXES, SCALED, STAGED, TRAIN, Case, head_cases, scaling_cases
-from benchmarks.conftest import DEVICE, MeasureHead
+from benchmarks.conftest import DEVICE, DTYPE, MeasureHead
 from benchmarks.peers import IMPLEMENTATIONS
 from benchmarks.stages import stages_of
 
@@ -20,7 +20,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         arguments = [
             pytest.param(axis, case, name, id=f"{axis}={getattr(case, axis)}/{name}", marks=few)
             for axis in AXES
-            for case in scaling_cases(axis, gpu=GPU)
+            for case in scaling_cases(axis, GPU, DTYPE)
             for name in SCALED
         ]
         metafunc.parametrize(("axis", "case", "name"), arguments)
@@ -37,7 +37,7 @@ def test_stages(request: pytest.FixtureRequest, record_rows: list[dict[str, Any]
     """Seconds of each stage of the main case."""
     if why := IMPLEMENTATIONS[name].absent():
         pytest.skip(why)
-    case, phase = head_cases(gpu=GPU)[0]
+    case, phase = head_cases(GPU, DTYPE)[0]
     loaded = head.load(case, request.config.getoption("--hidden"), DEVICE)
     rows = stages_of(case.name, name, head.prepare(name, case, phase, loaded))
     assert sum(row["seconds"] for row in rows) > 0

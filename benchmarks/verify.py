@@ -13,7 +13,7 @@ ROWS = 256
 
 
 class Truth(NamedTuple):
-    """Of one problem, from its bf16 numbers."""
+    """Of one problem, from its numbers as they are."""
 
     logps: Tensor
     """float64 [S]."""
@@ -40,6 +40,8 @@ EXACT = Budget(1e-3, 0.004)
 """Logits in fp32: log-probs are good to fp32 sums; gradients are rounded to bf16 twice, 2^-9 each."""
 FILTERED = Budget(1e-3, 0.006)
 """Half of what naive bf16 gradients are off by."""
+FLOAT32 = Budget(1e-3, 1e-4)
+"""Of float32 numbers throughout: fp32 sums, some of tens of thousands of terms."""
 
 
 def upstream(problem: Replay) -> Tensor:

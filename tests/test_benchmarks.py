@@ -11,10 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import head, records, replay
 from benchmarks.cases import AXES, FORWARD, HEADS, LOSS, PHASES, TRAIN, Case, head_cases, scaling_cases
-from benchmarks.measure import environment, isolated, peak_growth_mib, quantiles, timed
+from benchmarks.measure import compute_dtype, cpu_features, environment, isolated, peak_growth_mib, quantiles, timed
 from benchmarks.peers import IMPLEMENTATIONS, Implementation, per_sequence
 from benchmarks.stages import stages_of
-from benchmarks.verify import BF16_LOGITS, EXACT, FILTERED, truth, upstream
+from benchmarks.verify import BF16_LOGITS, EXACT, FILTERED, FLOAT32, truth, upstream
 
 SMALL = Case("tiny", 150, 512, 2000)
 """Its hidden size is below that of the shared file of hidden states, so its logits are synthetic."""
@@ -38,6 +38,14 @@ def grow_twice(mib: int) -> float:
 
 
 class TestMeasure:
+    def test_the_dtype_and_features_of_this_machine(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """By what the project takes the CPU to have, and a mask is told."""
+        for units, dtype in ((True, "bfloat16"), (False, "float32")):
+            monkeypatch.setattr("benchmarks.measure.has_bf16_units", lambda _, units=units: units)
+            assert compute_dtype("cpu") == dtype
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+        assert cpu_features().endswith("; ONEDNN_MAX_CPU_ISA=AVX2")
+
     def test_the_environment_without_a_repository(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Nor git: the results are written all the same, and the commit can be told."""
         monkeypatch.setenv("PATH", "")
@@ -268,6 +276,28 @@ class TestVerification:
         monkeypatch.setitem(IMPLEMENTATIONS, "naive", naive)
         _, over = head.check(head.prepare("naive", SMALL, TRAIN, loaded), loaded.truth)
         assert any(reason.startswith("token_logp_rms_nat") for reason in over)
+
+    @pytest.mark.parametrize("name", [name for name in HERE if name not in COMPILED and IMPLEMENTATIONS[name].logps])
+    def test_in_float32(self, name: str) -> None:
+        """Everything that is timed there keeps float32's budget, and ours its own where it leaves something out."""
+        case = replace(SMALL, dtype="float32")
+        way = IMPLEMENTATIONS[name]
+        if way.untimed(case.dtype):
+            assert name == "naive bf16"
+            return
+        loaded = head.load(case, None, "cpu")
+        assert loaded.problem.hidden.dtype == loaded.problem.weight.dtype == torch.float32
+        errors, over = head.check(head.prepare(name, case, TRAIN, loaded), loaded.truth)
+        assert over == []
+        assert (errors["dhidden_error"] < FLOAT32.gradient) is (way.budget is not FILTERED)
+
+    def test_cases_in_float32_are_the_same_numbers(self) -> None:
+        """By another name, so that results of both kinds of CPU are not compared with each other."""
+        case = replace(SMALL, dtype="float32")
+        assert torch.equal(case.problem(None, "cpu").weight, SMALL.problem(None, "cpu").weight.float())
+        assert (case.name, SMALL.name) == ("tiny-N150-float32", "tiny-N150")
+        assert {case.dtype for case, _ in head_cases(False, "float32")} == {"float32"}
+        assert {case.dtype for axis in AXES for case in scaling_cases(axis, False, "float32")} == {"float32"}
 
     def test_what_is_not_installed_is_said(self) -> None:
         assert Implementation("x", None, EXACT, module="no_such_package").absent() == "no_such_package is not installed"

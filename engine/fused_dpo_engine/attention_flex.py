@@ -1,7 +1,9 @@
 """Packed attention through FlexAttention: softcap and sinks on CUDA with torch alone.
 
-The mask says who sees whom, so keys need no gathering. Not run on a GPU yet; torch has no backward for it on a CPU, so
-the tests check its forward there, and `verify_backend` both on the user's device.
+The mask says who sees whom, so keys need no gathering. Not run on a GPU yet, and never chosen on a CPU: torch has no
+backward for it there, so the tests check its forward, and `verify_backend` both on the user's device. Torch's compiled
+code for CPUs is also wrong with AVX2 (torch 2.13: `CppMicroGemmFP32Vec` writes 16 scores where the last 8 are left, for
+heads 8 or 16 wide and numbers of keys that leave 8 when divided by 16; with AVX512 it never comes to that).
 """
 
 from functools import cache

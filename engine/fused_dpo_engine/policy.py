@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from fused_dpo import KernelOptions, fused_token_logps, head_of
 from fused_dpo.autograd import sequence_sum
+from fused_dpo.hardware import tag_compiled_code
 from fused_dpo.losses import desensitized_weights
 from fused_dpo_engine.attention import verify_backend
 from fused_dpo_engine.attention_call import Backend
@@ -154,6 +155,7 @@ class Policy(nn.Module):
 
     def compile_backbone(self, backend: str = "inductor") -> None:
         """Run the backbone through `torch.compile` from now on, for rows of any length."""
+        tag_compiled_code()
         backbone_of(self.causal_lm).compile(backend=backend, dynamic=True)
         self.compiled = True
 

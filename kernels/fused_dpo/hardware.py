@@ -55,6 +55,18 @@ def bf16_allowed() -> bool:
     return isa in ISAS_WITH_BF16
 
 
+def tag_compiled_code() -> None:
+    """Make `torch.compile` look for code that it kept only among code for the vector units that torch uses here.
+
+    Torch finds it by the graph alone (seen in 2.13). In a cache that was filled under AVX2 it finds loops that step by
+    8 numbers, builds them for AVX512's vectors of 16, and the results are wrong without an error.
+    """
+    units = torch.backends.cpu.get_cpu_capability()
+    tag = torch.compiler.config.cache_key_tag
+    if units not in tag.split():
+        torch.compiler.config.cache_key_tag = f"{tag} {units}".strip()
+
+
 def masked_isa() -> tuple[str, str]:
     """The variable that limits oneDNN's instruction sets, and its value in capitals; `DEFAULT` where none is set."""
     for variable in ISA_VARIABLES:

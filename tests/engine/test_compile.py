@@ -17,6 +17,8 @@ from tests.engine.helpers import gradients, make_pairs, tiny_model, worst_gradie
 from tests.engine.kernels_in_torch import varlen_reference
 from tests.engine.policy_helpers import policy_of
 
+pytestmark = pytest.mark.cpu_units
+
 PAIRS = make_pairs(*[(5 + i % 7, 7 + i % 3, 3 + i % 4) for i in range(12)])
 BATCHES = [pack(PAIRS, range(i, 2 * i + 1)) for i in range(1, 6)]
 """Of different lengths and numbers of segments."""
@@ -123,6 +125,12 @@ def test_no_code_of_its_own_for_a_number_of_segments(compiled, kernel):
         policy(batch).sum().backward()
         frames.append(counter.frame_count)
     assert frames[1:] == [frames[1]] * 12
+
+
+def test_code_for_other_units_is_not_found(compiled):
+    with torch.compiler.config.patch(cache_key_tag=""):  # pyright: ignore[reportAttributeAccessIssue]
+        compiled(tiny_model(num_hidden_layers=1))
+        assert torch.compiler.config.cache_key_tag == torch.backends.cpu.get_cpu_capability()
 
 
 def test_the_reference_runs_the_code_of_training(compiled):

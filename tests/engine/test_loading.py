@@ -9,13 +9,15 @@ from torch import nn
 from fused_dpo_engine.attention import ATTENTION_NAME
 from fused_dpo_engine.config import LoraOptions, ModelOptions, PackingOptions
 from fused_dpo_engine.errors import UnsupportedModelError, UserError
-from fused_dpo_engine.loading import choose_device, choose_dtype, load_model, load_tokenizer
+from fused_dpo_engine.loading import choose_device, choose_dtype, dtype_warning, load_model, load_tokenizer
 from fused_dpo_engine.padding import pad
 from fused_dpo_engine.policy import build_policy
 from fused_dpo_engine.self_test import self_test
 from fused_dpo_engine.support import backbone_of
 from tests.engine.helpers import VOCAB, save_folder, tiny_model
 from tests.engine.policy_helpers import PAIRS
+
+pytestmark = pytest.mark.cpu_units
 
 CPU = torch.device("cpu")
 
@@ -125,3 +127,21 @@ class TestLoading:
         for units, dtype in ((True, torch.bfloat16), (False, torch.float32)):
             monkeypatch.setattr("fused_dpo_engine.loading.has_bf16_units", lambda _, units=units: units)
             assert choose_dtype(ModelOptions("m"), CPU) == dtype
+
+    def test_a_slow_dtype_is_warned_of_where_it_was_asked_for(self, monkeypatch):
+        for units, dtype in ((False, "auto"), (False, "float32"), (True, "bfloat16")):
+            monkeypatch.setattr("fused_dpo_engine.loading.has_bf16_units", lambda _, units=units: units)
+            assert dtype_warning(ModelOptions("m", dtype=dtype), CPU) is None  # pyright: ignore[reportArgumentType]
+        monkeypatch.setattr("fused_dpo_engine.loading.has_bf16_units", lambda _: False)
+        warning = dtype_warning(ModelOptions("m", dtype="bfloat16"), CPU)
+        assert warning is not None
+        assert "a hundred times as long" in warning
+        assert "--dtype float32" in warning
+
+    def test_an_instruction_set_that_does_not_exist(self, monkeypatch):
+        def refuse(_):
+            raise ValueError("ONEDNN_MAX_CPU_ISA=AVX3 names no instruction set")
+
+        monkeypatch.setattr("fused_dpo_engine.loading.has_bf16_units", refuse)
+        with pytest.raises(UserError, match="AVX3 names no instruction set"):
+            choose_dtype(ModelOptions("m"), CPU)

@@ -10,6 +10,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from fused_dpo import LMHead, fused_dpo_logps, fused_token_logps
 from tests.kernels.helpers import DIFFERENTIABLE, IGNORE, bits_equal, cu_seqlens
 
+pytestmark = pytest.mark.cpu_units
+
 V, D = 50, 16
 
 

@@ -28,6 +28,8 @@ from tests.kernels.helpers import (
     truth_of,
 )
 
+pytestmark = pytest.mark.cpu_units
+
 
 def adversarial_problems() -> dict[str, Problem]:
     """Inputs made to go wrong, in bf16, with 4096 to 24000 columns: see `test_never_above_naive`."""

@@ -46,6 +46,8 @@ from tests.kernels.helpers import (
     uninitialized_memory_is_nan,
 )
 
+pytestmark = pytest.mark.cpu_units
+
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_eps_0_is_exact_to_the_bit(dtype: torch.dtype) -> None:

@@ -11,6 +11,8 @@ from tests.kernels.filtered_helpers import gradients, judgements, one_sequence
 from tests.kernels.filtered_probe import UPSTREAMS, means_of_blocks, peaked, probe, screened
 from tests.kernels.helpers import Problem, bits_equal, naive_logits, present, relative_error
 
+pytestmark = pytest.mark.cpu_units
+
 
 @pytest.mark.parametrize("upstream", ["equal", "by token"])
 def test_correction_is_the_mean_of_the_block(upstream: str) -> None:

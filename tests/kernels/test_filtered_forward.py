@@ -19,6 +19,8 @@ from tests.kernels.filtered_helpers import (
 )
 from tests.kernels.helpers import FLOAT64_LOGPS, IGNORE, assert_close, make_problem, naive_logits, present, tokens
 
+pytestmark = pytest.mark.cpu_units
+
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_screen_of_the_forward(dtype: torch.dtype) -> None:

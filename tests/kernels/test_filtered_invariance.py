@@ -30,6 +30,8 @@ from tests.kernels.helpers import (
     relative_error,
 )
 
+pytestmark = pytest.mark.cpu_units
+
 LENGTHS = (1, 2, 31, 33, 64, 129, 0, 200, 5)
 
 

@@ -11,6 +11,8 @@ from fused_dpo.screen import BLOCK_ROWS
 from tests.kernels.allocations import MIB, allocations_of
 from tests.kernels.filtered_helpers import UNITS, coarse_only, filtered_tokens, vocabulary_problem
 
+pytestmark = pytest.mark.cpu_units
+
 
 class Footprint(NamedTuple):
     """MiB beyond the results, and what the docstring allows."""

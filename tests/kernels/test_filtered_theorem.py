@@ -13,6 +13,8 @@ from tests.kernels.filtered_helpers import EPS, GUARD, coarse_only, filter_of, j
 from tests.kernels.filtered_probe import COARSE_FACTOR, UPSTREAMS, Draw, assert_within_theorem, peaked, probe
 from tests.kernels.helpers import evaluate, naive_logits
 
+pytestmark = pytest.mark.cpu_units
+
 
 @st.composite
 def draws(draw: Callable) -> Draw:

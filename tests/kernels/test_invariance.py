@@ -30,6 +30,8 @@ from tests.kernels.helpers import (
     tokens,
 )
 
+pytestmark = pytest.mark.cpu_units
+
 LENGTHS = (1, 63, 130, 2, 64, 300, 0, 257, 65)  # scored rows and their sums lie around multiples of 64 and 256
 EVERYTHING = {**EVERY_FEATURE, "lora_rank": 8}
 HEADS = {"plain": {}, "everything": EVERYTHING}

@@ -25,6 +25,8 @@ from fused_dpo.screen import (
 from tests.kernels.filtered_helpers import UNITS, coarse_only
 from tests.kernels.helpers import EVERY_FEATURE, Problem, make_problem, naive_logits, uninitialized_memory_is_nan
 
+pytestmark = pytest.mark.cpu_units
+
 NO_BIAS = {name: value for name, value in EVERY_FEATURE.items() if name != "bias"}
 
 

@@ -8,7 +8,7 @@ from fused_dpo import triton_backward
 from fused_dpo.triton_adapter import BLOCK_ROWS, through_adapter
 from fused_dpo.triton_tile import rank_block
 from tests.kernels.helpers import IGNORE, assert_agrees, evaluate, fused, make_problem
-from tests.kernels.triton_helpers import DEVICE, TRITON_DTYPES, on_device
+from tests.kernels.triton_helpers import DEVICE, TRITON_DTYPES, on_device, order_products
 
 
 def problem(dtype: torch.dtype, T: int, D: int, rank: int) -> tuple[Tensor, Tensor]:
@@ -39,8 +39,10 @@ def test_strides() -> None:
     assert torch.equal(through_adapter(strided[0], rows, (strided[1], a, 1.0)), expected)
 
 
-def test_a_row_alone_has_the_same_bits() -> None:
+@pytest.mark.cpu_units
+def test_a_row_alone_has_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever else there is, and wherever in the block it stands."""
+    order_products(monkeypatch)
     hidden, a = problem(torch.float32, 150, 70, 20)
     every = through_adapter(hidden, torch.arange(150, device=DEVICE), (a, a, 1.0))
     for row in (0, 63, 64, 149):

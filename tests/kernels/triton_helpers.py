@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -17,6 +19,23 @@ TRITON_DTYPES = (torch.float32, torch.float16) + ((torch.bfloat16,) if DEVICE ==
 TILE = tile_config(architecture(torch.device(DEVICE)), torch.float32, PLAIN)
 LIBRARY = library_config(architecture(torch.device(DEVICE)), torch.float32)
 """Of fp32 problems; those of half precision on a GPU are larger."""
+
+
+def ordered_matmul(a: np.ndarray, b: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """`np.matmul` with the terms of every element added up from first to last, wherever in the product it stands."""
+    out = np.zeros((a.shape[0], b.shape[1]), dtype)
+    for k in range(a.shape[1]):
+        out += a[:, k, None].astype(dtype) * b[k].astype(dtype)
+    return out
+
+
+def order_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the interpreter multiply by `ordered_matmul`.
+
+    For tests that compare bits of a row at other places of a block. A GPU multiplies them alike. OpenBLAS, which NumPy
+    takes, does so with AVX512, but on AVX2 it adds up some rows of a block in another order than the rest.
+    """
+    monkeypatch.setattr(np, "matmul", ordered_matmul)
 
 
 def on_device(problem: Problem) -> Problem:

@@ -43,7 +43,11 @@ def main() -> int:
             return 1
         print(f"   {model}\n")
     print("2. One training step, three ways, the same pairs: one to two minutes", flush=True)
-    rows = {row["implementation"]: row for row in compare(model, options.data, PAIRS, SLOTS, "auto", 1, WAYS)}
+    try:
+        rows = {row["implementation"]: row for row in compare(model, options.data, PAIRS, SLOTS, "auto", 1, WAYS)}
+    except ValueError as error:  # an environment that names no instruction set, data with too few pairs
+        print(error, file=sys.stderr)
+        return 1
     if failed := [row["failed"] for row in rows.values() if "failed" in row]:
         print(failed[0], file=sys.stderr)
         return 1

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from examples import smollm2
+from examples import demo, smollm2
 from fused_dpo_engine.data import parse_row, read_rows
 
 ROOT = Path(__file__).parents[1]
@@ -72,3 +72,40 @@ def test_digits_are_single_tokens() -> None:
     from transformers import AutoTokenizer
 
     assert AutoTokenizer.from_pretrained(folder).tokenize("In 2024") == ["In", "Ġ", "2", "0", "2", "4"]
+
+
+def test_the_demo_computes_in_what_the_machine_is_fast_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No dtype is forced on it, neither in the comparison nor in the run, and each stage says how long it takes."""
+    asked: list[tuple] = []
+    commands: list[list[str]] = []
+
+    def compare(*arguments: Any) -> list[dict[str, Any]]:
+        asked.append(arguments)
+        return [{"implementation": way, "median_s": 6.0, "extra_mib": 1000.0} for way in demo.WAYS]
+
+    def start(command: list[str], **_: Any) -> subprocess.CompletedProcess:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 3)
+
+    monkeypatch.setattr(demo, "compare", compare)
+    monkeypatch.setattr(subprocess, "run", start)
+    monkeypatch.setattr("sys.argv", ["demo", "--model", "m", "--output", str(tmp_path), "--max-steps", "10"])
+    assert demo.main() == 3
+    assert asked == [("m", str(ROOT / "examples" / "preferences.jsonl"), 8, 2048, "auto", 1, demo.WAYS)]
+    assert not any("dtype" in argument for argument in commands[0])
+    assert "one to two minutes" in (said := capsys.readouterr().out)
+    assert "10 such steps, about 2 minutes" in said
+
+
+def test_the_demo_refuses_what_the_comparison_refuses(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def compare(*_: Any) -> None:
+        raise ValueError("ONEDNN_MAX_CPU_ISA=AVX3 names no instruction set")
+
+    monkeypatch.setattr(demo, "compare", compare)
+    monkeypatch.setattr("sys.argv", ["demo", "--model", "m"])
+    assert demo.main() == 1
+    assert capsys.readouterr().err == "ONEDNN_MAX_CPU_ISA=AVX3 names no instruction set\n"

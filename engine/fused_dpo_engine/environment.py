@@ -6,7 +6,7 @@ import platform
 
 import torch
 
-from fused_dpo.hardware import has_bf16_units
+from fused_dpo.hardware import has_bf16_units, masked_isa
 from fused_dpo_engine.attention_choice import ORDER, available_backends
 
 PACKAGES = (
@@ -34,7 +34,7 @@ def describe() -> str:
             lines.append((package, "not installed"))
     lines.append(("cpu threads", f"{torch.get_num_threads()} of {os.cpu_count()}"))
     lines.append(("cpu capability", torch.backends.cpu.get_cpu_capability()))
-    lines.append(("cpu bf16 units", "yes" if has_bf16_units(torch.device("cpu")) else "no"))
+    lines.append(("cpu bf16 units", _bf16_units()))
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
@@ -52,3 +52,13 @@ def describe() -> str:
     lines.append(("attention kernels", ", ".join(name for name in ORDER if name in there)))
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+
+
+def _bf16_units() -> str:
+    """Say whether the CPU has units for bf16, and what in the environment hides them."""
+    try:
+        answer = "yes" if has_bf16_units(torch.device("cpu")) else "no"
+    except ValueError as error:
+        return str(error)
+    variable, isa = masked_isa()
+    return answer if isa == "DEFAULT" else f"{answer} ({variable}={isa})"

@@ -1,7 +1,11 @@
-"""What a device can do: whether it has units that multiply bf16 matrices, and which of a CPU's units may be used."""
+"""What a device can do: whether it has units that multiply bf16 matrices, and which of a CPU's units may be used.
+
+Also whether triton is there to reach a GPU's: it has no wheels for macOS and Windows.
+"""
 
 import os
 from functools import lru_cache
+from importlib.util import find_spec
 
 import torch
 
@@ -19,6 +23,17 @@ ISAS_WITH_BF16 = (
 )
 """Values of those variables, by whether products of bf16 numbers have instructions of their own within them (oneDNN's
 documentation, "CPU Dispatcher Control"). AVX2_VNNI_2 converts bf16 and multiplies it as fp32."""
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:  # what hides a package may say so by this
+        return False
+
+
+HAS_TRITON = _is_installed("triton")
+"""Whether triton can be imported. Not asked in every call: compiled code would have to look for files."""
 
 
 @lru_cache(maxsize=8)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fused_dpo.hardware import HAS_TRITON
 from fused_dpo.head import LMHead, LowRankAdapter
 from fused_dpo.options import KernelOptions
 
@@ -74,11 +75,14 @@ def choose_implementation(impl: str | None, hidden: Tensor) -> str:
     Raises:
         ValueError: triton asked for on a device it does not run on.
         TypeError: triton asked for in a dtype it does not compute in.
+        ImportError: triton asked for where it is not installed.
     """
     if impl is None:
-        return "triton" if hidden.is_cuda and hidden.dtype != torch.float64 else "streaming"
+        return "triton" if HAS_TRITON and hidden.is_cuda and hidden.dtype != torch.float64 else "streaming"
     if impl not in ("triton", "library"):
         return impl
+    if not HAS_TRITON:
+        raise ImportError(f"impl={impl!r} needs the package triton, which is not installed; use None or 'streaming'.")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if not hidden.is_cuda and not interpreted:
         raise ValueError(

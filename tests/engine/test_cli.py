@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 
+from fused_dpo.hardware import has_bf16_units
 from fused_dpo.losses import LOSSES
 from fused_dpo_engine.cli import main
 from tests.engine.helpers import (
@@ -39,6 +40,19 @@ class TestCommands:
         assert torch.__version__.startswith(versions["torch"])  # a local tag such as +cu130 may be missing
         assert versions["transformers"] == transformers.__version__
         assert versions["python"] == sys.version.split()[0]
+
+    @pytest.mark.parametrize(
+        ("isa", "said"), [("AVX2", "no (ONEDNN_MAX_CPU_ISA=AVX2)"), ("AVX3", "AVX3 names no instruction set; unset it")]
+    )
+    def test_env_tells_what_hides_a_cpus_units(self, command, monkeypatch, isa, said):
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", isa)
+        has_bf16_units.cache_clear()
+        try:
+            outcome = command("env")
+        finally:
+            has_bf16_units.cache_clear()
+        assert outcome.status == 0
+        assert said in outcome.out
 
     def test_env_takes_no_options(self, command):
         outcome = command("env", "--x")

@@ -135,11 +135,13 @@ def _logps_forward_kernel(
         rescale = exp(peak - shift)
         total = total * rescale + tl.sum(weights, axis=1)
         if KEEP:
-            mask = (offs_v < V)[None, :] & (pid_t * BLOCK_T < kept_rows)
+            # The same for all rows of the block, so that stores stay wide; triton 3.9's interpreter takes no scalars.
+            mask_kept = tl.zeros([BLOCK_T], dtype=tl.int32) + pid_t * BLOCK_T < kept_rows
+            mask = (offs_v < V)[None, :] & mask_kept[:, None]
             kept = exponentials_ptr + offs_v.to(tl.int64)[None, :] * stride_ev + offs_t[:, None]
             tl.store(kept, weights.to(exponentials_ptr.dtype.element_ty), mask=mask)
             of_tile = shift_ptr + start_v // BLOCK_V * kept_rows + offs_t
-            tl.store(of_tile, shift, mask=pid_t * BLOCK_T < kept_rows)
+            tl.store(of_tile, shift, mask=mask_kept)
         if WANT_STATS:
             finite = tl.where(z == float("-inf"), 0.0, z)
             weighted = weighted * rescale + tl.sum(weights * finite, axis=1)

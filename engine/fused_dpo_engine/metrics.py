@@ -1,7 +1,6 @@
 """What is measured, and where it is written: sums on the device, token slots, metrics.jsonl, TensorBoard, memory."""
 
 import json
-import resource
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -141,5 +140,11 @@ def peak_memory_gib(device: torch.device) -> float:
     """Most memory held at any time so far in GiB: of the allocator on CUDA, of the process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    if sys.platform == "win32":  # which has no module `resource`
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset / 2**30
+    import resource
+
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -1,4 +1,4 @@
-"""On macOS and Windows there is no triton: the function and the trainer work on the CPU without it."""
+"""On macOS and Windows there is no triton, on Windows no `resource`: function and trainer work on the CPU without."""
 
 import json
 from pathlib import Path
@@ -6,6 +6,8 @@ from pathlib import Path
 from tests.engine.helpers import options
 from tests.kernels.test_imports import run
 
+HIDE_RESOURCE = "import sys, transformers.modeling_utils\nsys.modules['resource'] = None\n"
+"""A module of Unix alone."""
 HIDE = """
 import sys
 class Hide:
@@ -65,3 +67,16 @@ def test_a_run(toy_settings, tmp_path: Path) -> None:
     code = f"from fused_dpo_engine.cli import main\nmain({['train', *arguments]!r})\nprint('triton' in sys.modules)"
     assert run(HIDE + code, tmp_path).strip() == "False"
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == toy_settings["max_steps"]
+
+
+def test_peak_memory_on_windows(tmp_path: Path) -> None:
+    """Ours is imported without `resource`, which others ask for where they find Unix, and memory is asked of psutil."""
+    code = (
+        "import torch\nfrom types import SimpleNamespace\n"
+        "from fused_dpo_engine import metrics\n"
+        "process = SimpleNamespace(memory_info=lambda: SimpleNamespace(peak_wset=3 * 2**30))\n"
+        "sys.modules['psutil'] = SimpleNamespace(Process=lambda: process)\n"
+        "metrics.sys = SimpleNamespace(platform='win32')\n"
+        "print(metrics.peak_memory_gib(torch.device('cpu')))"
+    )
+    assert run(HIDE_RESOURCE + code, tmp_path).strip() == "3.0"

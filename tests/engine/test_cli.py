@@ -32,6 +32,7 @@ class TestCommands:
         assert re.search(r"^ +train +\w+", outcome.out, re.MULTILINE)
         assert re.search(r"^ +env +\w+", outcome.out, re.MULTILINE)
 
+    @pytest.mark.cpu_units
     def test_env(self, command):
         outcome = command("env")
         assert outcome.status == 0

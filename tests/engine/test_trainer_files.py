@@ -54,6 +54,7 @@ class TestFiles:
         assert again.optimizer.learning_rate == 1e-3
         assert parse_train(["--config", str(path), "--output", "elsewhere"]).run.output == "elsewhere"
 
+    @pytest.mark.cpu_units
     def test_automatic_choices_are_in_the_config(self, train_tiny):
         run = train_tiny(max_length=None, dtype="auto", device=None, max_steps=1)
         flat = json.loads((run.output / "config.json").read_text(encoding="utf-8"))

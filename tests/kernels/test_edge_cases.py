@@ -28,6 +28,8 @@ from tests.kernels.helpers import (
     truth_of,
 )
 
+pytestmark = pytest.mark.cpu_units
+
 IMPLS = ["streaming", "reference"]
 HALF = [torch.bfloat16, torch.float16]
 

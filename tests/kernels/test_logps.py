@@ -26,6 +26,8 @@ from tests.kernels.helpers import (
     uninitialized_memory_is_nan,
 )
 
+pytestmark = pytest.mark.cpu_units
+
 FEATURES = {
     "plain": {},
     "padded": {"padded": True},

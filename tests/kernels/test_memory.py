@@ -12,6 +12,8 @@ from fused_dpo import KernelOptions, LMHead, fused_dpo_logps
 from tests.kernels.allocations import MIB, allocations_of
 from tests.kernels.helpers import cu_seqlens
 
+pytestmark = pytest.mark.cpu_units
+
 
 class Case(NamedTuple):
     """A call whose terms of the memory bound are all different."""

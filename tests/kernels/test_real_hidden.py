@@ -24,7 +24,10 @@ from tests.kernels.helpers import (
 FILE = Path(__file__).resolve().parents[3] / "shared" / "data" / "hidden" / "smollm2_helpful.safetensors"
 SEQUENCES = 12
 
-pytestmark = pytest.mark.skipif(not FILE.exists(), reason="needs ../shared/data/hidden/smollm2_helpful.safetensors")
+pytestmark = [
+    pytest.mark.cpu_units,
+    pytest.mark.skipif(not FILE.exists(), reason="needs ../shared/data/hidden/smollm2_helpful.safetensors"),
+]
 
 
 def load(first: int, stop: int) -> Problem:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.replay import Replay
-from benchmarks.verify import BF16_LOGITS, EXACT, FILTERED, FLOAT32, Budget
+from benchmarks.verify import BF16_LOGITS, EXACT, FILTERED, IN_FLOAT32, Budget
 from fused_dpo import DPOLoss, KernelOptions, fused_dpo_logps
 
 BETA = 0.1
@@ -39,8 +39,8 @@ class Implementation:
     """A fused DPO loss of its own, for an implementation that has no log-probs to give."""
 
     def budget_in(self, dtype: str) -> Budget:
-        """Its budget on a case in this dtype: in float32 that of the dtype, unless it leaves something out."""
-        return FLOAT32 if dtype == "float32" and self.budget is not FILTERED else self.budget
+        """Its budget on a case in this dtype."""
+        return IN_FLOAT32[self.budget] if dtype == "float32" else self.budget
 
     def untimed(self, dtype: str) -> str | None:
         """Say why it is not timed in this dtype; None if it is."""

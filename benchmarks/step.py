@@ -213,10 +213,9 @@ def compare(
     ways: Sequence[str] = WAYS,
     device: str = "cpu",
 ) -> list[dict[str, Any]]:
-    """Measure the ways, saying which as they begin, and print them side by side; `dtype` may be auto."""
+    """Measure the ways, saying which as they begin, and print them side by side."""
     from rich.table import Table
 
-    dtype = compute_dtype(device) if dtype == "auto" else dtype
     started = time.perf_counter()
 
     def announce(what: str) -> None:
@@ -285,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         asked = ModelOptions(model=options.model, device=options.device, dtype=options.dtype)
         device = str(choose_device(asked))
         warning = dtype_warning(asked, torch.device(device))
-        compute_dtype(device)  # or the environment is wrong
+        dtype = compute_dtype(device) if options.dtype == "auto" else options.dtype
         for data in mixes:
             Case(options.model, data, options.pairs, options.tokens_per_batch).token_pairs()
     except ValueError as error:  # no such device, model or data; too few pairs, or none that fits
@@ -294,7 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(warning, file=sys.stderr, flush=True)
     measured = []
     for data in mixes:
-        settings = (options.pairs, options.tokens_per_batch, options.dtype, options.repeats, options.ways, device)
+        settings = (options.pairs, options.tokens_per_batch, dtype, options.repeats, options.ways, device)
         measured += compare(options.model, data, *settings)
     if options.out:
         records.write(options.out, measured)

@@ -14,7 +14,7 @@ from benchmarks.cases import AXES, FORWARD, HEADS, LOSS, PHASES, TRAIN, Case, he
 from benchmarks.measure import compute_dtype, cpu_features, environment, isolated, peak_growth_mib, quantiles, timed
 from benchmarks.peers import IMPLEMENTATIONS, Implementation, per_sequence
 from benchmarks.stages import stages_of
-from benchmarks.verify import BF16_LOGITS, EXACT, FILTERED, FLOAT32, truth, upstream
+from benchmarks.verify import BF16_LOGITS, EXACT, FILTERED, IN_FLOAT32, over_budget, truth, upstream
 
 SMALL = Case("tiny", 150, 512, 2000)
 """Its hidden size is below that of the shared file of hidden states, so its logits are synthetic."""
@@ -289,7 +289,17 @@ class TestVerification:
         assert loaded.problem.hidden.dtype == loaded.problem.weight.dtype == torch.float32
         errors, over = head.check(head.prepare(name, case, TRAIN, loaded), loaded.truth)
         assert over == []
-        assert (errors["dhidden_error"] < FLOAT32.gradient) is (way.budget is not FILTERED)
+        assert (errors["dhidden_error"] < IN_FLOAT32[BF16_LOGITS].gradient) is (way.budget is not FILTERED)
+
+    def test_control_what_is_rounded_to_bf16_is_over_the_budgets_of_float32(self, loaded: head.Loaded) -> None:
+        run = head.prepare("fused exact", SMALL, TRAIN, loaded)
+        errors, over = head.check(run, loaded.truth)
+        assert over == []
+        for budget in (EXACT, BF16_LOGITS):
+            assert [reason.split()[0] for reason in over_budget(errors, IN_FLOAT32[budget])] == [
+                "dhidden_error",
+                "dweight_error",
+            ]
 
     def test_cases_in_float32_are_the_same_numbers(self) -> None:
         """By another name, so that results of both kinds of CPU are not compared with each other."""

@@ -74,10 +74,11 @@ def test_digits_are_single_tokens() -> None:
     assert AutoTokenizer.from_pretrained(folder).tokenize("In 2024") == ["In", "Ġ", "2", "0", "2", "4"]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_demo_computes_in_what_the_machine_is_fast_in(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """No dtype is forced on it, neither in the comparison nor in the run, and each stage says how long it takes."""
+    """The run is left to choose, as the comparison chooses, and each stage says how long it takes."""
     asked: list[tuple] = []
     commands: list[list[str]] = []
 
@@ -89,23 +90,24 @@ def test_the_demo_computes_in_what_the_machine_is_fast_in(
         commands.append(command)
         return subprocess.CompletedProcess(command, 3)
 
+    monkeypatch.setattr(demo, "compute_dtype", {"cpu": dtype}.get)
     monkeypatch.setattr(demo, "compare", compare)
     monkeypatch.setattr(subprocess, "run", start)
     monkeypatch.setattr("sys.argv", ["demo", "--model", "m", "--output", str(tmp_path), "--max-steps", "10"])
     assert demo.main() == 3
-    assert asked == [("m", str(ROOT / "examples" / "preferences.jsonl"), 8, 2048, "auto", 1, demo.WAYS)]
+    assert asked == [("m", str(ROOT / "examples" / "preferences.jsonl"), 8, 2048, dtype, 1, demo.WAYS)]
     assert not any("dtype" in argument for argument in commands[0])
     assert "one to two minutes" in (said := capsys.readouterr().out)
     assert "10 such steps, about 2 minutes" in said
 
 
-def test_the_demo_refuses_what_the_comparison_refuses(
+def test_the_demo_refuses_an_unknown_instruction_set(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def compare(*_: Any) -> None:
+    def refuse(_: str) -> None:
         raise ValueError("ONEDNN_MAX_CPU_ISA=AVX3 names no instruction set")
 
-    monkeypatch.setattr(demo, "compare", compare)
+    monkeypatch.setattr(demo, "compute_dtype", refuse)
     monkeypatch.setattr("sys.argv", ["demo", "--model", "m"])
     assert demo.main() == 1
     assert capsys.readouterr().err == "ONEDNN_MAX_CPU_ISA=AVX3 names no instruction set\n"

@@ -36,16 +36,17 @@ def choose_dtype(options: ModelOptions, device: torch.device) -> torch.dtype:
 
 
 def dtype_warning(options: ModelOptions, device: torch.device) -> str | None:
-    """Say what a dtype costs that was asked for and that the device has no units for; None if it has.
+    """Say what a dtype costs that was asked for on a CPU without units for it; None on any other device.
 
     Raises:
         UserError: as in `choose_dtype`.
     """
-    if options.dtype != "bfloat16" or _has_bf16_units(device):
+    if options.dtype != "bfloat16" or device.type != "cpu" or _has_bf16_units(device):
         return None
     return (
-        "warning: --dtype bfloat16, but torch has no bf16 units to use here (AVX512-BF16 or AMX on a CPU): products of "
-        "bf16 matrices take up to a hundred times as long as those of float32; --dtype float32 is what auto takes"
+        "warning: --dtype bfloat16, but this CPU has no bf16 units that torch may use (AVX512-BF16 or AMX): "
+        "products of bf16 matrices take up to a hundred times as long as those of float32; --dtype float32 is what "
+        "auto takes"
     )
 
 

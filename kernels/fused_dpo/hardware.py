@@ -12,27 +12,26 @@ import torch
 ISA_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 """Environment variables by which oneDNN, which multiplies for torch on CPUs, is told what to do without; the first one
 that is set counts."""
-ISAS_WITHOUT_BF16 = (
-    *("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2"),
-    *("AVX512_CORE", "AVX512_CORE_VNNI"),
-)
+ISAS_WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
 ISAS_WITH_BF16 = (
-    *("AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX512_CORE_AMX", "AVX512_CORE_AMX_FP16"),
-    *("AVX10_1_512", "AVX10_1_512_AMX", "AVX10_1_512_AMX_FP16", "AVX10_2_512", "AVX10_2_512_AMX_2"),
-    *("AVX10_2", "AVX10_2_AMX_2", "ALL", "DEFAULT"),
+    "AVX512_CORE_BF16",
+    "AVX512_CORE_FP16",
+    "AVX512_CORE_AMX",
+    "AVX512_CORE_AMX_FP16",
+    "AVX10_1_512",
+    "AVX10_1_512_AMX",
+    "AVX10_1_512_AMX_FP16",
+    "AVX10_2_512",
+    "AVX10_2_512_AMX_2",
+    "AVX10_2",
+    "AVX10_2_AMX_2",
+    "ALL",
+    "DEFAULT",
 )
 """Values of those variables, by whether products of bf16 numbers have instructions of their own within them (oneDNN's
 documentation, "CPU Dispatcher Control"). AVX2_VNNI_2 converts bf16 and multiplies it as fp32."""
 
-
-def _is_installed(package: str) -> bool:
-    try:
-        return find_spec(package) is not None
-    except ModuleNotFoundError:  # what hides a package may say so by this
-        return False
-
-
-HAS_TRITON = _is_installed("triton")
+HAS_TRITON = find_spec("triton") is not None
 """Whether triton can be imported. Not asked in every call: compiled code would have to look for files."""
 
 

@@ -133,6 +133,7 @@ class TestLoading:
             monkeypatch.setattr("fused_dpo_engine.loading.has_bf16_units", lambda _, units=units: units)
             assert dtype_warning(ModelOptions("m", dtype=dtype), CPU) is None  # pyright: ignore[reportArgumentType]
         monkeypatch.setattr("fused_dpo_engine.loading.has_bf16_units", lambda _: False)
+        assert dtype_warning(ModelOptions("m", dtype="bfloat16"), torch.device("cuda")) is None  # not measured there
         warning = dtype_warning(ModelOptions("m", dtype="bfloat16"), CPU)
         assert warning is not None
         assert "a hundred times as long" in warning

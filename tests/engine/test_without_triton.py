@@ -3,54 +3,45 @@
 import json
 from pathlib import Path
 
-from tests.engine.helpers import options
-from tests.kernels.test_imports import run
+import pytest
 
-HIDE_RESOURCE = "import sys, transformers.modeling_utils\nsys.modules['resource'] = None\n"
-"""A module of Unix alone."""
-HIDE = """
-import sys
-class Hide:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "triton":
-            raise ModuleNotFoundError("No module named 'triton'", name="triton")
-sys.meta_path.insert(0, Hide())
-"""
+from tests.engine.helpers import options
+from tests.fresh_process import hide, run
+
 CALL = """
 import torch
-from fused_dpo import KernelOptions, fused_dpo_logps
+from fused_dpo import KernelOptions, fused_token_logps
 
-weight, labels = torch.randn(300, 16), torch.arange(40)[None]
-def gradient(**settings):
-    hidden = torch.linspace(-1, 1, 40 * 16).view(1, 40, 16).requires_grad_()
-    fused_dpo_logps(hidden, weight, labels, **settings).sum().backward()
-    return hidden.grad
+torch.manual_seed(0)
+weight, labels = 4 * torch.randn(2000, 16), torch.randint(2000, (1, 200))
+def call(**settings):
+    hidden = torch.randn(1, 200, 16, requires_grad=True)
+    result = fused_token_logps(hidden, weight, labels, with_stats=("kept_fraction",), **settings)
+    result.logps.sum().backward()
+    return result, hidden.grad
 """
 
 
-def test_control_triton_is_hidden(tmp_path: Path) -> None:
-    code = "try:\n    import triton\nexcept ModuleNotFoundError as error:\n    print(error)"
-    assert run(HIDE + code, tmp_path).strip() == "No module named 'triton'"
-
-
-def test_gradients(tmp_path: Path) -> None:
-    """Exact and filtered, those of the oracle."""
-    code = (
-        "oracle = gradient(options=KernelOptions(impl='reference'))\n"
-        "for mode in ('exact', 'filtered'):\n"
-        "    torch.testing.assert_close(gradient(grad_mode=mode), oracle, rtol=1e-4, atol=1e-5)\n"
-        "print('right')"
+@pytest.mark.parametrize("mode", ["exact", "filtered"])
+def test_the_same_bits_as_with_it(mode: str, tmp_path: Path) -> None:
+    """Of logits that the filter drops something of."""
+    code = CALL + (
+        f"result, gradient = call(grad_mode={mode!r})\n"
+        f"assert bool(result.kept_fraction[0, :-1].max() < 1) is ({mode!r} == 'filtered')\n"
+        "print([x.hex() for x in torch.cat((result.logps.flatten(), gradient.flatten())).tolist()])"
     )
-    assert run(HIDE + CALL + code, tmp_path).strip() == "right"
+    without, with_it = run(hide("triton") + code, tmp_path), run(code, tmp_path)
+    assert without == with_it
+    assert "nan" not in without
 
 
 def test_an_implementation_that_needs_it_says_so(tmp_path: Path) -> None:
     code = (
         "for impl in ('triton', 'library'):\n"
-        "    try:\n        gradient(options=KernelOptions(impl=impl))\n"
+        "    try:\n        call(options=KernelOptions(impl=impl))\n"
         "    except ImportError as error:\n        print(error)"
     )
-    lines = run(HIDE + CALL + code, tmp_path).splitlines()
+    lines = run(hide("triton") + CALL + code, tmp_path).splitlines()
     assert [line.split("; ")[1] for line in lines] == ["use None or 'streaming'."] * 2
 
 
@@ -59,13 +50,13 @@ def test_a_gpu_without_it_streams(tmp_path: Path) -> None:
         "from types import SimpleNamespace\nfrom fused_dpo.validation import choose_implementation\n"
         "print(choose_implementation(None, SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)))"
     )
-    assert run(HIDE + CALL + code, tmp_path).strip() == "streaming"
+    assert run(hide("triton") + CALL + code, tmp_path).strip() == "streaming"
 
 
 def test_a_run(toy_settings, tmp_path: Path) -> None:
     arguments = options(**{**toy_settings, "output": tmp_path / "run"})
-    code = f"from fused_dpo_engine.cli import main\nmain({['train', *arguments]!r})\nprint('triton' in sys.modules)"
-    assert run(HIDE + code, tmp_path).strip() == "False"
+    code = f"from fused_dpo_engine.cli import main\nprint(main({['train', *arguments]!r}), sys.modules['triton'])"
+    assert run(hide("triton") + code, tmp_path).split() == ["0", "None"]
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == toy_settings["max_steps"]
 
 
@@ -79,4 +70,5 @@ def test_peak_memory_on_windows(tmp_path: Path) -> None:
         "metrics.sys = SimpleNamespace(platform='win32')\n"
         "print(metrics.peak_memory_gib(torch.device('cpu')))"
     )
-    assert run(HIDE_RESOURCE + code, tmp_path).strip() == "3.0"
+    others = "import transformers.modeling_utils\n"
+    assert run(others + hide("resource") + code, tmp_path).strip() == "3.0"

@@ -1,10 +1,6 @@
 """What the project takes the CPU to be able to do, in fresh processes, as the answer is kept for the process."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,22 +14,18 @@ from fused_dpo.hardware import (
     has_bf16_units,
     tag_compiled_code,
 )
+from tests.fresh_process import run
 
 pytestmark = pytest.mark.cpu_units
 
-ROOT = Path(__file__).resolve().parents[2]
 ONEDNN, OLD_NAME = ISA_VARIABLES
 CPU = torch.device("cpu")
 UNITS = "import torch; from fused_dpo.hardware import has_bf16_units; print(has_bf16_units(torch.device('cpu')))"
 
 
-def run(code: str, **variables: str) -> str:
-    """Run Python in a process of its own with these environment variables, and no other mask."""
-    environment = {name: value for name, value in os.environ.items() if name not in ISA_VARIABLES}
-    environment |= {"PYTHONPATH": str(ROOT / "kernels"), **variables}
-    process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    return process.stdout.strip()
+def has_units(**variables: str) -> str:
+    """What a fresh process says with these variables, and no other mask: an empty one is as good as none."""
+    return run(UNITS, variables={**dict.fromkeys(ISA_VARIABLES, ""), **variables}).strip()
 
 
 @pytest.fixture
@@ -49,13 +41,13 @@ def no_mask(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
 
 @pytest.mark.parametrize("variable", ISA_VARIABLES)
 def test_a_masked_process_has_no_units(variable: str) -> None:
-    assert run(UNITS, **{variable: "AVX2"}) == "False"
+    assert has_units(**{variable: "AVX2"}) == "False"
 
 
 def test_control_an_unmasked_process_has_what_the_cpu_has() -> None:
     """So it is the mask that takes the units away, on machines that have some."""
     has = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    assert run(UNITS) == run(UNITS, ONEDNN_MAX_CPU_ISA="ALL") == str(has)
+    assert has_units() == has_units(ONEDNN_MAX_CPU_ISA="ALL") == str(has)
 
 
 @pytest.mark.parametrize("isa", [*ISAS_WITHOUT_BF16, *ISAS_WITH_BF16])

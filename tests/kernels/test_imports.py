@@ -1,42 +1,23 @@
 """What importing costs and what may import what."""
 
 import ast
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.fresh_process import ROOT, hide, run
+
 PACKAGES = {"fused_dpo": ROOT / "kernels" / "fused_dpo", "fused_dpo_engine": ROOT / "engine" / "fused_dpo_engine"}
 IMPLEMENTATIONS = {"reference", "streaming", "filtered"}
 ABOVE_IMPLEMENTATIONS = {"autograd", "api"}
 
 
-def run(code: str, cwd: Path | None = None) -> str:
-    """Run Python in a fresh process that finds the packages by their source roots."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "kernels"), str(ROOT / "engine")])}
-    process = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    return process.stdout
-
-
-BLOCKER = """
-import sys
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"transformers", "peft", "triton", "fused_dpo_engine"}:
-            raise ModuleNotFoundError(f"{name} is blocked", name=name)
-sys.meta_path.insert(0, Blocker())
-"""
-
-
 def test_import_needs_nothing_but_torch(tmp_path: Path) -> None:
     """With everything optional out of reach, a call with gradients works."""
     output = run(
-        BLOCKER + "import torch, fused_dpo\n"
+        hide("transformers", "peft", "triton", "fused_dpo_engine") + "import torch, fused_dpo\n"
         "h = torch.randn(1, 3, 4, requires_grad=True)\n"
         "fused_dpo.fused_dpo_logps(h, torch.randn(5, 4), torch.tensor([[1, 2, 3]])).sum().backward()\n"
         "print(h.grad.shape)",
@@ -45,9 +26,15 @@ def test_import_needs_nothing_but_torch(tmp_path: Path) -> None:
     assert output.strip() == "torch.Size([1, 3, 4])"
 
 
-def test_control_the_blocker_blocks(tmp_path: Path) -> None:
-    code = "\ntry:\n    import triton\nexcept ModuleNotFoundError as error:\n    print(error)"
-    assert run(BLOCKER + code, tmp_path).strip() == "triton is blocked"
+def test_control_what_is_hidden_cannot_be_imported(tmp_path: Path) -> None:
+    """Nor a module in it, and a search for it finds nothing."""
+    code = (
+        "import importlib.util\n"
+        "for name in ('triton', 'triton.language'):\n"
+        "    try:\n        importlib.import_module(name)\n"
+        "    except ModuleNotFoundError:\n        print(importlib.util.find_spec('triton'))"
+    )
+    assert run(hide("triton") + code, tmp_path).split() == ["None", "None"]
 
 
 def test_import_loads_nothing_heavy(tmp_path: Path) -> None:

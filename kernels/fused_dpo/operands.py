@@ -55,6 +55,7 @@ class Operands:
         self.V, self.D = head.weight.shape
         self.rank = 0 if head.lora is None else head.lora[0].shape[0]
         self.width = round_up(self.D + self.rank, INNER_MULTIPLE)
+        self._start = self._start_of_run()
 
     def buffer(self, count: int, dtype: torch.dtype | None = None) -> Tensor:
         """Zeros [count, K] to read rows into; the padding columns stay zero."""
@@ -66,6 +67,24 @@ class Operands:
         out[:count, :D] = self.hidden.index_select(0, self.rows[start:stop])
         out[count:, :D] = 0.0
         return self.widen(out)
+
+    def hidden_rows(self, start: int, stop: int, out: Tensor) -> Tensor:
+        """As `read_hidden`, or a view of the rows where they are the operand as they stand."""
+        if self._start is None or out.shape[0] != stop - start:
+            return self.read_hidden(start, stop, out)
+        return self.hidden[self._start + start : self._start + stop]
+
+    def _start_of_run(self) -> int | None:
+        """The first of the scored rows if products can take them from `hidden` itself: on a CPU, one after another.
+
+        They are whole cache lines there, and have to begin with one: BLAS may take other loops for others.
+        """
+        hidden, rows = self.hidden, self.rows
+        fits = self.head.lora is None and self.width == self.D and hidden.dtype == self.held_dtype
+        if hidden.device.type != "cpu" or not fits or not hidden.is_contiguous() or hidden.data_ptr() % 64:
+            return None
+        run = torch.arange(rows.numel(), device="cpu")
+        return int(rows[0]) if rows.numel() and torch.equal(rows - rows[0], run) else None
 
     def widen(self, out: Tensor) -> Tensor:
         """Fill the adapter's columns of hidden rows `out` [n, K] from their first D; returns `out`."""

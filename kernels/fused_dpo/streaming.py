@@ -1,8 +1,8 @@
 """Per-token log-probs and their exact gradients by vocabulary slices: plain torch, any device, no `[T, V]` logits.
 
-Forward (online softmax; Milakov & Gimelshein, 2018, arXiv 1805.02867): the head is walked in slices of its rows, and
-each tile of logits `[ROWS_PER_TILE, slice]` is folded into a running maximum and sum of every scored row. Backward: the
-tiles are recomputed, turned into `dz = dlogps * (onehot - softmax)` in place, and multiplied into both gradients.
+Forward (online softmax; Milakov & Gimelshein, 2018, arXiv 1805.02867): the head is walked in slices of its rows, the
+scored rows in blocks, and each tile of logits is folded into a running maximum and sum of its rows. Backward: the tiles
+are recomputed, turned into `dz = dlogps * (onehot - softmax)` in place, and multiplied into both gradients.
 
 What is summed how: logits, log-sum-exp and both gradients accumulate in fp32 (float64 for float64 inputs) and are
 rounded once, on the way out. Rows that are not scored are never gathered.
@@ -22,17 +22,17 @@ from fused_dpo.operands import Operands, even_bounds, logits_gradient, round_up
 from fused_dpo.precision import accumulate_product, accumulation_dtype, as_operand, matmul_precision, product
 from fused_dpo.stats import TokenStats
 
-ROWS_PER_TILE = 256
-"""Scored rows per tile: enough to feed the matrix units, few enough that a tile stays in cache."""
+ROWS_PER_TILE = 1024
+"""Scored rows per tile at most: enough to feed the matrix units, few enough that a tile stays in cache."""
 ROW_MULTIPLE = 64
-"""The last tile is padded to a multiple of this, or of what `row_multiple` finds."""
-MAX_SLICE_CPU, MAX_SLICE = 4096, 32768
+"""Fewest rows per tile; the last tile is padded to a multiple of this, or of what `row_multiple` finds."""
+MAX_SLICE_CPU, MAX_SLICE = 2048, 32768
 """Vocabulary columns per tile at most: on a CPU a tile has to stay in cache, elsewhere it has to fill the device."""
 
 
 @lru_cache(maxsize=64)
-def row_multiple(K: int, dtype: torch.dtype, threads: int) -> int:
-    """Fewest rows whose product over K dimensions has the same bits as in a full tile: 64, 128 or 256, on this CPU.
+def row_multiple(K: int, dtype: torch.dtype, tile_rows: int, threads: int) -> int:
+    """Fewest rows whose product over K dimensions has the same bits as in a tile of `tile_rows`, on this CPU.
 
     BLAS takes other inner loops for fewer rows and answers with other bits, which would make a sequence's log-prob
     depend on the batch around it. Below 8 rows it always does; where the limit lies beyond that depends on the release,
@@ -40,15 +40,17 @@ def row_multiple(K: int, dtype: torch.dtype, threads: int) -> int:
     it may depend on the threads as well, they are an argument.
     """
     rng = torch.Generator("cpu").manual_seed(0)
-    random = (torch.randn(n, K, generator=rng, dtype=torch.float32, device="cpu") for n in (ROWS_PER_TILE, 64))
+    random = (torch.randn(n, K, generator=rng, dtype=torch.float32, device="cpu") for n in (tile_rows, 64))
     hidden, weight = (as_operand(numbers, dtype) for numbers in random)
     with matmul_precision(dtype):
         full = hidden @ weight.T
-        for multiple in (ROW_MULTIPLE, 2 * ROW_MULTIPLE):
-            counts = range(multiple, ROWS_PER_TILE, multiple)
+        multiple = ROW_MULTIPLE
+        while multiple < tile_rows:
+            counts = range(multiple, tile_rows, multiple)
             if all(torch.equal(hidden[:count] @ weight.T, full[:count]) for count in counts):
-                return multiple
-    return ROWS_PER_TILE
+                break
+            multiple *= 2
+    return min(multiple, tile_rows)
 
 
 class _Slice(NamedTuple):
@@ -75,15 +77,23 @@ class _Block(NamedTuple):
     """Operand [rows, K]."""
 
 
+def rows_per_tile(K: int, workspace_mib: int, dtype: torch.dtype) -> int:
+    """Rows of a block: ROWS_PER_TILE, or the halves of it whose hidden states fit into a quarter of the workspace."""
+    rows = ROWS_PER_TILE
+    while rows > ROW_MULTIPLE and 2 * rows * K * accumulation_dtype(dtype).itemsize > workspace_mib * 2**18:
+        rows //= 2
+    return rows
+
+
 def slice_bounds(V: int, K: int, workspace_mib: int, dtype: torch.dtype, device: torch.device) -> list[tuple[int, int]]:
     """Bounds of the vocabulary slices: nearly equal, and a function of V, K, dtype and workspace alone.
 
     Per column a slice holds K numbers of weight (and those once more while they are converted), K of its gradient, and
-    two tiles of ROWS_PER_TILE logits; beside it stands one block of hidden states.
+    two tiles of logits; beside it stands one block of hidden states (and that once more while it is gathered).
     """
-    itemsize = accumulation_dtype(dtype).itemsize
-    block_bytes = 2 * ROWS_PER_TILE * K * itemsize
-    column_bytes = (2 * K + 2 * ROWS_PER_TILE) * itemsize + K * dtype.itemsize
+    itemsize, rows = accumulation_dtype(dtype).itemsize, rows_per_tile(K, workspace_mib, dtype)
+    block_bytes = 2 * rows * K * itemsize
+    column_bytes = (2 * K + 2 * rows) * itemsize + K * dtype.itemsize
     fits = max((workspace_mib * 2**20 - block_bytes) // column_bytes, 16)
     return even_bounds(V, min(fits, MAX_SLICE_CPU if device.type == "cpu" else MAX_SLICE))
 
@@ -96,14 +106,15 @@ class _Tiles:
 
     def __init__(self, operands: Operands, workspace_mib: int) -> None:
         self.operands, self.rows = operands, operands.rows
-        device, R = operands.hidden.device, operands.rows.numel()
-        on_cpu = device.type == "cpu"
-        multiple = row_multiple(operands.width, operands.dtype, torch.get_num_threads()) if on_cpu else ROW_MULTIPLE
+        device, R, multiple = operands.hidden.device, operands.rows.numel(), ROW_MULTIPLE
+        self._rows_per_tile = rows_per_tile(operands.width, workspace_mib, operands.dtype)
+        if device.type == "cpu":
+            multiple = row_multiple(operands.width, operands.dtype, self._rows_per_tile, torch.get_num_threads())
         self.padded_rows = round_up(R, multiple)
         bounds = slice_bounds(operands.V, operands.width, workspace_mib, operands.dtype, device)
         self.bounds = bounds if R else []
         self.width = max(stop - start for start, stop in bounds)
-        tile_rows = min(ROWS_PER_TILE, self.padded_rows)
+        tile_rows = min(self._rows_per_tile, self.padded_rows)
         self._weight = operands.buffer(self.width if R else 0)
         self._block = operands.buffer(tile_rows)
         self._logits = torch.empty(tile_rows * self.width, dtype=operands.acc_dtype, device=device)
@@ -127,11 +138,11 @@ class _Tiles:
             yield _Slice(start, stop, self.operands.read_weight(which, self._weight), self.operands.bias(which))
 
     def blocks(self) -> Iterator[_Block]:
-        """The scored rows, a block at a time, in a buffer that the next block overwrites."""
-        for start in range(0, self.padded_rows, ROWS_PER_TILE):
-            stop = min(start + ROWS_PER_TILE, self.padded_rows)
+        """The scored rows, a block at a time; the next block may overwrite it."""
+        for start in range(0, self.padded_rows, self._rows_per_tile):
+            stop = min(start + self._rows_per_tile, self.padded_rows)
             buffer = self._block[: stop - start]
-            yield _Block(slice(start, stop), self.operands.read_hidden(start, min(stop, self.rows.numel()), buffer))
+            yield _Block(slice(start, stop), self.operands.hidden_rows(start, min(stop, self.rows.numel()), buffer))
 
     def logits(self, block: _Block, cut: _Slice) -> Tensor:
         """One tile `[rows, columns]`, in a buffer that the next call overwrites."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fused_dpo import KernelOptions, fused_dpo_logps, streaming
 from fused_dpo.operands import Operands
-from fused_dpo.streaming import row_multiple, slice_bounds
+from fused_dpo.streaming import ROWS_PER_TILE, row_multiple, rows_per_tile, slice_bounds
 from tests.kernels.helpers import (
     DTYPES,
     EVERY_FEATURE,
@@ -33,6 +33,7 @@ from tests.kernels.helpers import (
 pytestmark = pytest.mark.cpu_units
 
 LENGTHS = (1, 63, 130, 2, 64, 300, 0, 257, 65)  # scored rows and their sums lie around multiples of 64 and 256
+TOKENS = 1400  # a full tile and a part of one
 EVERYTHING = {**EVERY_FEATURE, "lora_rank": 8}
 HEADS = {"plain": {}, "everything": EVERYTHING}
 SIZES = {"one slice": (1000, 64), "many slices": (5003, 48)}  # V, D
@@ -104,7 +105,7 @@ def test_batch_composition(dtype: torch.dtype, size: tuple[int, int], head: dict
 @pytest.mark.parametrize(("V", "D"), [(7, 33), (11, 65), (2, 17), (5, 4), (33, 576), (100, 33), (257, 65)])
 def test_batch_composition_of_odd_heads(V: int, D: int, dtype: torch.dtype) -> None:
     """BLAS picks other inner loops by shape and by a row's place in the tile: any head, and any token on its own."""
-    problem = make_problem((700,), V, D, shift=False).to(dtype)
+    problem = make_problem((TOKENS,), V, D, shift=False).to(dtype)
     assert_tokens_do_not_depend_on_company(problem)
 
 
@@ -124,7 +125,7 @@ def test_batch_composition_of_a_transposed_weight(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("rank", [1, 4, 13])
 def test_batch_composition_with_odd_adapters(rank: int, dtype: torch.dtype) -> None:
-    assert_tokens_do_not_depend_on_company(make_problem((700,), 257, 33, lora_rank=rank, shift=False).to(dtype))
+    assert_tokens_do_not_depend_on_company(make_problem((TOKENS,), 257, 33, lora_rank=rank, shift=False).to(dtype))
 
 
 def assert_tokens_do_not_depend_on_company(problem: Problem) -> None:
@@ -135,18 +136,50 @@ def assert_tokens_do_not_depend_on_company(problem: Problem) -> None:
         part = replace(problem, hidden=problem.hidden[rows], labels=problem.labels[rows], cu_seqlens=offsets)
         return tokens(part, grad_mode="exact").logps
 
-    together = logps_of_rows(torch.arange(700))
-    for count in (1, 2, 63, 65, 130, 200, 257, 321, 513):
-        rows = torch.randperm(700)[:count]
+    together = logps_of_rows(torch.arange(TOKENS))
+    for count in (1, 2, 63, 65, 130, 200, 257, 321, 513, 1025):
+        rows = torch.randperm(TOKENS)[:count]
         differing = int((logps_of_rows(rows) != together[rows]).sum())
-        assert differing == 0, f"{differing} of {count} token log-probs differ from those among 700"
+        assert differing == 0, f"{differing} of {count} token log-probs differ from those among {TOKENS}"
 
 
-@pytest.mark.parametrize(("same_above", "expected"), [(0, 64), (64, 128), (128, 256), (256, 256)])
+@pytest.mark.parametrize(("same_above", "expected"), [(0, 64), (64, 128), (128, 256), (300, 512), (900, 1000)])
 def test_row_multiple_is_found_by_trying(same_above: int, expected: int) -> None:
     """Fewer rows than the tried machine computes alike are padded, and never fewer than 64."""
     with mock.patch.object(torch, "equal", side_effect=lambda a, b: len(a) > same_above and len(a) == len(b)):
-        assert row_multiple.__wrapped__(96, torch.bfloat16, 1) == expected
+        assert row_multiple.__wrapped__(96, torch.bfloat16, 1000, 1) == expected
+
+
+def test_rows_of_a_tile_by_workspace() -> None:
+    """A block's hidden states, gathered, take a quarter of the workspace at most, and never fewer than 64 rows."""
+    assert rows_per_tile(576, 128, torch.float32) == ROWS_PER_TILE
+    assert rows_per_tile(8192, 128, torch.float32) == 512
+    assert rows_per_tile(8192, 128, torch.float64) == 256
+    assert rows_per_tile(64, 1, torch.bfloat16) == 512  # held in fp32
+    assert rows_per_tile(8192, 1, torch.float32) == 64
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_rows_that_follow_each_other_are_not_copied(dtype: torch.dtype) -> None:
+    """Unless a product would take them otherwise: another dtype, other rows between them, padding, odd addresses."""
+    problem = make_problem((200,), V=100, D=64).to(dtype)
+
+    def is_view(hidden: Tensor, rows: Tensor, out_rows: int = 64, start: int = 0) -> bool:
+        operands = Operands(hidden, rows, problem.head)
+        out = operands.buffer(out_rows)
+        taken = operands.hidden_rows(start, start + 64, out)
+        assert torch.equal(taken[:64], hidden[rows[start : start + 64]].to(taken.dtype))
+        assert not taken[64:].any()
+        return taken.data_ptr() != out.data_ptr()
+
+    run, full = torch.arange(30, 158), dtype.itemsize >= 4
+    assert is_view(problem.hidden, run) == full
+    assert is_view(problem.hidden, run, start=64) == full
+    assert not is_view(problem.hidden, run, out_rows=128)
+    assert not is_view(problem.hidden, run + (run >= 100).long())
+    assert not is_view(torch.cat((problem.hidden, problem.hidden), 1)[:, :64], run)
+    odd = torch.empty(problem.hidden.numel() + 1, dtype=dtype)[1:].view_as(problem.hidden).copy_(problem.hidden)
+    assert not is_view(odd, run)
 
 
 @pytest.mark.parametrize("grad_mode", ["exact", "filtered"])
@@ -175,7 +208,7 @@ def test_rows_are_padded_to_the_multiple(multiple: int, monkeypatch: pytest.Monk
         return read_hidden(self, start, stop, out)
 
     monkeypatch.setattr(Operands, "read_hidden", noted)
-    monkeypatch.setattr(streaming, "row_multiple", lambda K, dtype, threads: multiple)
+    monkeypatch.setattr(streaming, "row_multiple", lambda K, dtype, tile_rows, threads: multiple)
     # 2 eps of the sum of 65 log-probs; another multiple may have other bits, which is why it is found by trying.
     torch.testing.assert_close(
         fused(problem, grad_mode="exact"), expected, rtol=2 * torch.finfo(torch.float32).eps, atol=0

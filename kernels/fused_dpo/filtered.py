@@ -96,7 +96,8 @@ def filtered_forward(
         [blocks, 2, V], see `fused_dpo.screen`.
     """
     operands = Operands(hidden, rows, head)
-    screen, kept = Screener(operands, workspace_mib), Kept(operands, workspace_mib)
+    screen = Screener(operands, workspace_mib)
+    kept = Kept(operands, workspace_mib) if screen.coarse else None
     block_rows = min(screen.rows, BLOCK_ROWS)
     spans = block_spans(rows, cu_seqlens, block_rows)
     R, V = rows.numel(), operands.V
@@ -107,11 +108,14 @@ def filtered_forward(
 
     block = 0
     for group in screen.groups(spans):
-        origin = group[0][0]
-        group_z, group_p = screen.look(origin, group[-1][1])
+        origin, end = group[0][0], group[-1][1]
+        if screen.coarse:
+            group_z, group_p = screen.look(origin, end)
+        else:
+            group_z, group_p = None, _look_closely(screen, softmax, row_target, slice(origin, end))
         for start, stop in group:
             span, local = slice(start, stop), slice(start - origin, stop - origin)
-            z, p, targets = group_z[local], group_p[local], row_target[span]
+            p, targets = group_p[local], row_target[span]
             level, mean = levels[block]
             block += 1
             largest = largest_of(p)
@@ -121,11 +125,16 @@ def filtered_forward(
             keep[targets[targets < V]] = True
             keep[0] = True  # there is always one to look at
             index = keep.nonzero().squeeze(1)
-            p_top, place = p.index_select(1, index).max(1)
-            tail = p.index_fill_(1, index, 0.0).sum(1).to(operands.acc_dtype)
-            z_top = z.gather(1, index[place][:, None]).squeeze(1).to(operands.acc_dtype)
-            # Where a row's largest is not above eps, its largest logit may be among the dropped.
-            trusted = not screen.coarse or bool((z_top.abs().amax() <= COARSE_RANGE) & (p_top.amin() > filter_eps))
+            if group_z is None:
+                z = p_top = z_top = None
+                trusted, tail = True, p @ (~keep).to(p.dtype)
+            else:
+                z = group_z[local]
+                p_top, place = p.index_select(1, index).max(1)
+                z_top = z.gather(1, index[place][:, None]).squeeze(1).to(operands.acc_dtype)
+                tail = p.index_fill_(1, index, 0.0).sum(1).to(operands.acc_dtype)
+                # Where a row's largest is not above eps, its largest logit may be among the dropped.
+                trusted = bool((z_top.abs().amax() <= COARSE_RANGE) & (p_top.amin() > filter_eps))
             # NaN is not below the guard; gathering more than half of the columns costs more than taking all of them.
             if trusted and bool(tail.mean() <= tail_guard) and index.numel() <= V // 2:
                 fractions[span] = index.numel() / V
@@ -133,16 +142,15 @@ def filtered_forward(
             else:
                 level.fill_(EVERYTHING)
                 keep.fill_(True)
-            if not screen.coarse:
-                softmax.fold(z, targets.clamp(max=V - 1)[:, None], (targets < V)[:, None], p, span)
+            if kept is None or z is None or p_top is None or z_top is None:
                 continue
             if want_stats:
                 z, p = z[:, ~keep].to(operands.acc_dtype), p[:, ~keep].to(operands.acc_dtype)
             rows_operand = kept.hidden(start, stop)
             for columns in kept.columns(keep, 0):
                 weight = kept.weight(columns)
-                kept_z, scratch = kept.logits(rows_operand, weight, columns, stop - start)
-                softmax.fold(kept_z, *targets_among(columns, targets), scratch, span)
+                kept_z = kept.logits(rows_operand, weight, columns, stop - start)
+                softmax.fold(kept_z, *targets_among(columns, targets), span)
             if level[0] == EVERYTHING:
                 continue
             # The screen's probabilities are in units of its own softmax; its largest entry tells what those are.
@@ -158,6 +166,15 @@ def filtered_forward(
     logps = softmax.logps()
     columns = softmax.peak, softmax.total, -torch.expm1(logps), tails, fractions
     return to_rows(logps), torch.stack([to_rows(values) for values in columns]), stats, levels
+
+
+def _look_closely(screen: Screener, softmax: OnlineSoftmax, target: Tensor, span: slice) -> Tensor:
+    """Fold the logits of the scored rows `span` into `softmax`; returns their probabilities [rows, V]."""
+    peaks = []
+    for columns, z in screen.tiles(span.start, span.stop):
+        softmax.fold(z, *targets_among(columns, target[span]), span)
+        peaks.append(softmax.peak[span].clone())
+    return screen.probabilities(peaks, softmax.total[span])
 
 
 def filtered_backward(
@@ -212,7 +229,7 @@ def filtered_backward(
         upstream_sums = _upstream_sums(kept, judged, spans)
     residual = torch.zeros_like(upstream)  # sum of each row of dz over the columns it keeps
     for first, last in bounds:
-        sums.begin_slice(last - first)
+        sums.begin_slice(first, last)
         for block, (start, stop) in enumerate(spans):
             span = slice(start, stop)
             rows_operand = None
@@ -220,12 +237,13 @@ def filtered_backward(
                 if rows_operand is None:
                     rows_operand = kept.hidden(start, stop)
                 weight = kept.weight(columns)
-                z, scratch = kept.logits(rows_operand, weight, columns, stop - start)
+                z = kept.logits(rows_operand, weight, columns, stop - start)
+                logits = operands.logits_to_keep(z)
                 at_targets = targets_among(columns, row_target[span])
                 softmax = peak[span], total[span], surprise[span]
-                dz = logits_gradient(z, *at_targets, *softmax, upstream[span], scratch)
+                dz = logits_gradient(z, *at_targets, *softmax, upstream[span])
                 residual[span] += dz.sum(1)
-                operands.through_logits(dz, z)
+                operands.through_logits(dz, logits)
                 _add_products(sums, kept, dz, weight, rows_operand, columns, span, first)
         if upstream_sums is not None:
             _correct_weight(sums, tail, upstream_sums, first, last, tail_width)

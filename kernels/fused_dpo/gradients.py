@@ -45,7 +45,11 @@ class GradientSums:
         self.hidden_columns = slice(0 if self.need_hidden else D, D + rank if self.need_hidden or self.need_a else D)
         self.weight_columns = slice(0 if need_weight else D, D + rank if need_b else D)
         self.hidden = self._zeros(operands.rows.numel(), self.hidden_columns.stop - self.hidden_columns.start)
-        self._weight = self._zeros(slice_width, self.weight_columns.stop - self.weight_columns.start)
+        # Where the gradient is as wide and as precise as its sums, they are the gradient.
+        self._in_place = self.weight_columns == slice(0, D) and head.weight.dtype == operands.acc_dtype
+        self._weight = self._zeros(
+            0 if self._in_place else slice_width, self.weight_columns.stop - self.weight_columns.start
+        )
         self._bias = self._zeros(slice_width) if head.bias is not None and need_bias else None
         self.weight, self.bias = self._weight, self._bias
         allocate = torch.zeros_like if empty else torch.empty_like
@@ -63,15 +67,16 @@ class GradientSums:
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=self.operands.acc_dtype, device=self.operands.hidden.device)
 
-    def begin_slice(self, width: int) -> None:
-        """Start the sums of the next `width` vocabulary rows."""
-        self.weight = self._weight[:width].zero_()
-        self.bias = None if self._bias is None else self._bias[:width].zero_()
+    def begin_slice(self, start: int, stop: int) -> None:
+        """Start the sums of vocabulary rows `start:stop`."""
+        gradient = self.dweight if self._in_place else None
+        self.weight = (self._weight[: stop - start] if gradient is None else gradient[start:stop]).zero_()
+        self.bias = None if self._bias is None else self._bias[: stop - start].zero_()
 
     def end_slice(self, start: int, stop: int) -> None:
         """Write the sums of vocabulary rows `start:stop` out."""
         D, rank = self.operands.D, self.operands.rank
-        if self.dweight is not None:
+        if self.dweight is not None and not self._in_place:
             self.dweight[start:stop] = self.weight[:, :D]
         if self.dlora_b is not None:
             self.dlora_b[start:stop] = self.weight[:, -rank:]

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from fused_dpo.operands import Operands, round_up
-from fused_dpo.precision import matmul_precision, product
+from fused_dpo.precision import matmul_precision, multiplied_in_bf16, product
 from fused_dpo.screen import BLOCK_ROWS
 
-ROW_MULTIPLE, COLUMN_MULTIPLE = 64, 512
-"""Kept products are padded to these: every new shape costs oneDNN 0.6 ms to compile, and memory that it keeps: with
-multiples of 32 and 128 the 450 MiB of a whole forward and backward, measured, were 110 MiB more."""
+MULTIPLES, MULTIPLES_IN_BF16 = (16, 64), (64, 512)
+"""Rows and columns that kept products are padded to multiples of. On a CPU's bf16 units every new shape costs oneDNN
+0.6 ms to compile, and memory that it keeps: with multiples of 32 and 128 the 450 MiB of a whole forward and backward,
+measured, were 110 MiB more. Elsewhere a shape costs nothing, and this padding 0.7 times the work of short sequences."""
 COLUMNS_AT_ONCE = 4096
 """Kept columns multiplied at a time, at most."""
 
@@ -21,22 +22,21 @@ class Kept:
 
     def __init__(self, operands: Operands, workspace_mib: int) -> None:
         self.operands = operands
-        column_bytes = (2 * operands.width + 3 * BLOCK_ROWS) * operands.acc_dtype.itemsize
-        width = min(workspace_mib * 2**18 // column_bytes, COLUMNS_AT_ONCE, round_up(operands.V, COLUMN_MULTIPLE))
+        in_bf16 = operands.hidden.device.type == "cpu" and multiplied_in_bf16(operands.dtype)
+        self._row_multiple, multiple = MULTIPLES_IN_BF16 if in_bf16 else MULTIPLES
+        column_bytes = (2 * operands.width + 2 * BLOCK_ROWS) * operands.acc_dtype.itemsize
+        width = min(workspace_mib * 2**18 // column_bytes, COLUMNS_AT_ONCE, round_up(operands.V, multiple))
         # Where that is less than a multiple, all products have the same width.
-        self.multiple = min(COLUMN_MULTIPLE, max(width // 64, 1) * 64)
+        self.multiple = min(multiple, max(width // 64, 1) * 64)
         self.width = max(width // self.multiple, 1) * self.multiple
         self.weight_buffer = operands.buffer(self.width)
         self._hidden = operands.buffer(BLOCK_ROWS)
         self._logits = operands.hidden.new_empty(BLOCK_ROWS * self.width, dtype=operands.acc_dtype)
-        self._scratch = torch.empty_like(self._logits)
-        # For gradients alone, so that a forward does not hold them.
-        self._padded: Tensor | None = None
-        self._product: Tensor | None = None
+        self._product: Tensor | None = None  # for gradients alone, so that a forward does not hold it
 
     def hidden(self, start: int, stop: int) -> Tensor:
         """Operand of the scored rows `start:stop`, padded with zero rows; overwritten by the next block."""
-        return self.operands.read_hidden(start, stop, self._hidden[: round_up(stop - start, ROW_MULTIPLE)])
+        return self.operands.read_hidden(start, stop, self._hidden[: round_up(stop - start, self._row_multiple)])
 
     def columns(self, keep: Tensor, first: int) -> Iterator[slice | Tensor]:
         """The kept columns in chunks: slices where all are kept, else indices. `keep` bool [n] begins at `first`."""
@@ -55,27 +55,24 @@ class Kept:
         padded[count:] = 0.0
         return padded
 
-    def logits(self, hidden: Tensor, weight: Tensor, columns: slice | Tensor, rows: int) -> tuple[Tensor, Tensor]:
-        """Logits `[rows, columns]` of the real rows and columns, and a scratch buffer of that shape.
-
-        Both are overwritten by the next call.
-        """
-        shape = hidden.shape[0], weight.shape[0]
-        tile = self._logits[: shape[0] * shape[1]].view(shape)
+    def logits(self, hidden: Tensor, weight: Tensor, columns: slice | Tensor, rows: int) -> Tensor:
+        """Logits `[rows, columns]` of the real rows and columns, overwritten by the next call."""
+        tile = self._tile(hidden, weight)
         with matmul_precision(self.operands.dtype):
             product(hidden, weight.T, out=tile)
         count = columns.stop - columns.start if isinstance(columns, slice) else columns.numel()
-        z = self.operands.to_logits(tile[:rows, :count], self.operands.bias(columns))
-        return z, self._scratch[: shape[0] * shape[1]].view(shape)[:rows, :count]
+        return self.operands.to_logits(tile[:rows, :count], self.operands.bias(columns))
 
     def pad(self, dz: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
-        """`dz` with zeros to the size of the padded operands; overwritten by the next call."""
-        if self._padded is None:
-            self._padded = torch.empty_like(self._logits)
+        """`dz`, which is in the place of the last logits, with zeros around it to the size of the padded operands."""
+        tile = self._tile(hidden, weight)
+        tile[dz.shape[0] :] = 0.0
+        tile[:, dz.shape[1] :] = 0.0
+        return tile
+
+    def _tile(self, hidden: Tensor, weight: Tensor) -> Tensor:
         shape = hidden.shape[0], weight.shape[0]
-        padded = self._padded[: shape[0] * shape[1]].view(shape).zero_()
-        padded[: dz.shape[0], : dz.shape[1]] = dz
-        return padded
+        return self._logits[: shape[0] * shape[1]].view(shape)
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """`a @ b` in the accumulation dtype, for at most `width` rows or a block; overwritten by the next call."""

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fused_dpo.operands import shifted_exp
+from fused_dpo.operands import Buffer, shifted_exp
 
 
 class OnlineSoftmax:
@@ -20,26 +20,30 @@ class OnlineSoftmax:
         self.total = torch.zeros_like(self.peak)
         self.picked = torch.full_like(self.peak, torch.nan)
         self._want_stats = want_stats
+        self._logits = Buffer()
         self._sum = torch.zeros_like(self.peak)  # of the logits
         self._weighted = torch.zeros_like(self.peak)  # of exp(logit - peak) * logit
 
-    def fold(self, z: Tensor, column: Tensor, inside: Tensor, scratch: Tensor, span: slice) -> None:
-        """Take one tile of logits `z` [n, columns] of the rows `span` in.
+    def fold(self, z: Tensor, column: Tensor, inside: Tensor, span: slice) -> Tensor:
+        """Take in one tile of logits `z` [n, columns] of the rows `span`.
 
-        `column` [n, 1] is where each row's target is in the tile, if it is `inside` [n, 1]; `scratch` is overwritten.
+        `column` [n, 1] is where each row's target is in the tile, if it is `inside` [n, 1]. Leaves `exp(z - peak)` in
+        the place of `z`, `peak` as it is afterwards.
         """
         picked = torch.where(inside, z.gather(1, column), self.picked[span, None])
         self.picked[span] = picked.squeeze(1)
         lowest = torch.finfo(z.dtype).min
         new_peak = torch.maximum(self.peak[span], z.amax(1)).clamp_(min=lowest)  # a tile of -inf alone stays finite
         rescale = (self.peak[span] - new_peak).exp_()
-        weights = shifted_exp(z, new_peak, scratch)
+        logits = self._logits.like(z).copy_(z) if self._want_stats else None
+        weights = shifted_exp(z, new_peak)
         self.total[span] = self.total[span] * rescale + weights.sum(1)
-        if self._want_stats:
-            self._sum[span] += z.sum(1)
-            weights.mul_(z.masked_fill_(z == -torch.inf, 0.0))
-            self._weighted[span] = self._weighted[span] * rescale + weights.sum(1)
+        if logits is not None:
+            self._sum[span] += logits.sum(1)
+            logits.mul_(weights).masked_fill_(logits == -torch.inf, 0.0)
+            self._weighted[span] = self._weighted[span] * rescale + logits.sum(1)
         self.peak[span] = new_peak
+        return weights
 
     def add_tail(self, span: slice, mass: Tensor, weighted: Tensor | None = None, plain: Tensor | None = None) -> None:
         """Take in what is known of columns that are not folded: none of them above `peak`, nor the target.

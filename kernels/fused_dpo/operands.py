@@ -36,6 +36,24 @@ def even_bounds(V: int, width: int) -> list[tuple[int, int]]:
     return [(V * i // count, V * (i + 1) // count) for i in range(count)]
 
 
+def widest_tile(device: torch.device) -> int:
+    """Vocabulary columns per tile at most: it has to stay in a CPU's cache, and to fill any other device."""
+    return 2048 if device.type == "cpu" else 32768
+
+
+class Buffer:
+    """Memory for tiles, allocated when it is first asked for and again only for larger ones."""
+
+    def __init__(self) -> None:
+        self._numbers: Tensor | None = None
+
+    def like(self, tile: Tensor) -> Tensor:
+        """Uninitialised memory of the tile's shape, overwritten by whoever asks next."""
+        if self._numbers is None or self._numbers.numel() < tile.numel():
+            self._numbers = tile.new_empty(tile.numel())
+        return self._numbers[: tile.numel()].view(tile.shape)
+
+
 class Operands:
     """Rows of both factors on demand, in the buffers of the caller.
 
@@ -56,6 +74,7 @@ class Operands:
         self.rank = 0 if head.lora is None else head.lora[0].shape[0]
         self.width = round_up(self.D + self.rank, INNER_MULTIPLE)
         self._start = self._start_of_run()
+        self._logits = Buffer()
 
     def buffer(self, count: int, dtype: torch.dtype | None = None) -> Tensor:
         """Zeros [count, K] to read rows into; the padding columns stay zero."""
@@ -109,6 +128,8 @@ class Operands:
         return self._read_part(which, out)
 
     def _read_part(self, which: slice | Tensor, out: Tensor) -> Tensor:
+        if isinstance(which, Tensor) and self.is_operand(out.dtype):
+            return torch.index_select(self.head.weight, 0, which, out=out[: which.numel()])
         weight = _rows_of(self.head.weight, which).to(self.dtype)
         part = out[: weight.shape[0]]
         part[:, : self.D] = weight
@@ -146,10 +167,17 @@ class Operands:
             z /= head.temperature
         return z
 
-    def through_logits(self, dz: Tensor, z: Tensor) -> Tensor:
-        """In place: from the gradient `dz` of the logits `z`, which are overwritten, to that of the product."""
+    def logits_to_keep(self, z: Tensor) -> Tensor | None:
+        """A copy of logits that are about to be overwritten, where `through_logits` needs them."""
+        return None if self.head.softcap is None else self._logits.like(z).copy_(z)
+
+    def through_logits(self, dz: Tensor, z: Tensor | None) -> Tensor:
+        """In place: from the gradient `dz` of the logits `z` to that of the product; `z` is overwritten.
+
+        Without a softcap `z` is not looked at.
+        """
         head = self.head
-        if head.softcap is not None:  # d tanh(u) = 1 - tanh(u)^2
+        if head.softcap is not None and z is not None:  # d tanh(u) = 1 - tanh(u)^2
             dz.mul_(z.mul_(head.temperature / head.softcap).square_().neg_().add_(1.0))
         factor = head.logit_scale / head.temperature
         if factor != 1.0:
@@ -170,26 +198,29 @@ def logits_gradient(
     total: Tensor,
     surprise: Tensor,
     upstream: Tensor,
-    out: Tensor,
 ) -> Tensor:
-    """`upstream * (onehot(target) - exp(z - peak) / total)` of some columns, into `out`.
+    """`upstream * (onehot(target) - exp(z - peak) / total)` of some columns, in the place of their logits `z`.
 
     Args:
         z: logits [n, columns].
         column, inside: int64 [n, 1] and bool [n, 1]: where a row's target is among the columns, if it is.
-        peak, total, surprise, upstream: [n]; the third is the target's 1 - p, as the forward knows it: from `z` it
+        peak, total, surprise, upstream: [n]; `surprise` is the target's 1 - p, as the forward knows it: from `z` it
             would lose its relative precision where p is close to 1, and differ from the forward's by the last bits.
     """
-    dz = shifted_exp(z, peak, out).mul_(-(upstream / total)[:, None])
+    dz = shifted_exp(z, peak).mul_(-(upstream / total)[:, None])
     at_target = (surprise * upstream)[:, None]
     return dz.scatter_(1, column, torch.where(inside, at_target, dz.gather(1, column)))
 
 
-def shifted_exp(z: Tensor, shift: Tensor, out: Tensor) -> Tensor:
-    """`exp(z - shift)` into `out`, with what would be near-subnormal lifted to a tiny number.
+def shifted_exp(z: Tensor, shift: Tensor) -> Tensor:
+    """`exp(z - shift)` in the place of `z`, with what would be near-subnormal lifted to a tiny number.
 
     Subnormal numbers cost ten times the time on a CPU (measured: 5 ns an element against 0.4), and 1e-26 of a
     probability is far below the rounding of the sum it goes into.
     """
-    floor = -600.0 if z.dtype == torch.float64 else -60.0
-    return torch.sub(z, shift[:, None], out=out).clamp_(min=floor).exp_()
+    return z.sub_(shift[:, None]).clamp_(min=lowest_exponent(z.dtype)).exp_()
+
+
+def lowest_exponent(dtype: torch.dtype) -> float:
+    """What `shifted_exp` lifts exponents to."""
+    return -600.0 if dtype == torch.float64 else -60.0

@@ -24,7 +24,7 @@ class KernelOptions:
     """Bound on temporary memory in MiB, beyond the per-row state (a few numbers a token) and the fp32 accumulator of
     the hidden states' gradient (4 bytes x scored tokens x D). One slice of the head with its gradient and one tile of
     logits have to fit, so very small bounds run with narrow slices, not with an error; filtered gradients hold logits
-    and probabilities of at least 32 rows over the whole vocabulary (128·V bytes in a bf16 screen, 256·V in a fp32 one).
+    or probabilities of at least 32 rows over the whole vocabulary, and both in a bf16 screen (128·V bytes either way).
     The width of the slices, and with it the last bits of the result, depends on this bound and never on the number of
     tokens."""
     filter_eps: float = 2**-12

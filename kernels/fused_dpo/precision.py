@@ -15,6 +15,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def multiplied_in_bf16(operand_dtype: torch.dtype) -> bool:
+    """Whether a CPU rounds operands of that dtype to bf16 on their way into a product with a fp32 result."""
+    return operand_dtype == torch.bfloat16 and has_bf16_units(torch.device("cpu"))
+
+
 @contextmanager
 def matmul_precision(operand_dtype: torch.dtype) -> Iterator[None]:
     """Within the block, products of fp32 tensors are exact in operands of `operand_dtype` and accumulated in fp32.
@@ -32,8 +37,7 @@ def matmul_precision(operand_dtype: torch.dtype) -> Iterator[None]:
     # A switch that only repeats the one above it goes back to following it ("none"), instead of being pinned to it.
     above = backends.mkldnn.fp32_precision, backends.fp32_precision
     before = ["none" if s.fp32_precision == a else s.fp32_precision for s, a in zip(switches, above, strict=True)]
-    rounded = operand_dtype == torch.bfloat16 and has_bf16_units(torch.device("cpu"))
-    switches[0].fp32_precision = "bf16" if rounded else "ieee"
+    switches[0].fp32_precision = "bf16" if multiplied_in_bf16(operand_dtype) else "ieee"
     switches[1].fp32_precision = "ieee"
     try:
         yield

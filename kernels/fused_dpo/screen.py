@@ -6,6 +6,7 @@ and the exponent of the mean. Exponents of the largest, not bits, so that the ba
 it knows then, the upstream gradient, without a second look at the logits.
 """
 
+import math
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -14,12 +15,12 @@ from torch import Tensor
 
 from fused_dpo.hardware import has_bf16_units
 from fused_dpo.head import LMHead
-from fused_dpo.operands import Operands, ceil_div, even_bounds, round_up
+from fused_dpo.operands import Buffer, Operands, ceil_div, even_bounds, lowest_exponent, round_up, widest_tile
 from fused_dpo.precision import accumulation_dtype, matmul_precision, product
 
 BLOCK_ROWS = 128
 """Scored rows that share their kept columns: fewer keep fewer columns, more feed the matrix units better."""
-ROWS_AT_ONCE = 256
+ROWS_AT_ONCE, ROWS_AT_ONCE_COARSELY = 512, 256
 """Rows screened at a time, at most."""
 ROW_MULTIPLE = 32
 """Rows are screened in multiples of this, so that a row's bits do not depend on how many there are."""
@@ -126,10 +127,17 @@ def screens_coarsely(hidden: Tensor, head: LMHead) -> bool:
 
 
 def rows_screened(hidden: Tensor, head: LMHead, workspace_mib: int) -> int:
-    """Rows whose logits and probabilities over the whole vocabulary fit into half of the workspace: 32 to 256."""
-    dtype = hidden.dtype if screens_coarsely(hidden, head) else accumulation_dtype(hidden.dtype)
-    fits = workspace_mib * 2**19 // (2 * head.weight.shape[0] * dtype.itemsize) // ROW_MULTIPLE * ROW_MULTIPLE
-    return min(max(fits, ROW_MULTIPLE), ROWS_AT_ONCE)
+    """Rows whose screen over the whole vocabulary fits into the workspace beside what else there is: 32 to 512 or 256.
+
+    A coarse one has logits and probabilities, in half of the workspace. Any other has them one after the other in the
+    same memory, three quarters of it, as it needs no buffers for kept columns.
+    """
+    V, most = head.weight.shape[0], ROWS_AT_ONCE
+    fits = workspace_mib * 3 * 2**18 // (accumulation_dtype(hidden.dtype).itemsize * V)
+    if screens_coarsely(hidden, head):
+        most, fits = ROWS_AT_ONCE_COARSELY, workspace_mib * 2**19 // (2 * hidden.dtype.itemsize * V)
+    fits = fits // ROW_MULTIPLE * ROW_MULTIPLE
+    return min(max(fits, ROW_MULTIPLE), most)
 
 
 def screen_shape(hidden: Tensor, head: LMHead, rows: int, sequences: int, workspace_mib: int) -> tuple[int, int, int]:
@@ -139,22 +147,27 @@ def screen_shape(hidden: Tensor, head: LMHead, rows: int, sequences: int, worksp
 
 
 class Screener:
-    """Logits and probabilities of a group of rows over the whole vocabulary, good enough to choose columns by."""
+    """Logits, and then probabilities, of a group of rows over the whole vocabulary.
+
+    A coarse screen is good enough to choose columns by (`look`). Any other has the logits themselves (`tiles`), for an
+    online softmax that leaves its exponentials in their place, and turns those into `probabilities`.
+    """
 
     def __init__(self, operands: Operands, workspace_mib: int) -> None:
         self.operands = operands
-        head, width = operands.head, operands.width
+        head, width, device = operands.head, operands.width, operands.hidden.device
         self.coarse = screens_coarsely(operands.hidden, head)
         self.rows = rows_screened(operands.hidden, head, workspace_mib)
-        held = operands.dtype if self.coarse else operands.held_dtype
+        held, dtype = (operands.dtype,) * 2 if self.coarse else (operands.held_dtype, operands.acc_dtype)
         self._hidden = operands.buffer(self.rows, held)
-        column_bytes = width * (operands.dtype.itemsize + held.itemsize)
+        widest = operands.V if self.coarse else widest_tile(device)
         own = operands.is_operand(held)
-        self._bounds = even_bounds(operands.V, operands.V if own else max(workspace_mib * 2**18 // column_bytes, 16))
+        if not own:
+            widest = min(widest, max(workspace_mib * 2**18 // (width * (operands.dtype.itemsize + held.itemsize)), 16))
+        self._bounds = even_bounds(operands.V, widest)
         self._weight = operands.buffer(0 if own else max(stop - start for start, stop in self._bounds), held)
-        dtype = operands.dtype if self.coarse else operands.acc_dtype
-        self._logits = torch.empty(self._hidden.shape[0], operands.V, dtype=dtype, device=self._hidden.device)
-        self._probabilities = torch.empty_like(self._logits)
+        self._logits = torch.empty(self.rows, operands.V, dtype=dtype, device=device)
+        self._probabilities = Buffer()
 
     def groups(self, spans: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
         """Consecutive blocks, as many as are screened at once."""
@@ -168,22 +181,45 @@ class Screener:
             yield group
 
     def look(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Logits and probabilities [stop - start, V] of scored rows, overwritten by the next call."""
+        """Coarse logits and probabilities [stop - start, V] of scored rows, overwritten by the next call."""
+        for _ in self._products(start, stop):
+            pass
+        z = self._logits[: round_up(stop - start, ROW_MULTIPLE)]
+        probabilities = torch.softmax(z, 1, out=self._probabilities.like(z))
+        return z[: stop - start], probabilities[: stop - start]
+
+    def tiles(self, start: int, stop: int) -> Iterator[tuple[slice, Tensor]]:
+        """Columns and their logits [stop - start, columns] of scored rows, overwritten by the next call."""
+        for columns, z in self._products(start, stop):
+            yield columns, z[: stop - start]
+
+    def probabilities(self, peaks: list[Tensor], total: Tensor) -> Tensor:
+        """Probabilities [rows, V] of the last call of `tiles`, each of whose tiles is now `exp(logit - peak)`.
+
+        `peaks` [rows] of each tile are those then subtracted; `total` [rows] is the sum of `exp(logit - peaks[-1])`.
+        What the softmax lifted to its tiny number is 0 here, and so is a tile that is all below it.
+        """
+        lifted = math.exp(lowest_exponent(total.dtype))
+        for (first, last), peak in zip(self._bounds, peaks, strict=True):
+            unit = (peak - peaks[-1]).exp_() / total
+            exponentials = torch.threshold_(self._logits[: len(total), first:last], 2 * lifted, 0.0)
+            exponentials.mul_(unit.masked_fill_(unit < lifted, 0.0)[:, None])
+        return self._logits[: len(total)]
+
+    def _products(self, start: int, stop: int) -> Iterator[tuple[slice, Tensor]]:
+        """Columns and their logits of scored rows, padded."""
         operands = self.operands
         rows = round_up(stop - start, ROW_MULTIPLE)
-        hidden, z = operands.read_hidden(start, stop, self._hidden[:rows]), self._logits[:rows]
+        hidden = operands.read_hidden(start, stop, self._hidden[:rows])
         for first, last in self._bounds:
             columns = slice(first, last)
-            weight = operands.weight_slice(columns, self._weight)
-            part = z[:, columns]
+            weight, z = operands.weight_slice(columns, self._weight), self._logits[:rows, columns]
             if self.coarse:
-                torch.mm(hidden, weight.T, out=part)
+                torch.mm(hidden, weight.T, out=z)
             else:
                 with matmul_precision(operands.dtype):
-                    product(hidden, weight.T, out=part)
-            operands.to_logits(part, operands.bias(columns))
-        probabilities = torch.softmax(z, 1, out=self._probabilities[:rows])
-        return z[: stop - start], probabilities[: stop - start]
+                    product(hidden, weight.T, out=z)
+            yield columns, operands.to_logits(z, operands.bias(columns))
 
 
 def largest_of(probabilities: Tensor) -> Tensor:

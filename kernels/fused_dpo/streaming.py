@@ -18,7 +18,7 @@ from torch import Tensor
 from fused_dpo.gradients import GradientSums
 from fused_dpo.head import HeadGrads, LMHead
 from fused_dpo.online_softmax import OnlineSoftmax
-from fused_dpo.operands import Operands, even_bounds, logits_gradient, round_up
+from fused_dpo.operands import Operands, even_bounds, logits_gradient, round_up, widest_tile
 from fused_dpo.precision import accumulate_product, accumulation_dtype, as_operand, matmul_precision, product
 from fused_dpo.stats import TokenStats
 
@@ -26,8 +26,6 @@ ROWS_PER_TILE = 1024
 """Scored rows per tile at most: enough to feed the matrix units, few enough that a tile stays in cache."""
 ROW_MULTIPLE = 64
 """Fewest rows per tile; the last tile is padded to a multiple of this, or of what `row_multiple` finds."""
-MAX_SLICE_CPU, MAX_SLICE = 2048, 32768
-"""Vocabulary columns per tile at most: on a CPU a tile has to stay in cache, elsewhere it has to fill the device."""
 
 
 @lru_cache(maxsize=64)
@@ -95,7 +93,7 @@ def slice_bounds(V: int, K: int, workspace_mib: int, dtype: torch.dtype, device:
     block_bytes = 2 * rows * K * itemsize
     column_bytes = (2 * K + 2 * rows) * itemsize + K * dtype.itemsize
     fits = max((workspace_mib * 2**20 - block_bytes) // column_bytes, 16)
-    return even_bounds(V, min(fits, MAX_SLICE_CPU if device.type == "cpu" else MAX_SLICE))
+    return even_bounds(V, min(fits, widest_tile(device)))
 
 
 class _Tiles:
@@ -118,7 +116,6 @@ class _Tiles:
         self._weight = operands.buffer(self.width if R else 0)
         self._block = operands.buffer(tile_rows)
         self._logits = torch.empty(tile_rows * self.width, dtype=operands.acc_dtype, device=device)
-        self._scratch = torch.empty_like(self._logits)
 
     def of_rows(self, values: Tensor, fill: float) -> Tensor:
         """Values of the scored rows out of those of all rows, padded with `fill`."""
@@ -152,10 +149,6 @@ class _Tiles:
             product(block.hidden, cut.weight.T, out=tile)
         return self.operands.to_logits(tile, cut.bias)
 
-    def scratch(self, tile: Tensor) -> Tensor:
-        """A second buffer of the shape of `tile`."""
-        return self._scratch[: tile.numel()].view(tile.shape)
-
 
 def streaming_forward(
     hidden: Tensor, target: Tensor, rows: Tensor, head: LMHead, workspace_mib: int, *, want_stats: bool
@@ -182,7 +175,7 @@ def streaming_forward(
     for cut in tiles.slices():
         for block in tiles.blocks():
             z = tiles.logits(block, cut)
-            softmax.fold(z, *cut.targets(row_target[block.span]), tiles.scratch(z), block.span)
+            softmax.fold(z, *cut.targets(row_target[block.span]), block.span)
     stats = None
     if want_stats:
         stats = TokenStats(*map(tiles.to_rows, softmax.stats(operands.V)))
@@ -229,14 +222,14 @@ def streaming_backward(
     upstream = tiles.of_rows(dlogps, 0.0)
 
     for cut in tiles.slices():
-        sums.begin_slice(cut.stop - cut.start)
+        sums.begin_slice(cut.start, cut.stop)
         for block in tiles.blocks():
             span = block.span
             z = tiles.logits(block, cut)
             at_targets = cut.targets(row_target[span])
             of_rows = peak[span], total[span], surprise[span], upstream[span]
-            dz = logits_gradient(z, *at_targets, *of_rows, tiles.scratch(z))
-            operands.through_logits(dz, z)
+            logits = operands.logits_to_keep(z)
+            dz = operands.through_logits(logits_gradient(z, *at_targets, *of_rows), logits)
             with matmul_precision(operands.dtype):
                 if sums.hidden.shape[1]:
                     real = sums.hidden[span]

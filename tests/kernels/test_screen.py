@@ -7,8 +7,10 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch import Tensor
 
 from fused_dpo import LMHead
+from fused_dpo.online_softmax import OnlineSoftmax
 from fused_dpo.operands import Operands
 from fused_dpo.screen import (
     BLOCK_ROWS,
@@ -97,20 +99,20 @@ def test_largest_of_columns_beside_nan(dtype: torch.dtype, payload: int) -> None
 
 
 def test_rows_screened() -> None:
-    """Multiples of 32 that fit logits and probabilities into half of the workspace, from 32 to 256."""
+    """Multiples of 32 whose logits fit into three quarters of the workspace, from 32 to 512."""
     hidden = torch.zeros(1, 8)
     assert rows_screened(hidden, LMHead(torch.zeros(100, 8)), 128) == ROWS_AT_ONCE
-    for V, mib in ((49152, 128), (49152, 64), (20000, 32), (5003, 4)):
+    for V, mib in ((49152, 96), (49152, 64), (20000, 32), (5003, 4)):
         rows = rows_screened(hidden, LMHead(torch.zeros(V, 8)), mib)
         assert rows % 32 == 0
         assert 32 <= rows < ROWS_AT_ONCE
-        assert rows * V * 2 * 4 <= mib * 2**19 < (rows + 32) * V * 2 * 4
+        assert rows * V * 4 <= mib * 3 * 2**18 < (rows + 32) * V * 4
     assert rows_screened(hidden, LMHead(torch.zeros(49152, 8)), 1) == 32
-    assert rows_screened(hidden.double(), LMHead(torch.zeros(20000, 8)), 64) == 96
+    assert rows_screened(hidden.double(), LMHead(torch.zeros(20000, 8)), 64) == 288
 
 
 @coarse_only
-def test_coarse_screens_hold_twice_the_rows() -> None:
+def test_coarse_screens_hold_probabilities_besides() -> None:
     hidden, head = torch.zeros(1, 8, dtype=torch.bfloat16), LMHead(torch.zeros(49152, 8, dtype=torch.bfloat16))
     assert screens_coarsely(hidden, head)
     assert rows_screened(hidden, head, 64) == 160
@@ -118,10 +120,10 @@ def test_coarse_screens_hold_twice_the_rows() -> None:
         assert not screens_coarsely(hidden, replace(head, **more)), more
     assert not screens_coarsely(hidden.half(), head)
     assert not screens_coarsely(hidden.float(), head)
-    assert rows_screened(hidden.float(), head, 64) == 64  # 85 would fit
+    assert rows_screened(hidden.float(), head, 64) == 256
 
 
-@pytest.mark.parametrize(("V", "mib", "block_rows"), [(1000, 128, 128), (49152, 16, 32), (20000, 16, 32)])
+@pytest.mark.parametrize(("V", "mib", "block_rows"), [(1000, 128, 128), (49152, 8, 32), (20000, 8, 64)])
 def test_screen_shape(V: int, mib: int, block_rows: int) -> None:
     """Enough for any placement of the scored rows, and by shapes alone."""
     hidden, head = torch.zeros(1, 8), LMHead(torch.zeros(V, 8))
@@ -138,6 +140,21 @@ def screener(problem: Problem, workspace_mib: int = 128) -> Screener:
     return Screener(Operands(problem.hidden, torch.arange(problem.hidden.shape[0]), problem.head), workspace_mib)
 
 
+def looked_at(screen: Screener, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """Copies of logits and probabilities of the rows `start:stop`, as the forward comes by them."""
+    if screen.coarse:
+        return screen.look(start, stop)
+    softmax = OnlineSoftmax(stop - start, screen.operands.acc_dtype, torch.device("cpu"), want_stats=False)
+    nowhere = torch.zeros(stop - start, 1, dtype=torch.int64), torch.zeros(stop - start, 1, dtype=torch.bool)
+    logits, peaks = [], []
+    for columns, z in screen.tiles(start, stop):
+        assert columns.start == sum(part.shape[1] for part in logits)
+        logits.append(z.clone())
+        softmax.fold(z, *nowhere, slice(None))
+        peaks.append(softmax.peak.clone())
+    return torch.cat(logits, 1), screen.probabilities(peaks, softmax.total)
+
+
 @pytest.mark.parametrize("mib", [1, 128], ids="{} MiB".format)
 @pytest.mark.parametrize(
     "features", [{}, {"lora_rank": 3}, NO_BIAS, EVERY_FEATURE], ids=["plain", "adapter", "no bias", "everything"]
@@ -151,7 +168,7 @@ def test_look(V: int, D: int, dtype: torch.dtype, features: dict, mib: int) -> N
     with uninitialized_memory_is_nan():
         screen = screener(problem, mib)
         for start, stop in ((0, 1), (0, 32), (3, 35), (36, 68), (93, 100)):
-            z, p = screen.look(start, stop)
+            z, p = looked_at(screen, start, stop)
             truth = naive_logits(exact.hidden[start:stop], exact)
             assert z.shape == p.shape == (stop - start, V)
             scale = float(truth.abs().max())
@@ -166,7 +183,7 @@ def test_look(V: int, D: int, dtype: torch.dtype, features: dict, mib: int) -> N
             # Softmax in fp32 sums and divides 3001 terms; a coarse one rounds each to bf16 besides, unit 2^-8.
             assert (p.double().sum(1) - 1).abs().max() <= (2.0**-6 if screen.coarse else 1e-5)
             ratio = (p.double() / truth.softmax(1)).log().abs()
-            assert ratio[truth.softmax(1) > 1e-30].max() <= 2 * unit * scale + (2.0**-8 if screen.coarse else 2e-5)
+            assert ratio[truth.softmax(1) > 2e-26].max() <= 2 * unit * scale + (2.0**-8 if screen.coarse else 2e-5)
     assert screen.coarse == (UNITS and dtype == torch.bfloat16 and set(features) <= {"lora_rank"})
 
 
@@ -175,16 +192,36 @@ def test_bits_of_a_row_do_not_depend_on_the_group(dtype: torch.dtype) -> None:
     """Alone, in the middle of 200 rows, or at another place."""
     problem = make_problem((ROWS_AT_ONCE,), 3001, 64).to(dtype)
     screen = screener(problem)
-    together = [part.clone() for part in screen.look(0, ROWS_AT_ONCE)]
-    for start, stop in ((7, 8), (0, 64), (100, 131), (50, 250), (1, ROWS_AT_ONCE)):
-        for part, whole in zip(screen.look(start, stop), together, strict=True):
+    most = screen.rows
+    together = [part.clone() for part in looked_at(screen, 0, most)]
+    for start, stop in ((7, 8), (0, 64), (100, 131), (50, 250), (1, most)):
+        for part, whole in zip(looked_at(screen, start, stop), together, strict=True):
             assert torch.equal(part, whole[start:stop])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "gap", "faint"),
+    [(torch.float32, 40.0, 2e-26), (torch.float32, 100.0, 2e-26), (torch.float64, 200.0, 1e-250)],
+)
+def test_probabilities_far_below_the_rest(dtype: torch.dtype, gap: float, faint: float) -> None:
+    """What is impossible has 0, and so has all of a tile that would be subnormal throughout."""
+    hidden, weight = torch.ones(1, 64, dtype=dtype), torch.zeros(5000, 64, dtype=dtype)
+    weight[:, 0] = -80.0 * torch.linspace(0, 1, 5000, dtype=dtype).mul(50).remainder(1)
+    weight[4500:, 0] += gap
+    weight[[100, 4600], 0] = -torch.inf
+    screen = Screener(Operands(hidden, torch.arange(1), LMHead(weight)), 128)
+    with uninitialized_memory_is_nan():
+        z, p = looked_at(screen, 0, 1)
+    assert z[0, :4500].max() <= z[0].max() - gap + 1
+    assert (p[0, [100, 4600]] == 0).all()
+    assert gap != 100.0 or not p[0, :1000].any()
+    torch.testing.assert_close(p.double(), z.double().softmax(1), rtol=1e-5, atol=faint)
 
 
 def test_groups() -> None:
     """Consecutive blocks, as many as fit, each once."""
     problem = make_problem((1,), 20000, 8).to(torch.float32)
-    screen = screener(problem, 64)
+    screen = screener(problem, 21)
     assert screen.rows == 192
     assert list(screen.groups([])) == []
     assert list(screen.groups([(0, 128), (128, 192)])) == [[(0, 128), (128, 192)]]

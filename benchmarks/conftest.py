@@ -17,7 +17,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = compute_dtype(DEVICE)
 """Of the cases: on a CPU without bf16 units bf16 ones would tell how slow those are missed, and take hours."""
 ROUNDS = 10 if DEVICE == "cuda" else 3
-SECONDS = 6.0
+SECONDS = 4.0
 """An implementation so slow that its rounds take longer has fewer of them."""
 
 Row = dict[str, Any]

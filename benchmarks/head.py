@@ -150,7 +150,7 @@ def bare_matmuls(case: Case, phase: str, problem: Replay) -> Callable[[], None]:
 
 
 def bare_seconds(case: Case, phase: str, problem: Replay) -> float:
-    """Time of the bare products now, the better of two after one to warm up: the speed of this moment's machine."""
+    """Time of the bare products now, the best of a few: the speed of this moment's machine."""
     run = bare_matmuls(case, phase, problem)
 
     def finished() -> None:
@@ -158,8 +158,7 @@ def bare_seconds(case: Case, phase: str, problem: Replay) -> float:
         if problem.hidden.is_cuda:
             torch.cuda.synchronize()
 
-    finished()
-    return min(timed(finished)[1] for _ in range(2))
+    return min(timed(finished)[1] for _ in range(3 if problem.hidden.is_cuda else 2))
 
 
 def rates(case: Case, phase: str, seconds: float, bare: float) -> dict[str, float]:

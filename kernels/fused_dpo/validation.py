@@ -10,6 +10,8 @@ from fused_dpo.hardware import HAS_TRITON
 from fused_dpo.head import LMHead, LowRankAdapter
 from fused_dpo.options import KernelOptions
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""What can be computed in, on every device."""
 IGNORED = -1
 """Target of a row that is not scored."""
 
@@ -110,16 +112,20 @@ def filter_eps(grad_mode: str | None, impl: str, dtype: torch.dtype, options: Ke
     return float(options.filter_eps) if filtered else 0.0
 
 
+def _check_dtype(name: str, tensor: Tensor, advice: str = "") -> None:
+    if tensor.dtype not in DTYPES:
+        choices = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise TypeError(f"{name} must be one of {choices}, got {tensor.dtype}{advice}.")
+
+
 def _check_shapes(hidden: Tensor, head: LMHead, labels: Tensor, cu_seqlens: Tensor | None) -> bool:
     """Shapes, dtypes and devices; returns whether the call is packed."""
     weight = head.weight
     for name, tensor in (("hidden_states", hidden), ("lm_head weight", weight), ("labels", labels)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
-    if not hidden.is_floating_point():
-        raise TypeError(f"hidden_states must be floating point, got {hidden.dtype}.")
-    if not weight.is_floating_point():
-        raise TypeError(f"lm_head weight must be floating point, got {weight.dtype}; dequantise it first.")
+    _check_dtype("hidden_states", hidden)
+    _check_dtype("lm_head weight", weight, "; dequantise it first")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"labels must be integers, got {labels.dtype}.")
     if weight.ndim != 2 or weight.numel() == 0:
@@ -205,8 +211,7 @@ def _check_head(head: LMHead, device: torch.device) -> LMHead:
             raise ValueError(f"{name} must have shape {shape} for a weight [{V}, {D}], got {list(tensor.shape)}.")
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}, hidden_states on {device}; move one of them.")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be floating point, got {tensor.dtype}.")
+        _check_dtype(name, tensor)
     return LMHead(
         head.weight, head.bias, float(head.logit_scale), head.softcap, float(head.temperature), lora, head.process_group
     )

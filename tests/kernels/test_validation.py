@@ -51,12 +51,22 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "integer hidden": (
         padded(hidden_states=torch.ones(B, S, D).int()),
         TypeError,
-        r"hidden_states must be floating point, got torch.int32",
+        r"hidden_states must be one of float64, float32, bfloat16, float16, got torch.int32",
     ),
     "quantised weight": (
         padded(lm_head=torch.ones(V, D).to(torch.int8)),
         TypeError,
-        r"lm_head weight must be floating point, got torch.int8; dequantise",
+        r"lm_head weight must be one of .*, got torch.int8; dequantise",
+    ),
+    "8-bit hidden": (
+        padded(hidden_states=torch.ones(B, S, D).to(torch.float8_e4m3fn)),
+        TypeError,
+        r"hidden_states must be one of float64, .*, got torch.float8_e4m3fn",
+    ),
+    "8-bit weight": (
+        padded(lm_head=torch.ones(V, D).to(torch.float8_e5m2)),
+        TypeError,
+        r"lm_head weight must be one of float64, .*, got torch.float8_e5m2; dequantise",
     ),
     "float labels": (padded(labels=torch.ones(B, S)), TypeError, r"labels must be integers, got torch.float32"),
     "bool labels": (padded(labels=torch.ones(B, S).bool()), TypeError, r"labels must be integers, got torch.bool"),
@@ -70,11 +80,11 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         TypeError,
         r"hidden_states are torch.bfloat16 and lm_head weight torch.float32; cast one of them.*autocast",
     ),
-    "integer bias": (headed(bias=torch.ones(V).int()), TypeError, r"bias must be floating point, got torch.int32"),
+    "integer bias": (headed(bias=torch.ones(V).int()), TypeError, r"bias must be one of .*, got torch.int32"),
     "integer lora": (
         headed(lora=(torch.ones(2, D).int(), torch.ones(V, 2), 1.0)),
         TypeError,
-        r"lora a must be floating point, got torch.int32",
+        r"lora a must be one of .*, got torch.int32",
     ),
     "short offsets": (
         packed(cu_seqlens=torch.tensor([0, T], dtype=torch.int16)),

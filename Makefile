@@ -1,5 +1,5 @@
-# Four verbs: demo, test, bench, check; `masked` and `wheel` are further parts of what CI runs. Each makes the virtual
-# environment first if it has to.
+# Four verbs: demo, test, bench, check; `masked` and `wheel` are further parts of what CI runs; `versions` is for releases,
+# as it installs gigabytes. Each makes the virtual environment first if it has to.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --durations=15
 AVX2 := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 OPENBLAS_CORETYPE=Haswell
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test masked bench check wheel clean
+.PHONY: help install demo test masked versions bench check wheel clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -36,6 +36,9 @@ test: $(STAMP) ## run the tests, a worker for each core
 masked: $(STAMP) ## run those that depend on the CPU's instruction set as on a CPU with AVX2 alone
 	$(AVX2) $(PYTEST) -m cpu_units
 
+versions: $(STAMP) ## run those of kernels and trainer with the newest and with the oldest packages that are allowed
+	$(BIN)/nox
+
 bench: $(PEERS) ## time, memory and error against the naive code and other kernels, on this machine
 	$(BIN)/python -m pytest benchmarks/ --results outputs/benchmarks.json
 
@@ -50,4 +53,4 @@ wheel: $(STAMP) ## build the wheel into dist/ and import all of it from an empty
 	$(BIN)/python .ci/import_wheel.py dist/*.whl
 
 clean: ## remove the virtual environment and caches
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) .nox .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

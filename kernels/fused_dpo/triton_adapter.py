@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_dpo.operands import ceil_div
-from fused_dpo.triton_tile import OF_BATCH, on_device, rank_block
+from fused_dpo.triton_tile import OF_BATCH, launch, rank_block
 
 BLOCK_ROWS = 64
 """Scored rows of a program."""
@@ -76,6 +76,6 @@ def through_adapter(hidden: Tensor, rows: Tensor, lora: tuple[Tensor, Tensor, fl
     arguments |= {"scale": float(scale), "R": R, "D": D, "stride_ht": hidden.stride(0), "stride_hd": hidden.stride(1)}
     arguments |= {"stride_ar": a.stride(0), "stride_ad": a.stride(1), "RANK": rank, "BLOCK_T": BLOCK_ROWS}
     arguments |= {"BLOCK_R": rank_block(rank, hidden.dtype), "BLOCK_D": BLOCK_BYTES // hidden.element_size()}
-    with on_device(hidden):
-        _through_adapter_kernel[(ceil_div(R, BLOCK_ROWS), ceil_div(rank, arguments["BLOCK_R"]))](**arguments)
+    grid = ceil_div(R, BLOCK_ROWS), ceil_div(rank, arguments["BLOCK_R"])
+    launch(_through_adapter_kernel, grid, hidden, **arguments)
     return through

@@ -29,8 +29,8 @@ from fused_dpo.triton_tile import (
     exp,
     grouped_block,
     grouped_other,
+    launch,
     logits_tile,
-    on_device,
     scored,
     through_softcap,
     weight_slices,
@@ -139,8 +139,7 @@ class DLogits:
         arguments = {**self._tiles.arguments(operand), **self._arguments}
         arguments |= {"dz_ptr": dz, "first_v": operand.first, "width": dz.shape[1], "stride_z": dz.stride(0)}
         grid = ceil_div(dz.shape[0], self._config.block_t) * ceil_div(dz.shape[1], self._config.block_v)
-        with on_device(dz):
-            _dlogits_kernel[(grid,)](**arguments)
+        launch(_dlogits_kernel, (grid,), dz, **arguments)
 
 
 FormDLogits = Callable[[Tensor, Tensor, Tensor, Tensor, LMHead, Tensor | None], Callable[[Tensor, WeightSlice], None]]

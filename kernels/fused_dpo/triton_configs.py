@@ -28,7 +28,8 @@ class TileConfig:
     described: bool = False
     """Whether operands are loaded by tensor descriptors (compute capability 9.0 and later), where they allow it."""
     flattened: bool = False
-    """Whether the forward begins to load the next tile's operands while it is still summing up this one."""
+    """Whether the forward begins to load the next tile's operands while it is still summing up this one. Not for
+    triton 3.9, which spills 120 to 216 bytes there."""
 
     @property
     def narrow(self) -> int:

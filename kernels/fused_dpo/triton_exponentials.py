@@ -18,7 +18,7 @@ from fused_dpo.head import LMHead
 from fused_dpo.operands import ceil_div
 from fused_dpo.triton_backward import DLogits
 from fused_dpo.triton_configs import SPLIT_COLUMNS, TileConfig, epilogue_of, tile_config
-from fused_dpo.triton_tile import OF_BATCH, WeightSlice, architecture, exp, on_device
+from fused_dpo.triton_tile import OF_BATCH, WeightSlice, architecture, exp, launch
 
 SIDE = 64
 """Rows, and columns, that a program turns from one order into the other: 128 bytes of half-precision numbers."""
@@ -150,7 +150,6 @@ class DLogitsOfExponentials:
         """Fill `dz` [R, columns] for the columns from the slice's first on."""
         arguments = {"dz_ptr": dz, "first_v": weight.first, "width": dz.shape[1], "stride_z": dz.stride(0)}
         grid = self._kept // self._side * ceil_div(dz.shape[1], self._side)
-        with on_device(dz):
-            _dlogits_of_exponentials_kernel[(grid,)](**self._arguments, **arguments)
+        launch(_dlogits_of_exponentials_kernel, (grid,), dz, **self._arguments, **arguments)
         if self._others is not None:
             self._others(dz[self._kept :], weight)

@@ -37,7 +37,7 @@ from fused_dpo.triton_configs import (
 from fused_dpo.triton_forward import Scan, empty_results, fused_scan
 from fused_dpo.triton_kept import _compact_kernel, _gathered_product_kernel, _kept_dlogits_kernel
 from fused_dpo.triton_tail import TAIL_SCALE, DroppedMeans, dropped_means
-from fused_dpo.triton_tile import Tiles, architecture, on_device, weight_slices
+from fused_dpo.triton_tile import Tiles, architecture, launch, weight_slices
 
 COMPACT_BLOCK = 4096
 """Flags that a program of the compaction takes at a time."""
@@ -300,8 +300,7 @@ class _KeptLists:
         arguments: dict[str, Any] = {"flags_ptr": flags, "list_ptr": lists, "counts_ptr": self._counts, "N": N}
         arguments |= {"stride_fg": flags.stride(0), "stride_lg": lists.stride(0)}
         arguments |= {"BLOCK_N": COMPACT_BLOCK, "num_warps": 8}
-        with on_device(flags):
-            _compact_kernel[(groups,)](**arguments)
+        launch(_compact_kernel, (groups,), flags, **arguments)
 
     def _dlogits(
         self,
@@ -320,8 +319,7 @@ class _KeptLists:
         arguments: dict[str, Any] = {**self._tile, **lists}
         arguments |= {"dz_ptr": self._dz, "first": first, "NARROW": self.config.narrow, **tile.constants}
         arguments |= {"residual_ptr": self._dz if residual is None else residual, "BY_COLUMNS": residual is not None}
-        with on_device(self._dz):
-            _kept_dlogits_kernel[grid](**arguments)
+        launch(_kept_dlogits_kernel, grid, self._dz, **arguments)
 
     def _product(
         self,
@@ -347,5 +345,4 @@ class _KeptLists:
         means, of_blocks = (self._dz, self._dz) if correction is None else correction
         options |= {"means_ptr": means, "sums_ptr": of_blocks, "CORRECT": correction is not None}
         options |= {"blocks": self.blocks, "stride_tb": means.stride(0)}
-        with on_device(out):
-            _gathered_product_kernel[grid](**arguments, **options, **shape.constants)
+        launch(_gathered_product_kernel, grid, out, **arguments, **options, **shape.constants)

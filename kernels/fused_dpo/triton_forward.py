@@ -24,9 +24,9 @@ from fused_dpo.triton_tile import (
     exp,
     grouped_block,
     grouped_other,
+    launch,
     logits_tile,
     named,
-    on_device,
     surprise_of,
     weight_slices,
 )
@@ -336,8 +336,7 @@ class Partials:
             "SPLIT_COLUMNS": self._split_columns,
             "group": config.blocks_in_cache(self._row_bytes),
         }
-        with on_device(weight):
-            _logps_forward_kernel[(ceil_div(R, config.block_t) * splits,)](**arguments)
+        launch(_logps_forward_kernel, (ceil_div(R, config.block_t) * splits,), weight, **arguments)
 
     def merge(self) -> None:
         """Merge all splits into the results of the rows."""
@@ -345,8 +344,8 @@ class Partials:
         arguments: dict[str, Any] = {"splits": self.splits, "T": logps.shape[0], "V": self._weight.shape[0]}
         arguments |= {"logps_ptr": logps, "state_ptr": state, "stats_ptr": state if stats is None else stats}
         arguments |= {"SCREEN": screen is not None, "BLOCK_T": MERGE_ROWS, "BLOCK_S": MERGE_SPLITS}
-        with on_device(logps):
-            _merge_splits_kernel[(ceil_div(self._rows.numel(), MERGE_ROWS),)](**self._arguments, **arguments)
+        grid = (ceil_div(self._rows.numel(), MERGE_ROWS),)
+        launch(_merge_splits_kernel, grid, logps, **self._arguments, **arguments)
 
 
 Scan = Callable[[Tensor, Tensor, Tensor, LMHead, Results, float, int], None]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fused_dpo import triton_configs
 from fused_dpo.operands import Operands, round_up
-from fused_dpo.triton_tile import on_device
+from fused_dpo.triton_tile import launch
 
 TAIL_SCALE = 4096.0
 """Factor on mean probabilities, and divisor of what they are multiplied with: fp16 ends at 6e-8."""
@@ -91,6 +91,5 @@ def dropped_means(operands: Operands, means: Tensor, keep: Tensor, offset: Tenso
     arguments |= {"out_ptr": values, "stride_ob": values.stride(0), "scale": TAIL_SCALE}
     arguments |= {"HAS_SOFTCAP": head.softcap is not None, "inverse_softcap": head.temperature / (head.softcap or 1.0)}
     arguments |= {"BLOCK_V": TAIL_BLOCK, "num_warps": 8}
-    with on_device(values):
-        _dropped_means_kernel[(blocks,)](**arguments)
+    launch(_dropped_means_kernel, (blocks,), values, **arguments)
     return DroppedMeans(values, mass)

@@ -58,6 +58,17 @@ def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
+LAUNCH_OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
+"""Of every kernel. Multiplications and additions are fused; where they are not, sums have other bits. Triton's choice
+hangs on its release (3.10 turns fusion off) and on the environment (TRITON_DEFAULT_FP_FUSION)."""
+
+
+def launch(kernel: Any, grid: tuple[int, ...], tensor: Tensor, /, **arguments: Any) -> None:
+    """Launch a kernel with LAUNCH_OPTIONS, on the device of `tensor`."""
+    with on_device(tensor):
+        kernel[grid](**LAUNCH_OPTIONS, **arguments)
+
+
 class Product(NamedTuple):
     """`hidden[rows] @ weight[first:last].T` in fp32, computed elsewhere."""
 

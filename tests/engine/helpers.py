@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GPTJForCausalLM, PreTrainedTokenizerFast
 
 from fused_dpo_engine.attention import ATTENTION_NAME
 from fused_dpo_engine.packing import AttentionPlan, Segment, plan_attention
@@ -67,28 +67,34 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0},
 }
 """Model types that can be packed, and what sets each apart."""
-GPT_OSS: dict[str, Any] = {
-    **{"sliding_window": 8, "num_local_experts": 2, "num_experts_per_tok": 1},
-    "layer_types": ["sliding_attention", "full_attention"],
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+IN_FLOAT32: dict[str, dict[str, Any]] = {
+    "gpt_oss": {  # attention sinks
+        **{"sliding_window": 8, "num_local_experts": 2, "num_experts_per_tok": 1},
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
+    "gptj": {
+        **{"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 128, "rotary_dim": 4},
+        **dict.fromkeys(("num_key_value_heads", "head_dim", "intermediate_size")),
+    },
 }
-"""Attention sinks; transformers has no experts in float64, so it is tested apart."""
+"""More of them, which transformers computes in float32 at most: experts of the one, scores of the other."""
 REFUSED: dict[str, dict[str, Any]] = {
     "bloom": {"num_key_value_heads": None, "head_dim": None},
     "falcon": {"head_dim": None},
-    "gptj": {
-        "n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 128, "rotary_dim": 8,
-        **dict.fromkeys(("num_key_value_heads", "head_dim", "intermediate_size")),
-    },
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_key_value_heads": None, "head_dim": None},
     "mamba": {"num_attention_heads": None, "num_key_value_heads": None, "head_dim": None, "state_size": 4},
     "llama4_text": {"layer_types": ["chunked_attention", "full_attention"], "num_local_experts": 2},
-}  # fmt: skip
+}
 """Model types that cannot."""
+if not GPTJForCausalLM._supports_attention_backend:  # before transformers 5.24
+    REFUSED["gptj"] = IN_FLOAT32.pop("gptj")
 
 
 def tiny_config(family: str, **changes: Any) -> Any:
     """A fresh configuration: two models built from one object would share their choice of attention."""
-    values = {**SIZE, **FAMILIES.get(family, {}), **REFUSED.get(family, {}), **changes}
+    special = {**FAMILIES, **IN_FLOAT32, **REFUSED}.get(family, {})
+    values = {**SIZE, **special, **changes}
     return AutoConfig.for_model(family, **{name: value for name, value in values.items() if value is not None})
 
 

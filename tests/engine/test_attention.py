@@ -13,7 +13,7 @@ from fused_dpo_engine.attention import packed_attention
 from fused_dpo_engine.errors import UnsupportedModelError
 from fused_dpo_engine.packing import AttentionPlan, Segment, plan_attention
 from fused_dpo_engine.support import attention_needs, check_packable
-from tests.engine.helpers import FAMILIES, GPT_OSS, REFUSED, tiny_config, tiny_model, unshared_plan
+from tests.engine.helpers import FAMILIES, IN_FLOAT32, REFUSED, tiny_config, tiny_model, unshared_plan
 
 PLAN = unshared_plan(0, 5, 6, 17, 20)
 SHARED = plan_attention([Segment(0, 8, 0, 0), Segment(8, 9, 0, 7), Segment(9, 13, 0, 2), Segment(13, 20, 3, 0)])
@@ -193,7 +193,7 @@ ROPE: dict[str, dict[str, Any]] = {
 
 
 class TestCheckPackable:
-    @pytest.mark.parametrize("family", FAMILIES)
+    @pytest.mark.parametrize("family", [*FAMILIES, *IN_FLOAT32])
     def test_accepts(self, family):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -260,7 +260,7 @@ class TestNeeds:
         ],
     )
     def test_read_from_the_model(self, family, expected):
-        needs = attention_needs(build(family, **(GPT_OSS if family == "gpt_oss" else {})))
+        needs = attention_needs(build(family))
         assert {name: getattr(needs, name) for name in expected} == expected
 
     def test_layers_that_differ(self):

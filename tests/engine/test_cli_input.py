@@ -133,7 +133,7 @@ class TestBadInput:
 
     @pytest.mark.parametrize(
         ("family", "changes"),
-        [("bloom", {}), ("gptj", {}), ("mamba", {}), ("llama", {"logits_scaling": 2.0})],
+        [("bloom", {}), ("gpt_neo", {}), ("mamba", {}), ("llama", {"logits_scaling": 2.0})],
     )
     def test_model_that_cannot_be_packed(self, train, tmp_path, family, changes):
         folder = save_folder(tmp_path / "model", family, **changes)

@@ -14,7 +14,7 @@ from fused_dpo_engine.packing import PackedBatch, pack
 from fused_dpo_engine.padding import pad
 from tests.engine.helpers import (
     FAMILIES,
-    GPT_OSS,
+    IN_FLOAT32,
     any_pairs,
     eager_twin,
     gradients,
@@ -115,8 +115,9 @@ class TestEveryLayoutEqualsOneByOne:
         assert worst_gradient_error(grads, gradients(model, expected.sum())) < tolerance
 
     @pytest.mark.parametrize("layout", LAYOUTS)
-    def test_attention_sinks(self, layout):
-        model = tiny_model("gpt_oss", dtype=torch.float32, scale=3.0, **GPT_OSS)
+    @pytest.mark.parametrize("family", IN_FLOAT32)
+    def test_models_that_stay_in_float32(self, family, layout):
+        model = tiny_model(family, dtype=torch.float32, scale=3.0)
         twin = eager_twin(model)
         logps, expected = policy_of(model)(LAYOUTS[layout]), own_logps(twin, ORDERED)
         assert relative(logps, expected) < FP32_VALUE_TOLERANCE

@@ -12,7 +12,7 @@ from fused_dpo_engine.errors import UserError
 from fused_dpo_engine.packing import pack
 from fused_dpo_engine.policy import Policy, build_policy
 from fused_dpo_engine.self_test import pairs_to_test, self_test
-from tests.engine.helpers import FAMILIES, GPT_OSS, REFUSED, make_pairs, save_folder, set_attention, tiny_model
+from tests.engine.helpers import FAMILIES, IN_FLOAT32, REFUSED, make_pairs, save_folder, set_attention, tiny_model
 from tests.engine.policy_helpers import CPU, PAIRS, another_prefix, policy_of
 
 LAYOUTS: list[dict[str, Any]] = [{}, {"prefix_sharing": False}]
@@ -39,8 +39,9 @@ class TestSelfTest:
     def test_passes_in_bf16(self, layout):
         run(Policy(tiny_model(dtype=torch.float32, scale=3.0), torch.bfloat16), **layout)
 
-    def test_passes_with_attention_sinks(self):
-        run(policy_of(tiny_model("gpt_oss", dtype=torch.float32, **GPT_OSS)))
+    @pytest.mark.parametrize("family", IN_FLOAT32)
+    def test_passes_in_float32_alone(self, family):
+        run(policy_of(tiny_model(family, dtype=torch.float32)))
 
     def test_passes_padded(self):
         run(policy_of(tiny_model(attention="sdpa", dtype=torch.float32)), packing=False)
@@ -144,7 +145,7 @@ class TestRefusals:
             run(build_policy(ModelOptions(str(folder), dtype="float32"), LoraOptions(), CPU))
         assert "\n" not in str(caught.value)
 
-    @pytest.mark.parametrize("family", ["bloom", "falcon", "gptj", "mamba"])
+    @pytest.mark.parametrize("family", ["bloom", "falcon", "gpt_neo", "mamba"])
     def test_the_way_out_works(self, tmp_path, family):
         """Refused packed, they train on padded batches."""
         folder = save_folder(tmp_path / family, family, tokenizer=None)

@@ -5,8 +5,10 @@ for the largest problems in no time, and reading a value back from the device is
 nothing here; the kernels themselves are tested elsewhere.
 """
 
+import importlib
+import pkgutil
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +22,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from fused_dpo import KernelOptions, LMHead, triton_tile
+import fused_dpo
+from fused_dpo import KernelOptions, LMHead, triton_tail, triton_tile
 from fused_dpo.autograd import _exact, _filtered, _screen_shape
 from fused_dpo.head import HeadGrads
 from fused_dpo.triton_exponentials import DLogitsOfExponentials, Exponentials
@@ -35,10 +38,9 @@ WAYS_TO_KEEP = [*((*way, False) for way in WAYS), ("triton", "exact", True)]
 GOAL_MIB = 0.3 * 1024
 """Beyond inputs and gradients, at 8192 tokens and Qwen3-8B's head."""
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(torch.ops.aten.addmm, "dtype_out") or torch.__version__.startswith("2.11."),
-    reason="torch 2.11 has no shapes for addmm with an out_dtype",
-)
+if torch.__version__.startswith("2.11."):  # takes the shapes of addmm, which knows no out_dtype
+    shapes = torch.library.Library("aten", "IMPL")
+    shapes.impl("addmm.dtype_out", lambda *_operands, out, **_options: out, "Meta", allow_override=True)
 
 
 @dataclass(frozen=True)
@@ -265,6 +267,41 @@ def test_order_decides_nothing(impl: str, mode: str, keep: bool) -> None:
         Call(T=300, D=140, V=5000, R=200, bias=True, rank=3, stats=not keep, keep=keep).run(impl, mode)
 
 
+def launched() -> dict[bool, set[str]]:
+    """Names of the kernels that calls of every kind launch: with fused multiplications and additions, and without."""
+    names: dict[bool, set[str]] = {True: set(), False: set()}
+
+    def launcher(kernel: Any, _grid: Any) -> Callable[..., None]:
+        return lambda **named: names[named.get("enable_fp_fusion") is True].add(kernel.__name__)
+
+    with mock.patch.object(type(_logps_forward_kernel), "__getitem__", launcher):
+        for call, mode in ((Call(T=300, D=140, V=5000, rank=3), "filtered"), (Call(T=300, D=140, keep=True), "exact")):
+            call.run("triton", mode)
+    return names
+
+
+KERNELS = {
+    name
+    for module in pkgutil.iter_modules(fused_dpo.__path__, "fused_dpo.")
+    for name, value in vars(importlib.import_module(module.name)).items()
+    if isinstance(value, type(_logps_forward_kernel)) and name.endswith("_kernel")
+}
+
+
+def test_every_kernel_is_compiled_with_fusion() -> None:
+    """A default of Triton's that changes between releases would change the bits of sums."""
+    assert len(KERNELS) == 9
+    assert launched() == {True: KERNELS, False: set()}
+
+
+def test_control_a_launch_without_fusion_is_seen() -> None:
+    def past(kernel: Any, grid: Any, _tensor: Tensor, **arguments: Any) -> None:
+        kernel[grid](**arguments)
+
+    with mock.patch.object(triton_tail, "launch", past):
+        assert launched()[False] == {"_dropped_means_kernel"}
+
+
 @pytest.mark.parametrize("shift", [True, False])
 @pytest.mark.parametrize("packed", [True, False])
 def test_arguments_are_checked_on_the_device(packed: bool, shift: bool) -> None:
@@ -287,7 +324,7 @@ def test_control_what_is_not_fixed_is_refused() -> None:
         lambda: torch.zeros(2).index_add_(0, index, values),
         lambda: torch.zeros(2).scatter_reduce(0, index, values, "mean"),
         lambda: torch.zeros(2).index_put_((index,), values, accumulate=True),
-        lambda: torch.zeros(2).__setitem__(index, 1.0),
+        lambda: torch.zeros(2).index_put_((index,), torch.tensor(1.0)),
     ]
     for operation in refused:
         with Fixed(), pytest.raises(AssertionError, match="on CUDA"):

@@ -1,0 +1,31 @@
+"""Run the tests of kernels and trainer with the newest and with the oldest packages that pyproject.toml allows.
+
+    make versions                                    both
+    nox --session oldest -- tests/engine -k packed   one of them, and what pytest is to run there
+
+Each has an environment of its own below .nox/, of some gigabytes, as torch comes as its CUDA build, which runs on a CPU
+too. They are kept, and brought up to date by the next run; `nox --reuse-venv no` makes them anew.
+"""
+
+import nox
+
+nox.options.reuse_venv = "yes"
+TESTS = ("tests/kernels", "tests/engine")
+
+
+def run_tests(session: nox.Session, *choice: str) -> None:
+    """Install the project with what `choice` tells pip, and run its tests."""
+    session.install(*choice, "--editable", ".[dev]")
+    session.run("python", "-m", "pytest", "-n", "auto", *(session.posargs or TESTS))
+
+
+@nox.session
+def newest(session: nox.Session) -> None:
+    """Run the tests with the newest release of every package, those that others ask for included."""
+    run_tests(session, "--upgrade", "--upgrade-strategy", "eager")
+
+
+@nox.session
+def oldest(session: nox.Session) -> None:
+    """Run the tests with the lower bounds of pyproject.toml; some have no wheels for Python 3.12 and later."""
+    run_tests(session, "--constraint", "constraints-oldest.txt")

@@ -125,13 +125,13 @@ def filtered_forward(
             keep[targets[targets < V]] = True
             keep[0] = True  # there is always one to look at
             index = keep.nonzero().squeeze(1)
+            top = None
             if group_z is None:
-                z = p_top = z_top = None
                 trusted, tail = True, p @ (~keep).to(p.dtype)
             else:
-                z = group_z[local]
                 p_top, place = p.index_select(1, index).max(1)
-                z_top = z.gather(1, index[place][:, None]).squeeze(1).to(operands.acc_dtype)
+                z_top = group_z[local].gather(1, index[place][:, None]).squeeze(1).to(operands.acc_dtype)
+                top = z_top, p_top.to(operands.acc_dtype)
                 tail = p.index_fill_(1, index, 0.0).sum(1).to(operands.acc_dtype)
                 # Where a row's largest is not above eps, its largest logit may be among the dropped.
                 trusted = bool((z_top.abs().amax() <= COARSE_RANGE) & (p_top.amin() > filter_eps))
@@ -142,8 +142,9 @@ def filtered_forward(
             else:
                 level.fill_(EVERYTHING)
                 keep.fill_(True)
-            if kept is None or z is None or p_top is None or z_top is None:
+            if kept is None or group_z is None or top is None:  # a screen that is not coarse: all is folded
                 continue
+            z, (z_top, p_top) = group_z[local], top
             if want_stats:
                 z, p = z[:, ~keep].to(operands.acc_dtype), p[:, ~keep].to(operands.acc_dtype)
             rows_operand = kept.hidden(start, stop)
@@ -154,7 +155,7 @@ def filtered_forward(
             if level[0] == EVERYTHING:
                 continue
             # The screen's probabilities are in units of its own softmax; its largest entry tells what those are.
-            unit = (z_top - softmax.peak[span]).exp() / p_top.to(operands.acc_dtype)
+            unit = (z_top - softmax.peak[span]).exp() / p_top
             softmax.add_tail(span, unit * tails[span], *((unit * (p * z).sum(1), z.sum(1)) if want_stats else ()))
 
     T = hidden.shape[0]

@@ -171,10 +171,8 @@ def filtered_forward(
 
 def _look_closely(screen: Screener, softmax: OnlineSoftmax, target: Tensor, span: slice) -> Tensor:
     """Fold the logits of the scored rows `span` into `softmax`; returns their probabilities [rows, V]."""
-    peaks = []
-    for columns, z in screen.tiles(span.start, span.stop):
-        softmax.fold(z, *targets_among(columns, target[span]), span)
-        peaks.append(softmax.peak[span].clone())
+    tiles = screen.tiles(span.start, span.stop)
+    peaks = [softmax.fold(z, *targets_among(columns, target[span]), span) for columns, z in tiles]
     return screen.probabilities(peaks, softmax.total[span])
 
 

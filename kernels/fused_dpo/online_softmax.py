@@ -25,10 +25,10 @@ class OnlineSoftmax:
         self._weighted = torch.zeros_like(self.peak)  # of exp(logit - peak) * logit
 
     def fold(self, z: Tensor, column: Tensor, inside: Tensor, span: slice) -> Tensor:
-        """Take in one tile of logits `z` [n, columns] of the rows `span`.
+        """Take in one tile of logits `z` [n, columns] of the rows `span`; returns their `peak` [n] as it is then.
 
         `column` [n, 1] is where each row's target is in the tile, if it is `inside` [n, 1]. Leaves `exp(z - peak)` in
-        the place of `z`, `peak` as it is afterwards.
+        the place of `z`.
         """
         picked = torch.where(inside, z.gather(1, column), self.picked[span, None])
         self.picked[span] = picked.squeeze(1)
@@ -43,7 +43,7 @@ class OnlineSoftmax:
             logits.mul_(weights).masked_fill_(logits == -torch.inf, 0.0)
             self._weighted[span] = self._weighted[span] * rescale + logits.sum(1)
         self.peak[span] = new_peak
-        return weights
+        return new_peak
 
     def add_tail(self, span: slice, mass: Tensor, weighted: Tensor | None = None, plain: Tensor | None = None) -> None:
         """Take in what is known of columns that are not folded: none of them above `peak`, nor the target.

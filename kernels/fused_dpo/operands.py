@@ -5,6 +5,8 @@ A low-rank adapter widens the factors: `hidden @ weight.T + scale * (hidden @ a.
 and nothing else; their gradients come out side by side in the same way.
 """
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -73,7 +75,6 @@ class Operands:
         self.V, self.D = head.weight.shape
         self.rank = 0 if head.lora is None else head.lora[0].shape[0]
         self.width = round_up(self.D + self.rank, INNER_MULTIPLE)
-        self._start = self._start_of_run()
         self._logits = Buffer()
 
     def buffer(self, count: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -93,7 +94,8 @@ class Operands:
             return self.read_hidden(start, stop, out)
         return self.hidden[self._start + start : self._start + stop]
 
-    def _start_of_run(self) -> int | None:
+    @cached_property
+    def _start(self) -> int | None:
         """The first of the scored rows if products can take them from `hidden` itself: on a CPU, one after another.
 
         They are whole cache lines there, and have to begin with one: BLAS may take other loops for others.

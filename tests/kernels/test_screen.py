@@ -150,8 +150,7 @@ def looked_at(screen: Screener, start: int, stop: int) -> tuple[Tensor, Tensor]:
     for columns, z in screen.tiles(start, stop):
         assert columns.start == sum(part.shape[1] for part in logits)
         logits.append(z.clone())
-        softmax.fold(z, *nowhere, slice(None))
-        peaks.append(softmax.peak.clone())
+        peaks.append(softmax.fold(z, *nowhere, slice(None)))
     return torch.cat(logits, 1), screen.probabilities(peaks, softmax.total)
 
 
@@ -183,7 +182,8 @@ def test_look(V: int, D: int, dtype: torch.dtype, features: dict, mib: int) -> N
             # Softmax in fp32 sums and divides 3001 terms; a coarse one rounds each to bf16 besides, unit 2^-8.
             assert (p.double().sum(1) - 1).abs().max() <= (2.0**-6 if screen.coarse else 1e-5)
             ratio = (p.double() / truth.softmax(1)).log().abs()
-            assert ratio[truth.softmax(1) > 2e-26].max() <= 2 * unit * scale + (2.0**-8 if screen.coarse else 2e-5)
+            least = 2e-26 if screen.operands.acc_dtype == torch.float32 and not screen.coarse else 1e-30
+            assert ratio[truth.softmax(1) > least].max() <= 2 * unit * scale + (2.0**-8 if screen.coarse else 2e-5)
     assert screen.coarse == (UNITS and dtype == torch.bfloat16 and set(features) <= {"lora_rank"})
 
 
@@ -200,10 +200,10 @@ def test_bits_of_a_row_do_not_depend_on_the_group(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "gap", "faint"),
-    [(torch.float32, 40.0, 2e-26), (torch.float32, 100.0, 2e-26), (torch.float64, 200.0, 1e-250)],
+    ("dtype", "gap", "rounding", "faint"),  # the differences of logits are rounded, up to 180
+    [(torch.float32, 40.0, 1e-5, 2e-26), (torch.float32, 100.0, 1e-5, 2e-26), (torch.float64, 200.0, 1e-13, 1e-250)],
 )
-def test_probabilities_far_below_the_rest(dtype: torch.dtype, gap: float, faint: float) -> None:
+def test_probabilities_far_below_the_rest(dtype: torch.dtype, gap: float, rounding: float, faint: float) -> None:
     """What is impossible has 0, and so has all of a tile that would be subnormal throughout."""
     hidden, weight = torch.ones(1, 64, dtype=dtype), torch.zeros(5000, 64, dtype=dtype)
     weight[:, 0] = -80.0 * torch.linspace(0, 1, 5000, dtype=dtype).mul(50).remainder(1)
@@ -215,7 +215,7 @@ def test_probabilities_far_below_the_rest(dtype: torch.dtype, gap: float, faint:
     assert z[0, :4500].max() <= z[0].max() - gap + 1
     assert (p[0, [100, 4600]] == 0).all()
     assert gap != 100.0 or not p[0, :1000].any()
-    torch.testing.assert_close(p.double(), z.double().softmax(1), rtol=1e-5, atol=faint)
+    torch.testing.assert_close(p.double(), z.double().softmax(1), rtol=rounding, atol=faint)
 
 
 def test_groups() -> None:

@@ -47,10 +47,10 @@ check: $(STAMP) ## lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-wheel: $(STAMP) ## build the wheel into dist/ and import all of it from an empty folder
+wheel: $(STAMP) ## build the wheel into dist/, compare it with the source tree and import all of it from an empty folder
 	rm -rf build dist
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
-	$(BIN)/python .ci/import_wheel.py dist/*.whl
+	$(BIN)/python .ci/check_wheel.py dist/*.whl
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .nox .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -1,7 +1,7 @@
-"""Import every module of a wheel from an empty folder: `python .ci/import_wheel.py FILE.whl`.
+"""Compare a wheel with the source tree, and import every module of it: `python .ci/check_wheel.py FILE.whl`.
 
-The environment has the project's requirements and an editable install of it, which must not stand in for what the wheel
-lacks: a package that comes from anywhere but the wheel is an error, and so is a module that cannot be imported.
+An editable install hides what a wheel lacks, so both checks look at the wheel alone: it has to hold the very files that
+lie in the source roots, and its modules have to be importable from an empty folder, none of them from anywhere else.
 """
 
 import subprocess
@@ -10,7 +10,10 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+PROJECT = Path(__file__).parents[1]
+ROOTS = ("kernels", "engine")
 PACKAGES = ("fused_dpo", "fused_dpo_engine")
+SUFFIXES = (".py", ".typed")
 IMPORT_ALL = """
 import importlib, pkgutil, sys
 from pathlib import Path
@@ -30,8 +33,22 @@ print(f"{len(ours)} modules imported from the wheel, all of {' and '.join(packag
 """
 
 
+def differences(wheel: Path, project: Path = PROJECT) -> list[str]:
+    """List the source files that the wheel lacks, and those that it holds and the project does not."""
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name for name in archive.namelist() if name.endswith(SUFFIXES)}
+    roots = [project / root for root in ROOTS]
+    there = {path.relative_to(root).as_posix() for root in roots for path in root.rglob("*") if path.suffix in SUFFIXES}
+    return [f"not in the wheel: {name}" for name in sorted(there - packed)] + [
+        f"in the wheel alone: {name}" for name in sorted(packed - there)
+    ]
+
+
 def main(wheel: str) -> int:
-    """Unpack the wheel, and import it in a process that sees neither this folder nor PYTHONPATH (`-I`)."""
+    """Compare, then import in a process that sees neither this folder nor PYTHONPATH (`-I`)."""
+    if found := differences(Path(wheel)):
+        print("\n".join(found), file=sys.stderr)
+        return 1
     with tempfile.TemporaryDirectory() as unpacked, tempfile.TemporaryDirectory() as empty:
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(unpacked)

@@ -20,7 +20,7 @@ from fused_dpo_engine.loading import load_tokenizer
 from fused_dpo_engine.metrics import SlotMetrics
 from fused_dpo_engine.pairs import TokenPair
 from fused_dpo_engine.planning import build_batch, plan_pairs
-from fused_dpo_engine.policy import Policy, build_policy
+from fused_dpo_engine.policy import HeadStats, Policy, SequenceLogps, build_policy
 from fused_dpo_engine.tokenization import tokenize_pairs
 
 BETA = 0.1
@@ -85,8 +85,8 @@ class Case:
 
 
 def fused(policy: Policy, batch: PairBatch) -> Tensor:
-    """Ours."""
-    return policy(batch)
+    """Score by the trainer's own forward."""
+    return policy(batch).logps
 
 
 def packed_logits(policy: Policy, batch: Any) -> Tensor:
@@ -160,6 +160,8 @@ class OwnStep:
         self.way, self.pairs, self.budget = way, pairs, case.budget
         self.packing = PackingOptions(tokens_per_batch=case.budget, **way.layout)
         self.model = case.policy(packing=self.packing.packing, grad_mode=way.grad_mode)
+        self.head: HeadStats | None = None
+        self.model.register_forward_hook(self._note_head)
         self.loss = DPOLoss(beta=BETA)
         plan = plan_pairs(pairs, range(len(pairs)), self.packing)
         self.passes = [(planned.indices, ref_logps[planned.indices].to(case.device)) for planned in plan]
@@ -182,6 +184,10 @@ class OwnStep:
             scored.append(logps.detach().float().view(-1, 2))
         return Outcome(torch.stack(losses).sum(), torch.cat(scored)[self.order])
 
+    def _note_head(self, _policy: Policy, _batch: Any, scores: SequenceLogps) -> None:
+        """Keep what the fused head saw of the last forward pass; other ways do not call the policy."""
+        self.head = scores.head
+
     def describe(self) -> dict[str, Any]:
         """Of the last step: what the slots held, the gradient, and the columns that a filtered head kept."""
         row: dict[str, Any] = {
@@ -192,9 +198,8 @@ class OwnStep:
             "saved_by_sharing": self.slots.shared,
             "grad_norm": gradient_norm(self.model),
         }
-        if self.way.score is fused:
-            stats = self.model.head_stats  # of the last forward pass
-            row["kept_fraction"] = float(stats["head/kept"] / stats["head/tokens"])
+        if self.head is not None:
+            row["kept_fraction"] = float(self.head.kept_fraction / self.head.tokens)
         if self.packing.packing:
             row["attention"] = self.model.attention_name
         return row

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fused_dpo import LossOutput
 from fused_dpo_engine.batches import PairBatch
+from fused_dpo_engine.policy import HeadStats
 
 
 class PairMetrics:
@@ -19,16 +20,14 @@ class PairMetrics:
         self._sums: dict[str, Tensor] = {}
         self._pairs = 0
 
-    def add(
-        self, output: LossOutput, logps: Tensor, batch: PairBatch, head_stats: Mapping[str, Tensor] | None = None
-    ) -> None:
+    def add(self, output: LossOutput, logps: Tensor, batch: PairBatch, head: HeadStats | None = None) -> None:
         """Take in a micro-batch.
 
         Args:
             output: its loss is already a share of the whole.
             logps: [2B], plain sums over the tokens of each sequence.
             batch: the pairs.
-            head_stats: sums over tokens.
+            head: what the head saw, or None to leave it out.
         """
         chosen, rejected = logps.detach()[0::2], logps.detach()[1::2]
         likelier = chosen / batch.chosen_lengths > rejected / batch.rejected_lengths
@@ -48,8 +47,10 @@ class PairMetrics:
             self._accumulate("nll_loss", output.metrics["nll_loss"])
         for name, values in per_pair.items():
             self._accumulate(name, values.sum(dtype=torch.float32))
-        for name, value in (head_stats or {}).items():
-            self._accumulate(name, value)
+        if head is not None:
+            self._accumulate("head/tail", head.tail)
+            self._accumulate("head/kept", head.kept_fraction)
+            self._accumulate("head/tokens", head.tokens)
         self._pairs += batch.num_pairs
 
     def _accumulate(self, name: str, value: Tensor) -> None:

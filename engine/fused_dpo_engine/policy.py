@@ -27,6 +27,17 @@ from fused_dpo_engine.padding import IGNORED, PaddedBatch
 from fused_dpo_engine.support import attention_needs, backbone_of
 
 
+class HeadStats(NamedTuple):
+    """What the head saw of a batch, summed over its scored tokens; on the device and detached."""
+
+    tail: Tensor
+    """Probability of the tokens that the filter calls small, see `fused_dpo.stats.FilterStats`."""
+    kept_fraction: Tensor
+    """Fraction of the vocabulary that it does not."""
+    tokens: Tensor
+    """How many tokens are scored."""
+
+
 class SequenceLogps(NamedTuple):
     """Log-probs [2B] of a batch's sequences, `[chosen 0, rejected 0, chosen 1, ...]`, fp32."""
 
@@ -34,13 +45,14 @@ class SequenceLogps(NamedTuple):
     """What the preference loss compares: under LD-DPO the longer response's tail counts less."""
     plain: Tensor
     """The sums without such weights; the same tensor where there are none."""
+    head: HeadStats
 
 
 class Policy(nn.Module):
     """A causal language model that scores pairs without building their logits.
 
-    Its `score` is the whole differentiable path from weights to log-probs; as a module it gives those that the
-    preference loss compares.
+    Calling it is the one differentiable path from weights to log-probs. Whatever wraps a module (DDP, FSDP2, hooks)
+    acts on that call, so training, evaluation, reference and the set-up test all go through it.
 
     Args:
         model: a `transformers` causal LM, bare or wrapped by `peft`; for packed batches it attends through `fused_dpo`.
@@ -49,10 +61,6 @@ class Policy(nn.Module):
         ld_alpha: weight of response tokens beyond the shorter response's length (LD-DPO); None for plain sums.
         attention_name: of the backend for packed rows, one of `fused_dpo_engine.attention_choice.ORDER`.
         grad_mode: see `fused_dpo.fused_dpo_logps`.
-
-    Attributes:
-        head_stats: of the last batch scored, on the device and detached: mass of the tail and fraction of the
-            vocabulary kept (see `fused_dpo.stats.FilterStats`), summed over the scored tokens, and how many those are.
     """
 
     def __init__(
@@ -73,7 +81,6 @@ class Policy(nn.Module):
         self.attention_name = attention_name
         self.attention: Backend = load_backend(attention_name)
         self.grad_mode = grad_mode
-        self.head_stats: dict[str, Tensor] = {}
         self.compiled = False
 
     @property
@@ -86,12 +93,8 @@ class Policy(nn.Module):
         """The `transformers` model below any `peft` wrapper."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
-    def forward(self, batch: PairBatch) -> Tensor:
-        """`score(batch).logps`."""
-        return self.score(batch).logps
-
-    def score(self, batch: PairBatch) -> SequenceLogps:
-        """Log-probs of the batch's sequences."""
+    def forward(self, batch: PairBatch) -> SequenceLogps:
+        """Compute the log-probs of the batch's sequences, and what the head saw on the way."""
         with self.autocast():
             if isinstance(batch, PaddedBatch):
                 hidden = self._hidden(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
@@ -116,11 +119,8 @@ class Policy(nn.Module):
             tokens = fused_token_logps(*arguments, **settings)
         assert tokens.tail is not None
         assert tokens.kept_fraction is not None
-        self.head_stats = {
-            "head/tail": tokens.tail.sum(),
-            "head/kept": tokens.kept_fraction.sum(),
-            "head/tokens": (batch.chosen_lengths + batch.rejected_lengths).sum(),
-        }
+        count = (batch.chosen_lengths + batch.rejected_lengths).sum()
+        head = HeadStats(tokens.tail.sum(), tokens.kept_fraction.sum(), count)
         token_logps = tokens.logps
         if isinstance(batch, PaddedBatch):
             offsets = torch.arange(0, token_logps.numel() + 1, token_logps.shape[1], device=token_logps.device)
@@ -128,9 +128,9 @@ class Policy(nn.Module):
             offsets = batch.cu_scored.long()
         plain = sequence_sum(token_logps.flatten(), offsets)
         if self.ld_alpha is None:
-            return SequenceLogps(plain, plain)
+            return SequenceLogps(plain, plain, head)
         weighted = token_logps * self._token_weights(batch, self.ld_alpha, token_logps)
-        return SequenceLogps(sequence_sum(weighted.flatten(), offsets), plain)
+        return SequenceLogps(sequence_sum(weighted.flatten(), offsets), plain, head)
 
     @staticmethod
     def _token_weights(batch: PairBatch, ld_alpha: float, token_logps: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ def score_reference(
     result = ReferenceLogps(torch.full((len(pairs), 2), torch.nan))
     with policy.as_reference(), tqdm(total=total, desc="reference", unit="pair", disable=not progress) as bar:
         for batch in batches:
-            logps = policy(batch.to(policy.device)).view(-1, 2).cpu()
+            logps = policy(batch.to(policy.device)).logps.view(-1, 2).cpu()
             result.logps[batch.pair_indices] = logps
             bad = (~logps.isfinite().all(1)).nonzero().flatten().tolist()
             if bad:

@@ -52,7 +52,7 @@ def self_test(policy: Policy, pairs: Sequence[TokenPair], options: PackingOption
             other are off by several nats).
     """
     batch = build_batch(pairs, range(len(pairs)), options).to(policy.device)
-    got = policy.score(batch).plain.tolist()
+    got = policy(batch).plain.tolist()
     bound = 0.1 if policy.compute_dtype.itemsize == 2 else 1e-3
     sequences = [(pair, ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
     with _own_attention(policy):

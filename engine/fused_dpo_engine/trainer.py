@@ -152,10 +152,10 @@ class Trainer:
         outputs: list[tuple[PairBatch, LossOutput]] = []
         for planned in plan.batches:
             batch = build_batch(self.pairs, planned.indices, packing).to(device)
-            scores = self.policy.score(batch)
+            scores = self.policy(batch)
             output = self._loss_of(batch, scores, self.reference, len(indices), chosen_tokens)
             output.loss.backward()
-            sums.add(output, scores.plain, batch, self.policy.head_stats)
+            sums.add(output, scores.plain, batch, scores.head)
             outputs.append((batch, output))
             for layout in (slots, self._slots):
                 layout.add(batch)
@@ -198,7 +198,7 @@ class Trainer:
         num_pairs: int,
         num_chosen_tokens: int,
     ) -> LossOutput:
-        logps, plain = scores
+        logps, plain = scores.logps, scores.plain
         ref_chosen, ref_rejected = (None, None) if reference is None else reference.of(batch, logps.device)
         output: LossOutput = self.loss(
             logps[0::2],
@@ -227,7 +227,7 @@ class Trainer:
         packing = self.config.packing
         for planned in plan_pairs(self.held_out, range(len(self.held_out)), packing):
             batch = build_batch(self.held_out, planned.indices, packing).to(self.policy.device)
-            scores = self.policy.score(batch)
+            scores = self.policy(batch)
             output = self._loss_of(batch, scores, self.held_out_reference, len(self.held_out), chosen_tokens)
             sums.add(output, scores.plain, batch)
         self.loss.train()

@@ -42,10 +42,13 @@ def toy_steps(steps: int, pairs_per_step: int = 6) -> list[list[int]]:
 
 def training_forward(monkeypatch, change: Callable[[Policy, Any, Any], Any]) -> None:
     """Let `change(policy, batch, logps)` have the last word in every forward pass of training."""
-    score = Policy.score
+    forward = Policy.forward
 
     def changed(self, batch):
-        scores = score(self, batch)
-        return SequenceLogps(*[change(self, batch, scores.logps)] * 2) if torch.is_grad_enabled() else scores
+        scores = forward(self, batch)
+        if not torch.is_grad_enabled():
+            return scores
+        logps = change(self, batch, scores.logps)
+        return SequenceLogps(logps, logps, scores.head)
 
-    monkeypatch.setattr(Policy, "score", changed)
+    monkeypatch.setattr(Policy, "forward", changed)

@@ -149,7 +149,7 @@ class TestArguments:
         twin = eager_twin(model)
         policy = policy_of(model)
         policy.attention = KERNELS[name]
-        logps, expected = policy(BATCH), own_logps(twin, ORDERED)
+        logps, expected = policy(BATCH).logps, own_logps(twin, ORDERED)
         assert relative(logps, expected) < VALUE_TOLERANCE
         error = worst_gradient_error(gradients(model, logps.sum()), gradients(twin, expected.sum()))
         assert error < GRADIENT_TOLERANCE

@@ -85,7 +85,7 @@ def test_same_values_and_gradients(compiled, family):
     upstream = [torch.randn(2 * batch.num_pairs, dtype=torch.float64) for batch in BATCHES]
 
     def run(policy: Policy, batch: PackedBatch, direction: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        logps = policy(batch)
+        logps = policy(batch).logps
         return logps.detach(), gradients(model, logps @ direction)
 
     expected = [run(policy_of(model), *case) for case in zip(BATCHES, upstream, strict=True)]
@@ -103,14 +103,14 @@ def test_same_values_and_gradients(compiled, family):
 def test_variable_length_kernels_need_no_graph_break():
     model = tiny_model()
     with torch.no_grad():
-        expected = [policy_of(model)(batch) for batch in BATCHES]
+        expected = [policy_of(model)(batch).logps for batch in BATCHES]
         counter = CompileCounterWithBackend("aot_eager")
         policy = policy_of(model)
         policy.attention = torch_backend(traced_varlen_attn)
         policy.causal_lm.base_model.compile(backend=counter, dynamic=True, fullgraph=True)
         frames = []
         for batch, logps in zip(BATCHES, expected, strict=True):
-            torch.testing.assert_close(policy(batch), logps, **SAME_OPS)
+            torch.testing.assert_close(policy(batch).logps, logps, **SAME_OPS)
             frames.append(counter.frame_count)
     assert frames[1:] == [frames[1]] * 4
 
@@ -122,7 +122,7 @@ def test_no_code_of_its_own_for_a_number_of_segments(compiled, kernel):
     policy.attention = kernel
     frames = []
     for batch in MANY:
-        policy(batch).sum().backward()
+        policy(batch).logps.sum().backward()
         frames.append(counter.frame_count)
     assert frames[1:] == [frames[1]] * 12
 
@@ -136,10 +136,10 @@ def test_code_for_other_units_is_not_found(compiled):
 def test_the_reference_runs_the_code_of_training(compiled):
     """Compiled apart for inference it might round differently, and the first rewards would not be exactly 0."""
     policy, counter = compiled(tiny_model(dtype=torch.float32, num_hidden_layers=1))
-    trained = policy(BATCHES[0])
+    trained = policy(BATCHES[0]).logps
     frames = counter.frame_count
     with torch.no_grad():
-        scored = policy(BATCHES[0])
+        scored = policy(BATCHES[0]).logps
     assert torch.equal(scored, trained)
     assert trained.requires_grad
     assert not scored.requires_grad
@@ -147,7 +147,7 @@ def test_the_reference_runs_the_code_of_training(compiled):
 
 
 def test_adapters_switched_off(compiled):
-    base = policy_of(tiny_model(num_hidden_layers=1))(BATCHES[0])
+    base = policy_of(tiny_model(num_hidden_layers=1))(BATCHES[0]).logps
     model = get_peft_model(
         tiny_model(num_hidden_layers=1), LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
     )
@@ -156,21 +156,21 @@ def test_adapters_switched_off(compiled):
             if "lora_B" in name:
                 parameter += torch.randn_like(parameter)
     policy, _ = compiled(model)
-    moved = policy(BATCHES[0])
+    moved = policy(BATCHES[0]).logps
     with policy.as_reference():
-        torch.testing.assert_close(policy(BATCHES[0]), base, **SAME_OPS)
+        torch.testing.assert_close(policy(BATCHES[0]).logps, base, **SAME_OPS)
     assert (moved - base).abs().min() > 1e-3
-    torch.testing.assert_close(policy(BATCHES[0]), moved)
+    torch.testing.assert_close(policy(BATCHES[0]).logps, moved)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpointing(compiled, use_reentrant):
     model = tiny_model()
-    policy_of(model)(BATCHES[0]).sum().backward()
+    policy_of(model)(BATCHES[0]).logps.sum().backward()
     expected = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.zero_grad()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
     policy, _ = compiled(model)
-    policy(BATCHES[0]).sum().backward()
+    policy(BATCHES[0]).logps.sum().backward()
     grads = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert worst_gradient_error(grads, expected) < GRADIENTS_TOLERANCE  # pyright: ignore[reportArgumentType]

@@ -103,7 +103,7 @@ class TestLoading:
         policy = build_policy(ModelOptions(str(folder), dtype="float32"), LoraOptions(), CPU, packing=False)
         assert policy.causal_lm.base_model is policy.causal_lm
         assert backbone_of(policy.causal_lm) is policy.causal_lm.model
-        policy(pad(PAIRS, [0, 1])).sum().backward()
+        policy(pad(PAIRS, [0, 1])).logps.sum().backward()
         self_test(policy, PAIRS, PackingOptions(packing=False))
 
     def test_a_model_without_a_backbone(self):

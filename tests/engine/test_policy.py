@@ -46,7 +46,7 @@ class TestCheckpointing:
     def test_equal_and_really_recomputed(self, monkeypatch, family, use_reentrant):
         model = tiny_model(family)
         upstream = torch.randn(2 * len(PAIRS), dtype=torch.float64)
-        plain = policy_of(model)(BATCH)
+        plain = policy_of(model)(BATCH).logps
         plain_grads = gradients(model, plain @ upstream)
 
         plans = []
@@ -57,7 +57,7 @@ class TestCheckpointing:
 
         set_attention(monkeypatch, counted)
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
-        logps = policy_of(model)(BATCH)
+        logps = policy_of(model)(BATCH).logps
         (logps @ upstream).backward()  # torch.autograd.grad does not go with reentrant checkpoints
         assert plans == [BATCH.attention] * 4  # two layers, forward and again in the backward
         assert torch.equal(logps, plain)
@@ -69,8 +69,8 @@ class TestPrecision:
     @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
     def test_bf16_autocast_keeps_fp32_weights_and_results(self, family):
         model = tiny_model(family, dtype=torch.float32, scale=3.0)
-        exact = policy_of(model)(BATCH)
-        logps = Policy(model, torch.bfloat16)(BATCH)
+        exact = policy_of(model)(BATCH).logps
+        logps = Policy(model, torch.bfloat16)(BATCH).logps
         assert logps.dtype == torch.float32
         counts = torch.stack((BATCH.chosen_lengths, BATCH.rejected_lengths), 1).flatten()
         per_token = ((logps - exact) / counts).abs().max()
@@ -82,7 +82,7 @@ class TestPrecision:
     def test_float64_as_compute_dtype_means_no_autocast(self, recwarn):
         """ "The dtype of the weights for none", says the class."""
         model = tiny_model()
-        assert torch.equal(Policy(model, torch.float64)(BATCH), policy_of(model)(BATCH))
+        assert torch.equal(Policy(model, torch.float64)(BATCH).logps, policy_of(model)(BATCH).logps)
         assert [str(warning.message) for warning in recwarn if "autocast" in str(warning.message)] == []
 
 
@@ -92,7 +92,7 @@ class TestHead:
         model = tiny_model(tie_word_embeddings=tied)
         twin = eager_twin(model)
         assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
-        logps, expected = policy_of(model)(BATCH), own_logps(twin, ORDERED)
+        logps, expected = policy_of(model)(BATCH).logps, own_logps(twin, ORDERED)
         assert relative(logps, expected) < VALUE_TOLERANCE
         grads, expected_grads = gradients(model, logps.sum()), gradients(twin, expected.sum())
         assert ("lm_head.weight" in grads) != tied
@@ -103,9 +103,9 @@ class TestHead:
         factor: dict[str, Any] = {setting: 4.0}
         model = tiny_model(family, **factor)
         expected = own_logps(eager_twin(model), ORDERED)
-        assert relative(policy_of(model)(BATCH), expected) < VALUE_TOLERANCE
+        assert relative(policy_of(model)(BATCH).logps, expected) < VALUE_TOLERANCE
         setattr(model.config, setting, 1.0)  # negative control
-        assert relative(policy_of(model)(BATCH), expected) > 0.01
+        assert relative(policy_of(model)(BATCH).logps, expected) > 0.01
 
 
 class TestScoredRows:
@@ -134,21 +134,21 @@ def with_lora(model: Any, *targets: str) -> Any:
 class TestLora:
     @pytest.mark.parametrize("targets", [("q_proj", "down_proj"), ("v_proj", "lm_head")])
     def test_reference_is_the_model_without_adapters(self, targets):
-        base = policy_of(tiny_model())(BATCH)
+        base = policy_of(tiny_model())(BATCH).logps
         model = with_lora(tiny_model(), *targets)
         policy = policy_of(model)
         with policy.as_reference():
-            reference = policy(BATCH)
+            reference = policy(BATCH).logps
         assert torch.equal(reference, base)
-        assert torch.equal(policy(BATCH), reference)  # lora_B starts at 0
+        assert torch.equal(policy(BATCH).logps, reference)  # lora_B starts at 0
 
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:
                     parameter += 0.1 * torch.randn_like(parameter)
-        moved = policy(BATCH)
+        moved = policy(BATCH).logps
         with policy.as_reference():
-            assert torch.equal(policy(BATCH), reference)
+            assert torch.equal(policy(BATCH).logps, reference)
         assert (moved - reference).abs().min() > 1e-3
         expected = own_logps(model, ORDERED)
         assert relative(moved, expected) < VALUE_TOLERANCE
@@ -161,13 +161,13 @@ class TestLora:
     @pytest.mark.parametrize("use_reentrant", [True, False])
     def test_checkpointing_with_a_frozen_base(self, use_reentrant):
         plain = with_lora(tiny_model(), "q_proj")
-        expected = gradients(plain, policy_of(plain)(BATCH).sum())
+        expected = gradients(plain, policy_of(plain)(BATCH).logps.sum())
         base = tiny_model()
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
         model = with_lora(base, "q_proj")
         model.load_state_dict(plain.state_dict())
         model.train()
-        policy_of(model)(BATCH).sum().backward()
+        policy_of(model)(BATCH).logps.sum().backward()
         grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
         assert all(grad is not None for grad in grads.values())
         assert worst_gradient_error(grads, expected) < 1e-12  # the same float64 ops again
@@ -196,17 +196,17 @@ class TestLengthDesensitization:
                     weight = 1.0 if i < shorter else alpha
                     total = total + weight * token_logps[position - 1, tokens[position]]
                 expected.append(total)
-        logps = policy_of(model, ld_alpha=alpha)(LAYOUTS.get(layout) or pad(PAIRS, ORDER))
+        logps = policy_of(model, ld_alpha=alpha)(LAYOUTS.get(layout) or pad(PAIRS, ORDER)).logps
         assert relative(logps, torch.stack(expected)) < VALUE_TOLERANCE
         grads = gradients(model, logps.sum())
         assert worst_gradient_error(grads, gradients(twin, torch.stack(expected).sum())) < GRADIENT_TOLERANCE
 
     def test_one_is_plain(self):
         model = tiny_model()
-        plain = policy_of(model)(BATCH)
-        assert torch.equal(policy_of(model, ld_alpha=1.0)(BATCH), plain)
-        assert torch.equal(policy_of(model, ld_alpha=0.5).score(BATCH).plain, plain)
-        assert (policy_of(model, ld_alpha=0.5)(BATCH) - plain).abs().max() > 0.1
+        plain = policy_of(model)(BATCH).logps
+        assert torch.equal(policy_of(model, ld_alpha=1.0)(BATCH).logps, plain)
+        assert torch.equal(policy_of(model, ld_alpha=0.5)(BATCH).plain, plain)
+        assert (policy_of(model, ld_alpha=0.5)(BATCH).logps - plain).abs().max() > 0.1
 
     @pytest.mark.parametrize("batch", [BATCH, pad(PAIRS, ORDER)], ids=["packed", "padded"])
     def test_lengths_are_not_read_from_the_device(self, batch):
@@ -216,7 +216,7 @@ class TestLengthDesensitization:
         nowhere = dataclasses.replace(
             batch, chosen_lengths=batch.chosen_lengths.to("meta"), rejected_lengths=batch.rejected_lengths.to("meta")
         )
-        assert torch.equal(policy(nowhere), policy(batch))
+        assert torch.equal(policy(nowhere).logps, policy(batch).logps)
 
 
 class TestReference:
@@ -227,7 +227,7 @@ class TestReference:
         assert reference.logps.shape == (len(PAIRS), 2)
         assert reference.logps.dtype == torch.float32
         for batch in batches:
-            logps = policy(batch)
+            logps = policy(batch).logps
             assert logps.requires_grad
             assert not reference.logps.requires_grad
             chosen, rejected = reference.of(batch, CPU)
@@ -260,7 +260,7 @@ class TestBuilding:
         assert kinds == {(True, True, torch.float32), (False, False, torch.bfloat16)}
         assert policy.model.peft_config["default"].lora_alpha == 4  # twice the rank
         assert any(getattr(module, "gradient_checkpointing", False) for module in policy.modules())
-        policy(BATCH).sum().backward()
+        policy(BATCH).logps.sum().backward()
         assert all(p.grad is not None for p in policy.parameters() if p.requires_grad)
 
     def test_unknown_target_modules(self, tiny_llama):
@@ -281,7 +281,7 @@ class TestBuilding:
         """Dropout would make policy and reference two functions; some models call it without a module."""
         folder = save_folder(tmp_path / family, family, tokenizer=None, **rates)
         policy = build_policy(ModelOptions(str(folder), dtype="float32"), LoraOptions(), CPU)
-        first, again = policy(BATCH), policy(BATCH)
+        first, again = policy(BATCH).logps, policy(BATCH).logps
         assert torch.equal(first, again)
         self_test(policy, PAIRS, PackingOptions())
 

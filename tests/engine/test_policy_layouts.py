@@ -97,7 +97,7 @@ class TestEveryLayoutEqualsOneByOne:
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_values_and_every_gradient(self, case, layout):
         family, model, expected, upstream, expected_grads = case
-        logps = policy_of(model)(LAYOUTS[layout])
+        logps = policy_of(model)(LAYOUTS[layout]).logps
         assert relative(logps, expected) < EXACT.get(family, VALUE_TOLERANCE)
         grads = gradients(model, logps @ upstream)
         assert worst_gradient_error(grads, expected_grads) < EXACT.get(family, GRADIENT_TOLERANCE)
@@ -108,7 +108,7 @@ class TestEveryLayoutEqualsOneByOne:
         settings: dict[str, Any] = {} if exact else {"dtype": torch.float32, "scale": 3.0}
         model = tiny_model(family, attention="sdpa" if exact else "eager", **settings)
         expected = own_logps(model, ORDERED)
-        logps = policy_of(model)(pad(PAIRS, ORDER))
+        logps = policy_of(model)(pad(PAIRS, ORDER)).logps
         assert relative(logps, expected) < (VALUE_TOLERANCE if exact else FP32_VALUE_TOLERANCE)
         grads = gradients(model, logps.sum())
         tolerance = GRADIENT_TOLERANCE if exact else FP32_GRADIENT_TOLERANCE
@@ -119,7 +119,7 @@ class TestEveryLayoutEqualsOneByOne:
     def test_models_that_stay_in_float32(self, family, layout):
         model = tiny_model(family, dtype=torch.float32, scale=3.0)
         twin = eager_twin(model)
-        logps, expected = policy_of(model)(LAYOUTS[layout]), own_logps(twin, ORDERED)
+        logps, expected = policy_of(model)(LAYOUTS[layout]).logps, own_logps(twin, ORDERED)
         assert relative(logps, expected) < FP32_VALUE_TOLERANCE
         error = worst_gradient_error(gradients(model, logps.sum()), gradients(twin, expected.sum()))
         assert error < FP32_GRADIENT_TOLERANCE
@@ -133,20 +133,20 @@ class TestEveryLayoutEqualsOneByOne:
     def test_mistakes_show(self, case, layout, mistake):
         """Negative control: the comparison above would notice."""
         _, model, expected, upstream, expected_grads = case
-        logps = policy_of(model)(mistake(LAYOUTS[layout]))
+        logps = policy_of(model)(mistake(LAYOUTS[layout])).logps
         assert relative(logps, expected) > 1000 * VALUE_TOLERANCE
         assert worst_gradient_error(gradients(model, logps @ upstream), expected_grads) > 1000 * GRADIENT_TOLERANCE
 
     def test_positions_that_run_on_show(self, case):
         family, model, expected, *_ = case
         few = pack(PAIRS, ORDER[:3], share=False)  # as many tokens as models have positions
-        error = relative(policy_of(model)(positions_running_on(few)), expected[:6])
+        error = relative(policy_of(model)(positions_running_on(few)).logps, expected[:6])
         assert error > 0.01 if family in ("gpt2", "opt") else error < VALUE_TOLERANCE
 
     def test_the_company_does_not_matter(self, case):
         _, model, expected, *_ = case
         policy = policy_of(model)
-        alone = torch.cat([policy(pack(PAIRS, [i])) for i in ORDER])
+        alone = torch.cat([policy(pack(PAIRS, [i])).logps for i in ORDER])
         assert relative(alone, expected) < VALUE_TOLERANCE
 
     def test_sharing_computes_less(self):
@@ -165,7 +165,7 @@ class TestAnyShapes:
         expected = own_logps(model, [pairs[i] for i in indices])
         with torch.no_grad():
             for share in (True, False):
-                logps = policy_of(model)(pack(pairs, indices, share=share))
+                logps = policy_of(model)(pack(pairs, indices, share=share)).logps
                 # float64; norms in fp32 take the same numbers on both sides. The largest seen is 4e-16.
                 torch.testing.assert_close(logps, expected, rtol=4e-15, atol=0)
 

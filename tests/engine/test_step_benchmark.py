@@ -102,13 +102,13 @@ def without_last_token(policy: Any, batch: Any) -> Tensor:
     """Wrong: nothing predicts the end of a response."""
     targets = batch.targets.clone()
     targets[batch.cu_scored[1:].long() - 1] = 0
-    return policy(dataclasses.replace(batch, targets=targets))
+    return policy(dataclasses.replace(batch, targets=targets)).logps
 
 
 def without_position_resets(policy: Any, batch: Any) -> Tensor:
     """Wrong: one sequence's positions continue those of the one before."""
     positions = torch.arange(batch.num_slots)[None]
-    return policy(dataclasses.replace(batch, position_ids=positions))
+    return policy(dataclasses.replace(batch, position_ids=positions)).logps
 
 
 @pytest.mark.parametrize("score", [without_last_token, without_position_resets])

@@ -160,3 +160,38 @@ class TestRepeatability:
     def test_the_seed_draws_the_adapters(self, train_tiny):
         a, b = (train_tiny(name, seed=seed, lora_rank=2, max_steps=1) for name, seed in (("a", 1), ("b", 2)))
         assert largest_difference(a.weights(), b.weights()) > 1e-3
+
+
+class TestOneWayIn:
+    """DDP, FSDP2 and hooks act when the policy is called: a pass that went past the call would miss them."""
+
+    def test_every_forward_is_a_call_of_the_policy(self, train_tiny, monkeypatch):
+        forwards, calls = count_forwards(monkeypatch)
+        run = train_tiny(eval_fraction=0.2, eval_steps=1, tokens_per_batch=60)
+        passes = sum(run.column("micro_batches"))
+        assert len(calls) == len(forwards) > 3 * passes / 2, "training, reference, set-up test and evaluations"
+
+    def test_control_a_forward_past_the_call_is_seen(self, train_tiny, monkeypatch):
+        forwards, calls = count_forwards(monkeypatch)
+        monkeypatch.setattr(Policy, "__call__", lambda self, batch: self.forward(batch))
+        train_tiny()
+        assert len(calls) < len(forwards)
+
+
+def count_forwards(monkeypatch: pytest.MonkeyPatch) -> tuple[list[None], list[None]]:
+    """Lists that grow by one with every `Policy.forward`, and with every call of a policy that hooks can see."""
+    forwards: list[None] = []
+    calls: list[None] = []
+    forward, build = Policy.forward, Policy.__init__
+
+    def counted(self: Policy, batch: Any) -> Any:
+        forwards.append(None)
+        return forward(self, batch)
+
+    def hooked(self: Policy, *arguments: Any, **settings: Any) -> None:
+        build(self, *arguments, **settings)
+        self.register_forward_hook(lambda *_: calls.append(None))
+
+    monkeypatch.setattr(Policy, "forward", counted)
+    monkeypatch.setattr(Policy, "__init__", hooked)
+    return forwards, calls

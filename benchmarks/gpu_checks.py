@@ -386,8 +386,8 @@ def check_attention_backends(scale: Scale) -> dict[str, str]:
     if scale.device == "cpu":
         raise NotHereError("the kernels need a CUDA device")
     try:
-        from fused_dpo_engine.attention import verify_backend
-        from fused_dpo_engine.attention_choice import ORDER, AttentionNeeds, available_backends, load_backend, why_not
+        from fused_dpo_engine.attention.choice import ORDER, AttentionNeeds, available_backends, load_backend, why_not
+        from fused_dpo_engine.attention.verify import verify_backend
         from fused_dpo_engine.errors import UserError
     except ImportError as missing:
         raise NotHereError(f"the trainer's requirements are not installed: {missing}") from None

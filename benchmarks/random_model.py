@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.replay import LENGTHS, replay
-from fused_dpo_engine.attention import ATTENTION_NAME
+from fused_dpo_engine.attention.interface import ATTENTION_NAME
 from fused_dpo_engine.config import ModelOptions
 from fused_dpo_engine.loading import choose_dtype
 from fused_dpo_engine.pairs import TokenPair

@@ -7,7 +7,7 @@ import platform
 import torch
 
 from fused_dpo.hardware import has_bf16_units, masked_isa
-from fused_dpo_engine.attention_choice import ORDER, available_backends
+from fused_dpo_engine.attention.choice import ORDER, available_backends
 
 PACKAGES = (
     "fused-dpo",

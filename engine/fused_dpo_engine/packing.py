@@ -1,71 +1,16 @@
 """Token pairs -> one packed row without padding, what they share computed once; built on the host."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fused_dpo_engine.attention.interface.plan import AttentionPlan, Segment, offsets_of, plan_attention
 from fused_dpo_engine.batches import PairBatch
 from fused_dpo_engine.pairs import TokenPair
 from fused_dpo_engine.sharing import place_sequences
-
-
-class Segment(NamedTuple):
-    """Rows of a packed row that attend causally to the first `shared` rows of their trunk, then to themselves."""
-
-    start: int
-    stop: int
-    trunk: int
-    """Which segment; itself where nothing is shared."""
-    shared: int
-
-
-@dataclass(eq=False)  # not frozen: of those torch 2.11 compiles in every field, and the segments with them
-class AttentionPlan:
-    """Who sees whom in a packed row of T tokens and N segments; handed to every attention layer of the model.
-
-    A variable-length attention call with offsets of its own for queries and keys, causal and aligned bottom-right.
-    """
-
-    segments: tuple[Segment, ...]
-    """In the order of the row, without gaps. What is compiled must not look at them: `torch.compile` would make it anew
-    for every number of segments."""
-    num_rows: int
-    """T."""
-    cu_q: Tensor = field(repr=False)
-    """int32 [N+1], offsets of the segments' queries in the row."""
-    cu_k: Tensor = field(repr=False)
-    """int32 [N+1], offsets of the segments' keys among the gathered keys."""
-    max_q: int
-    """Queries of the longest segment."""
-    max_k: int
-    """Keys of the longest segment."""
-    kv_index: Tensor | None = field(repr=False)
-    """int64 [K], the row of each gathered key; None where nothing is shared, and the keys are the row itself."""
-
-    def to(self, device: torch.device, non_blocking: bool = False) -> "AttentionPlan":
-        """The plan with its tensors on `device`."""
-        cu_q, cu_k = (offsets.to(device, non_blocking=non_blocking) for offsets in (self.cu_q, self.cu_k))
-        kv_index = None if self.kv_index is None else self.kv_index.to(device, non_blocking=non_blocking)
-        return replace(self, cu_q=cu_q, cu_k=cu_k, kv_index=kv_index)
-
-
-def plan_attention(segments: Sequence[Segment]) -> AttentionPlan:
-    """The plan of at least one segment."""
-    queries = [segment.stop - segment.start for segment in segments]
-    keys = [length + segment.shared for length, segment in zip(queries, segments, strict=True)]
-    kv_index = None
-    if any(segment.shared for segment in segments):
-        rows = []
-        for start, stop, trunk, shared in segments:
-            first = segments[trunk].start
-            rows += [np.arange(first, first + shared), np.arange(start, stop)]
-        kv_index = torch.from_numpy(np.concatenate(rows))
-    offsets = _offsets(queries), _offsets(keys)
-    return AttentionPlan(tuple(segments), sum(queries), *offsets, max(queries), max(keys), kv_index)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +62,7 @@ def pack(pairs: Sequence[TokenPair], indices: Sequence[int], *, share: bool = Tr
         position_ids=_tensor([np.arange(p.shared, len(p.ids)) for p in placements])[None],
         scored_rows=_tensor(scored),
         targets=_tensor(targets),
-        cu_scored=_offsets(lengths),
+        cu_scored=offsets_of(lengths),
         chosen_lengths=torch.tensor(lengths[0::2]),
         rejected_lengths=torch.tensor(lengths[1::2]),
         scored_lengths=lengths,
@@ -128,7 +73,3 @@ def pack(pairs: Sequence[TokenPair], indices: Sequence[int], *, share: bool = Tr
 
 def _tensor(parts: Sequence[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.concatenate(parts).astype(np.int64))
-
-
-def _offsets(lengths: Sequence[int]) -> Tensor:
-    return torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))

@@ -13,13 +13,13 @@ from fused_dpo import KernelOptions, fused_token_logps, head_of
 from fused_dpo.autograd import sequence_sum
 from fused_dpo.hardware import tag_compiled_code
 from fused_dpo.losses import desensitized_weights
-from fused_dpo_engine.attention import verify_backend
-from fused_dpo_engine.attention_call import Backend
-from fused_dpo_engine.attention_choice import available_backends, candidates, load_backend
+from fused_dpo_engine.attention.call import Backend
+from fused_dpo_engine.attention.choice import available_backends, candidates, load_backend
+from fused_dpo_engine.attention.gather import gather_rows
+from fused_dpo_engine.attention.verify import verify_backend
 from fused_dpo_engine.batches import PairBatch
 from fused_dpo_engine.config import LoraOptions, ModelOptions
 from fused_dpo_engine.errors import UserError, first_line
-from fused_dpo_engine.gather import gather_rows
 from fused_dpo_engine.liger import apply_liger
 from fused_dpo_engine.loading import choose_dtype, load_model
 from fused_dpo_engine.packing import PackedBatch
@@ -59,7 +59,7 @@ class Policy(nn.Module):
         compute_dtype: autocast's dtype, or the dtype of the weights for none.
         workspace_mib: see `fused_dpo.KernelOptions`.
         ld_alpha: weight of response tokens beyond the shorter response's length (LD-DPO); None for plain sums.
-        attention_name: of the backend for packed rows, one of `fused_dpo_engine.attention_choice.ORDER`.
+        attention_name: of the backend for packed rows, one of `fused_dpo_engine.attention.choice.ORDER`.
         grad_mode: see `fused_dpo.fused_dpo_logps`.
     """
 

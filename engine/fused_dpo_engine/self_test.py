@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 
 from fused_dpo import get_batch_logps
-from fused_dpo_engine.attention import ATTENTION_NAME
+from fused_dpo_engine.attention.interface import ATTENTION_NAME
 from fused_dpo_engine.config import PackingOptions
 from fused_dpo_engine.errors import UserError
 from fused_dpo_engine.padding import IGNORED

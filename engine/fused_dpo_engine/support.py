@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from fused_dpo_engine.attention_choice import AttentionNeeds
+from fused_dpo_engine.attention.choice import AttentionNeeds
 from fused_dpo_engine.errors import UnsupportedModelError
 
 _WAY_OUT = "--no-packing trains it on padded batches."

@@ -18,8 +18,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GPTJForCausalLM, PreTrainedTokenizerFast
 
-from fused_dpo_engine.attention import ATTENTION_NAME
-from fused_dpo_engine.packing import AttentionPlan, Segment, plan_attention
+from fused_dpo_engine.attention.interface import ATTENTION_NAME
+from fused_dpo_engine.attention.plan import AttentionPlan, Segment, plan_attention
 from fused_dpo_engine.pairs import TokenPair
 from fused_dpo_engine.trainer import Summary
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
-from fused_dpo_engine.attention import packed_attention
+from fused_dpo_engine.attention.interface import packed_attention
+from fused_dpo_engine.attention.plan import AttentionPlan, Segment, plan_attention
 from fused_dpo_engine.errors import UnsupportedModelError
-from fused_dpo_engine.packing import AttentionPlan, Segment, plan_attention
 from fused_dpo_engine.support import attention_needs, check_packable
 from tests.engine.helpers import FAMILIES, IN_FLOAT32, REFUSED, tiny_config, tiny_model, unshared_plan
 

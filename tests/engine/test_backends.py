@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
-from fused_dpo_engine import attention_choice, attention_flex, attention_segments
 from fused_dpo_engine import policy as policy_module
-from fused_dpo_engine.attention import verify_backend
-from fused_dpo_engine.attention_call import AttentionCall, Backend
-from fused_dpo_engine.attention_choice import (
+from fused_dpo_engine.attention import choice as attention_choice
+from fused_dpo_engine.attention import flex as attention_flex
+from fused_dpo_engine.attention import segments as attention_segments
+from fused_dpo_engine.attention.call import AttentionCall, Backend
+from fused_dpo_engine.attention.choice import (
     ORDER,
     AttentionNeeds,
     available_backends,
@@ -29,13 +30,14 @@ from fused_dpo_engine.attention_choice import (
     load_backend,
     why_not,
 )
-from fused_dpo_engine.attention_flex import flex_backend
-from fused_dpo_engine.attention_segments import causal_attention, segment_attention
-from fused_dpo_engine.attention_varlen import flash_backend, torch_backend
+from fused_dpo_engine.attention.flex import flex_backend
+from fused_dpo_engine.attention.gather import gather_rows
+from fused_dpo_engine.attention.plan import AttentionPlan, Segment, plan_attention
+from fused_dpo_engine.attention.segments import causal_attention, segment_attention
+from fused_dpo_engine.attention.varlen import flash_backend, torch_backend
+from fused_dpo_engine.attention.verify import verify_backend
 from fused_dpo_engine.config import ModelOptions
 from fused_dpo_engine.errors import UnsupportedModelError, UserError
-from fused_dpo_engine.gather import gather_rows
-from fused_dpo_engine.packing import AttentionPlan, Segment, plan_attention
 from fused_dpo_engine.policy import attention_for
 from tests.engine import kernels_in_torch as kernels
 from tests.engine.helpers import eager_twin, gradients, own_logps, tiny_model, unshared_plan, worst_gradient_error
@@ -172,7 +174,7 @@ class TestFlex:
     def test_compiled(self, monkeypatch):
         """As on CUDA: a second softcap, such as that of a model after the comparison's, is no variable.
 
-        With heads 32 wide. Of heads 8 or 16 wide, torch's code for AVX2 is wrong (`fused_dpo_engine.attention_flex`).
+        With heads 32 wide. Of heads 8 or 16 wide, torch's code for AVX2 is wrong (`fused_dpo_engine.attention.flex`).
         """
         compiled = torch.compile(flex_attention)
         monkeypatch.setattr(attention_flex, "_flex", lambda _device: compiled)

@@ -9,8 +9,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fused_dpo_engine.attention_segments import segment_attention
-from fused_dpo_engine.attention_varlen import torch_backend
+from fused_dpo_engine.attention.segments import segment_attention
+from fused_dpo_engine.attention.varlen import torch_backend
 from fused_dpo_engine.packing import PackedBatch, pack
 from fused_dpo_engine.policy import Policy
 from tests.engine.helpers import gradients, make_pairs, tiny_model, worst_gradient_error

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fused_dpo_engine.packing import PackedBatch, Segment, pack, plan_attention
+from fused_dpo_engine.attention.plan import Segment, plan_attention
+from fused_dpo_engine.packing import PackedBatch, pack
 from fused_dpo_engine.padding import IGNORED, pad
 from fused_dpo_engine.pairs import TokenPair
 from tests.engine.helpers import any_pairs, make_pairs

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from fused_dpo_engine.packing import AttentionPlan
+from fused_dpo_engine.attention.plan import AttentionPlan
 
 
 class AttentionCall(NamedTuple):

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_dpo_engine.attention_call import AttentionCall, Backend
+from fused_dpo_engine.attention.call import AttentionCall, Backend
+from fused_dpo_engine.attention.gather import gather_rows
+from fused_dpo_engine.attention.plan import AttentionPlan
 from fused_dpo_engine.errors import UnsupportedModelError
-from fused_dpo_engine.gather import gather_rows
-from fused_dpo_engine.packing import AttentionPlan
 
 FLASH_MODULES = {
     "flash_attn_2": "flash_attn",

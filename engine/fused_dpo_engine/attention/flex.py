@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 
-from fused_dpo_engine.attention_call import AttentionCall, not_traced
-from fused_dpo_engine.packing import AttentionPlan
+from fused_dpo_engine.attention.call import AttentionCall, not_traced
+from fused_dpo_engine.attention.plan import AttentionPlan
 
 _masks: WeakKeyDictionary[AttentionPlan, dict[Any, BlockMask]] = WeakKeyDictionary()
 """Masks of the batches that are still in use, by window: the layers of a model share one or two."""
@@ -29,7 +29,7 @@ lengths. At torch's own limit of 8 it would go on uncompiled, with T² scores a 
 
 @not_traced
 def flex_backend(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, call: AttentionCall) -> Tensor:
-    """See `fused_dpo_engine.attention_call.Backend`.
+    """See `fused_dpo_engine.attention.call.Backend`.
 
     Memory: the mask is made from T² booleans (with a window T² int32 more) once a batch, and kept as a map of blocks.
     """

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fused_dpo_engine.attention_call import Backend
+from fused_dpo_engine.attention.call import Backend
 from fused_dpo_engine.errors import UserError
 
 ORDER = ("flash_attn_3", "flash_attn_4", "flash_attn_2", "varlen", "flex", "sdpa")
@@ -115,14 +115,14 @@ def load_backend(name: str) -> Backend:
         UserError: the package is there but cannot be imported.
     """
     if name == "sdpa":
-        from fused_dpo_engine.attention_segments import segment_attention
+        from fused_dpo_engine.attention.segments import segment_attention
 
         return segment_attention
     if name == "flex":
-        from fused_dpo_engine.attention_flex import flex_backend
+        from fused_dpo_engine.attention.flex import flex_backend
 
         return flex_backend
-    from fused_dpo_engine.attention_varlen import load_varlen
+    from fused_dpo_engine.attention.varlen import load_varlen
 
     try:
         return load_varlen(name)

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fused_dpo_engine.attention_call import AttentionCall, not_traced
-from fused_dpo_engine.packing import AttentionPlan
+from fused_dpo_engine.attention.call import AttentionCall, not_traced
+from fused_dpo_engine.attention.plan import AttentionPlan
 
 
 @not_traced

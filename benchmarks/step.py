@@ -38,7 +38,7 @@ from benchmarks.measure import compute_dtype, console, cuda_growth_mib, isolated
 from benchmarks.random_model import MIX, PREFIX
 from benchmarks.step_ways import OURS, Case, Outcome, OwnStep, true_logps
 from benchmarks.trl_step import TRL, TrlStep, absent
-from fused_dpo_engine.config import ModelOptions
+from fused_dpo_engine.config.options import ModelOptions
 from fused_dpo_engine.errors import first_line
 from fused_dpo_engine.loading import choose_device, dtype_warning
 

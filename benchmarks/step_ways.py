@@ -14,7 +14,7 @@ from benchmarks.random_model import PREFIX, build_random_policy
 from benchmarks.random_model import token_pairs as random_pairs
 from fused_dpo import DPOLoss, head_of
 from fused_dpo_engine.batches import PairBatch
-from fused_dpo_engine.config import LoraOptions, ModelOptions, PackingOptions
+from fused_dpo_engine.config.options import LoraOptions, ModelOptions, PackingOptions
 from fused_dpo_engine.data import read_rows
 from fused_dpo_engine.loading import load_tokenizer
 from fused_dpo_engine.metrics import SlotMetrics

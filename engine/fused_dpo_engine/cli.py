@@ -1,15 +1,12 @@
 """The command `fused-dpo`."""
 
-import dataclasses
 import difflib
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 USAGE = """usage: fused-dpo COMMAND [options]
 
@@ -95,7 +92,7 @@ def parse_train(arguments: Sequence[str]) -> Any:
             each other.
         SystemExit: unknown or malformed options, after a message (status 2), and --help (status 0).
     """
-    from fused_dpo_engine.config import TrainConfig
+    from fused_dpo_engine.config.commands import TrainConfig
 
     return _parse(
         TrainConfig,
@@ -111,7 +108,7 @@ def parse_plan(arguments: Sequence[str]) -> Any:
     Raises:
         UserError, SystemExit: as in `parse_train`.
     """
-    from fused_dpo_engine.config import PlanConfig
+    from fused_dpo_engine.config.commands import PlanConfig
 
     return _parse(
         PlanConfig,
@@ -123,6 +120,8 @@ def parse_plan(arguments: Sequence[str]) -> Any:
 
 def _parse(config: type, program: str, description: str, arguments: Sequence[str]) -> Any:
     import tyro
+
+    from fused_dpo_engine.config.files import arguments_of_file
 
     rest: list[str] = []
     from_files: list[str] = []
@@ -144,82 +143,6 @@ def _parse(config: type, program: str, description: str, arguments: Sequence[str
         args=from_files + rest,
         config=(tyro.conf.OmitArgPrefixes,),
     )
-
-
-def arguments_of_file(path: str, config: type) -> list[str]:
-    """The settings of a YAML (or JSON) file as command-line options, less what `config` lacks.
-
-    Raises:
-        UserError: no such file, no mapping in it, names that no configuration knows, or values of another type.
-    """
-    import yaml
-
-    from fused_dpo_engine.config import TrainConfig
-    from fused_dpo_engine.errors import UserError
-
-    if not path or not Path(path).is_file():
-        raise UserError(f"--config needs an existing YAML file, got {path!r}.")
-    try:
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"{path} must hold `name: value` lines, got {type(settings).__name__}.")
-    taken, known = _option_types(config), _option_types(TrainConfig)
-    arguments: list[str] = []
-    for name, value in settings.items():
-        key = str(name).replace("-", "_")
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            raise UserError(f"{path}: unknown option {name!r}" + (f"; did you mean {close[0]}?" if close else "."))
-        if key not in taken:
-            continue
-        wanted = _unfit(value, known[key])
-        if wanted:
-            raise UserError(f"{path}: {name} must be {wanted}, got {value!r}.")
-        option = f"--{key.replace('_', '-')}"
-        if isinstance(value, bool):
-            arguments.append(option if value else f"--no-{option[2:]}")
-        elif isinstance(value, (list, tuple)):
-            arguments += [option, *map(str, value)]
-        elif value is not None:
-            arguments += [option, str(value)]
-    return arguments
-
-
-def _option_types(config: Any) -> dict[str, Any]:
-    types: dict[str, Any] = {}
-    for field in dataclasses.fields(config):
-        types |= _option_types(field.type) if dataclasses.is_dataclass(field.type) else {field.name: field.type}
-    return types
-
-
-def _unfit(value: Any, kind: Any) -> str:
-    """What a value of a file should have been, for an option of this type; empty if it is that."""
-    if value is None:  # the default
-        return ""
-    if get_origin(kind) is UnionType:  # something | None
-        kind = get_args(kind)[0]
-    parts = get_args(kind)
-    if get_origin(kind) is tuple:
-        items = value if isinstance(value, list) else [value]
-        return "a list of texts" if any(_unfit(item, parts[0]) for item in items) else ""
-    if get_origin(kind) is Literal:
-        return "" if value in parts else f"one of {', '.join(parts)}"
-    if kind is bool:
-        return "" if isinstance(value, bool) else "true or false"
-    if kind is str:
-        return "a text" if isinstance(value, (bool, dict, list)) else ""
-    return "" if _is_number(value, kind) else "a whole number" if kind is int else "a number"
-
-
-def _is_number(value: Any, kind: type) -> bool:
-    """Whether the text of the value reads as one; YAML takes 5e-7 for a text."""
-    try:
-        kind(str(value))
-    except ValueError:
-        return False
-    return not isinstance(value, bool)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import transformers
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from fused_dpo_engine.config import DataOptions, ModelOptions, PackingOptions
+from fused_dpo_engine.config.options import DataOptions, ModelOptions, PackingOptions
 from fused_dpo_engine.data import read_rows
 from fused_dpo_engine.errors import UserError, first_line
 from fused_dpo_engine.loading import check_source, no_such_folder

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from fused_dpo import head_of
 from fused_dpo.hardware import has_bf16_units
 from fused_dpo_engine.attention.interface import ATTENTION_NAME
-from fused_dpo_engine.config import ModelOptions
+from fused_dpo_engine.config.options import ModelOptions
 from fused_dpo_engine.errors import UserError, first_line
 from fused_dpo_engine.support import backbone_of, check_packable
 

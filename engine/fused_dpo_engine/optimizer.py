@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from fused_dpo_engine.config import OptimizerOptions
+from fused_dpo_engine.config.options import OptimizerOptions
 
 
 def learning_rate_factor(step: int, total: int, warmup: int, schedule: str) -> float:

@@ -8,7 +8,8 @@ import numpy as np
 from rich.console import Console, Group
 from rich.table import Table
 
-from fused_dpo_engine.config import PackingOptions, PlanConfig, RunOptions
+from fused_dpo_engine.config.commands import PlanConfig
+from fused_dpo_engine.config.options import PackingOptions, RunOptions
 from fused_dpo_engine.inputs import choose_max_length, load_pairs
 from fused_dpo_engine.loading import load_tokenizer
 from fused_dpo_engine.pairs import TokenPair

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from fused_dpo_engine.batches import PairBatch
-from fused_dpo_engine.config import PackingOptions
+from fused_dpo_engine.config.options import PackingOptions
 from fused_dpo_engine.packing import pack
 from fused_dpo_engine.padding import pad
 from fused_dpo_engine.pairs import TokenPair

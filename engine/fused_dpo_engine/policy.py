@@ -18,7 +18,7 @@ from fused_dpo_engine.attention.choice import available_backends, candidates, lo
 from fused_dpo_engine.attention.gather import gather_rows
 from fused_dpo_engine.attention.verify import verify_backend
 from fused_dpo_engine.batches import PairBatch
-from fused_dpo_engine.config import LoraOptions, ModelOptions
+from fused_dpo_engine.config.options import LoraOptions, ModelOptions
 from fused_dpo_engine.errors import UserError, first_line
 from fused_dpo_engine.liger import apply_liger
 from fused_dpo_engine.loading import choose_dtype, load_model

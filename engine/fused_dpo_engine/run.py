@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fused_dpo.losses import loss_spec, needs_reference
-from fused_dpo_engine.config import LoraOptions, ModelOptions, TrainConfig
+from fused_dpo_engine.config.commands import TrainConfig
+from fused_dpo_engine.config.options import LoraOptions, ModelOptions
 from fused_dpo_engine.errors import UserError
 from fused_dpo_engine.inputs import choose_max_length, load_pairs
 from fused_dpo_engine.loading import choose_device, choose_dtype, dtype_warning, load_tokenizer

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from fused_dpo import DPOLoss, LossOutput
 from fused_dpo_engine.batches import PairBatch
 from fused_dpo_engine.checkpoint import save_model
-from fused_dpo_engine.config import TrainConfig
+from fused_dpo_engine.config.commands import TrainConfig
 from fused_dpo_engine.errors import TrainingDivergedError
 from fused_dpo_engine.metrics import MetricsWriter, PairMetrics, SlotMetrics, peak_memory_gib
 from fused_dpo_engine.optimizer import build_optimizer

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from fused_dpo_engine.config import PackingOptions, RunOptions
+from fused_dpo_engine.config.options import PackingOptions, RunOptions
 from fused_dpo_engine.data import Row
 from fused_dpo_engine.pairs import TokenPair
 from fused_dpo_engine.policy import Policy, SequenceLogps

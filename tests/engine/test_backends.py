@@ -36,7 +36,7 @@ from fused_dpo_engine.attention.plan import AttentionPlan, Segment, plan_attenti
 from fused_dpo_engine.attention.segments import causal_attention, segment_attention
 from fused_dpo_engine.attention.varlen import flash_backend, torch_backend
 from fused_dpo_engine.attention.verify import verify_backend
-from fused_dpo_engine.config import ModelOptions
+from fused_dpo_engine.config.options import ModelOptions
 from fused_dpo_engine.errors import UnsupportedModelError, UserError
 from fused_dpo_engine.policy import attention_for
 from tests.engine import kernels_in_torch as kernels

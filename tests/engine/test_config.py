@@ -9,7 +9,8 @@ import pytest
 
 from fused_dpo.losses import LOSS_TYPES
 from fused_dpo_engine.cli import parse_plan, parse_train
-from fused_dpo_engine.config import LossOptions, TrainConfig
+from fused_dpo_engine.config.commands import TrainConfig
+from fused_dpo_engine.config.options import LossOptions
 from fused_dpo_engine.errors import UserError
 from tests.engine.helpers import options
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from fused_dpo_engine.config import LoraOptions, ModelOptions
+from fused_dpo_engine.config.options import LoraOptions, ModelOptions
 from fused_dpo_engine.errors import UserError
 from fused_dpo_engine.liger import apply_liger
 from fused_dpo_engine.policy import build_policy

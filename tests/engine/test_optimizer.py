@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fused_dpo_engine.config import OptimizerOptions
+from fused_dpo_engine.config.options import OptimizerOptions
 from fused_dpo_engine.optimizer import build_optimizer, learning_rate_factor
 
 SCHEDULES = ("linear", "cosine", "constant")

@@ -9,7 +9,7 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from fused_dpo_engine.cli import main, parse_plan, parse_train
-from fused_dpo_engine.config import PackingOptions, RunOptions
+from fused_dpo_engine.config.options import PackingOptions, RunOptions
 from fused_dpo_engine.data import read_rows
 from fused_dpo_engine.errors import UserError
 from fused_dpo_engine.packing import pack

@@ -10,7 +10,7 @@ from transformers import AttentionInterface
 
 from fused_dpo import fused_token_logps
 from fused_dpo_engine.attention.interface import ATTENTION_NAME, packed_attention
-from fused_dpo_engine.config import LoraOptions, ModelOptions, PackingOptions
+from fused_dpo_engine.config.options import LoraOptions, ModelOptions, PackingOptions
 from fused_dpo_engine.errors import UserError
 from fused_dpo_engine.packing import pack
 from fused_dpo_engine.padding import PaddedBatch, pad

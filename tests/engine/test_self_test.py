@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fused_dpo_engine.attention.interface import ATTENTION_NAME, packed_attention
-from fused_dpo_engine.config import LoraOptions, ModelOptions, PackingOptions
+from fused_dpo_engine.config.options import LoraOptions, ModelOptions, PackingOptions
 from fused_dpo_engine.errors import UserError
 from fused_dpo_engine.packing import pack
 from fused_dpo_engine.policy import Policy, build_policy

@@ -18,7 +18,7 @@ from benchmarks.random_model import build_random_policy, token_pairs
 from benchmarks.step import WAYS, build_step, compare, examine, gpu_rows, step_cases
 from benchmarks.step_ways import OURS, Case, OwnStep, Way, true_logps
 from fused_dpo import head_of
-from fused_dpo_engine.config import ModelOptions
+from fused_dpo_engine.config.options import ModelOptions
 from tests.engine.helpers import toy_rows, write_rows
 
 ROOT = Path(__file__).parents[2]

@@ -1,21 +1,18 @@
-"""Every setting of a training run: one dataclass a group, one docstring a field, checked where it is made."""
+"""The groups of options: one dataclass a group, one docstring a field, checked where it is made."""
 
-import dataclasses
-import json
 import math
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from fused_dpo import DPOLoss
-from fused_dpo.losses import needs_reference
 from fused_dpo_engine.errors import UserError
 
 BestMetric = Literal["eval_loss", "eval_rewards/accuracies", "eval_rewards/margins"]
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+    """Raise UserError with the message unless the condition holds."""
     if not condition:
         raise UserError(message)
 
@@ -60,7 +57,7 @@ class ModelOptions:
 
     def __post_init__(self) -> None:
         _expand_home(self, "model", "ref_model")
-        _require(self.workspace_mib >= 1, f"workspace-mib must be at least 1 (MiB), got {self.workspace_mib}.")
+        require(self.workspace_mib >= 1, f"workspace-mib must be at least 1 (MiB), got {self.workspace_mib}.")
 
 
 @dataclass(frozen=True)
@@ -75,12 +72,12 @@ class LoraOptions:
     """Names of the modules to adapt; all-linear: every linear layer but the head."""
 
     def __post_init__(self) -> None:
-        _require(self.lora_rank >= 0, f"lora-rank must be 0 (off) or positive, got {self.lora_rank}.")
-        _require(
+        require(self.lora_rank >= 0, f"lora-rank must be 0 (off) or positive, got {self.lora_rank}.")
+        require(
             self.lora_alpha is None or 0 < self.lora_alpha < math.inf,
             f"lora-alpha must be positive and finite, got {self.lora_alpha}.",
         )
-        _require(
+        require(
             self.lora_alpha is None or self.lora_rank > 0,
             "lora-alpha scales adapters: give --lora-rank too, or leave it out.",
         )
@@ -114,15 +111,15 @@ class DataOptions:
     def __post_init__(self) -> None:
         _expand_home(self, "chat_template")
         for name in ("data", "eval_data"):
-            _require(
+            require(
                 getattr(self, name) != "", f"{name.replace('_', '-')} must name a file, folder or data set, got ''."
             )
-        _require(0 <= self.eval_fraction < 1, f"eval-fraction must lie in [0, 1), got {self.eval_fraction}.")
-        _require(
+        require(0 <= self.eval_fraction < 1, f"eval-fraction must lie in [0, 1), got {self.eval_fraction}.")
+        require(
             not (self.eval_data and self.eval_fraction),
             "eval-data and eval-fraction both say what to hold out; give one of them.",
         )
-        _require(
+        require(
             self.max_length is None or self.max_length >= 2,
             f"max-length must be at least 2 (tokens), got {self.max_length}.",
         )
@@ -152,7 +149,7 @@ class LossOptions:
             self.module()
         except ValueError as error:
             raise UserError(str(error)) from None
-        _require(self.ld_alpha is None or 0 <= self.ld_alpha <= 1, f"ld-alpha must lie in [0, 1], got {self.ld_alpha}.")
+        require(self.ld_alpha is None or 0 <= self.ld_alpha <= 1, f"ld-alpha must lie in [0, 1], got {self.ld_alpha}.")
 
     def module(self) -> DPOLoss:
         """The loss these options describe."""
@@ -183,15 +180,13 @@ class OptimizerOptions:
     """Clip the gradient to this 2-norm; 0 does not clip."""
 
     def __post_init__(self) -> None:
-        _require(0 < self.learning_rate < math.inf, f"learning-rate must be positive, got {self.learning_rate}.")
+        require(0 < self.learning_rate < math.inf, f"learning-rate must be positive, got {self.learning_rate}.")
         for name, beta in (("adam-beta1", self.adam_beta1), ("adam-beta2", self.adam_beta2)):
-            _require(0 <= beta < 1, f"{name} must lie in [0, 1), got {beta}.")
-        _require(
-            0 < self.adam_epsilon < math.inf, f"adam-epsilon must be positive and finite, got {self.adam_epsilon}."
-        )
-        _require(0 <= self.warmup_ratio <= 1, f"warmup-ratio must lie in [0, 1], got {self.warmup_ratio}.")
-        _require(self.max_grad_norm >= 0, f"max-grad-norm must not be negative, got {self.max_grad_norm}.")
-        _require(
+            require(0 <= beta < 1, f"{name} must lie in [0, 1), got {beta}.")
+        require(0 < self.adam_epsilon < math.inf, f"adam-epsilon must be positive and finite, got {self.adam_epsilon}.")
+        require(0 <= self.warmup_ratio <= 1, f"warmup-ratio must lie in [0, 1], got {self.warmup_ratio}.")
+        require(self.max_grad_norm >= 0, f"max-grad-norm must not be negative, got {self.max_grad_norm}.")
+        require(
             0 <= self.weight_decay < math.inf,
             f"weight-decay must not be negative, and finite, got {self.weight_decay}.",
         )
@@ -218,7 +213,7 @@ class PackingOptions:
         least = {"tokens_per_batch": 4, "batches_per_step": 1, "plan_window": 1}
         for name, least_value in least.items():
             value = getattr(self, name)
-            _require(
+            require(
                 value is None or value >= least_value,
                 f"{name.replace('_', '-')} must be at least {least_value}, got {value}.",
             )
@@ -254,92 +249,8 @@ class RunOptions:
     def __post_init__(self) -> None:
         for name, least in (("pairs_per_step", 1), ("eval_steps", 0), ("save_steps", 0)):
             value = getattr(self, name)
-            _require(value >= least, f"{name.replace('_', '-')} must be at least {least}, got {value}.")
-        _require(self.max_steps is None or self.max_steps >= 1, f"max-steps must be at least 1, got {self.max_steps}.")
-        _require(0 < self.epochs < math.inf, f"epochs must be positive and finite, got {self.epochs}.")
-        _require(0 <= self.seed < 2**63, f"seed must lie in [0, 2^63), got {self.seed}.")
-        _require(self.early_stopping_patience >= 0, "early-stopping-patience must not be negative.")
-
-
-def _require_room(data: DataOptions, packing: PackingOptions) -> None:
-    _require(
-        data.max_length is None or 2 * data.max_length <= packing.tokens_per_batch,
-        f"a pair takes up to 2 x max-length = {2 * (data.max_length or 0)} tokens, more than tokens-per-batch = "
-        f"{packing.tokens_per_batch}; raise the one or lower the other.",
-    )
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Train a language model on preference pairs by Direct Preference Optimization."""
-
-    model: ModelOptions
-    lora: LoraOptions
-    data: DataOptions
-    loss: LossOptions
-    optimizer: OptimizerOptions
-    packing: PackingOptions
-    run: RunOptions
-
-    def __post_init__(self) -> None:
-        run, data = self.run, self.data
-        _require_room(data, self.packing)
-        has_eval = bool(data.eval_data or data.eval_fraction)
-        _require(
-            has_eval or not (run.eval_steps or run.early_stopping_patience),
-            "eval-steps and early-stopping-patience need held-out pairs: give --eval-data or --eval-fraction.",
-        )
-        _require(
-            not run.early_stopping_patience or run.eval_steps > 0,
-            "early-stopping-patience counts evaluations during training: give --eval-steps too.",
-        )
-        _require(
-            not (self.lora.lora_rank and self.model.ref_model),
-            "with LoRA the reference is the model with its adapters off; leave out --ref-model.",
-        )
-        _require(
-            not self.model.ref_model or needs_reference(self.loss.loss_type),
-            f"{self.loss.loss_type} takes no reference; leave out --ref-model, or give another --loss-type.",
-        )
-        _require(
-            has_eval or run.best_metric == "eval_loss",
-            "best-metric looks at held-out pairs: give --eval-data or --eval-fraction, or leave it out.",
-        )
-        _require(
-            self.packing.packing or self.model.attention == "auto",
-            "without packing the model takes its own attention; leave out --attention, or give --attention auto.",
-        )
-
-    def flat(self) -> dict[str, Any]:
-        """All settings by their option names (underscores for dashes); readable as a --config file."""
-        return {key: value for group in vars(self).values() for key, value in dataclasses.asdict(group).items()}
-
-    def save(self, path: Path) -> None:
-        """Write the settings as JSON."""
-        path.write_text(json.dumps(self.flat(), indent=2) + "\n", encoding="utf-8")
-
-
-@dataclass(frozen=True)
-class PlanConfig:
-    """Plan the forward passes over preference pairs, and print what they take, without loading a model."""
-
-    model: str
-    """Folder or Hugging Face name of the model whose tokenizer makes the tokens."""
-    data: DataOptions
-    packing: PackingOptions
-    pairs_per_step: int = 16
-    """Pairs per optimizer step."""
-    seed: int = 0
-    """Seed of the order of pairs and the held-out split."""
-    trust_remote_code: bool = False
-    """Run code that comes with the model. Only for models you trust."""
-
-    def __post_init__(self) -> None:
-        _require(self.pairs_per_step >= 1, f"pairs-per-step must be at least 1, got {self.pairs_per_step}.")
-        _require(0 <= self.seed < 2**63, f"seed must lie in [0, 2^63), got {self.seed}.")
-        _require_room(self.data, self.packing)
-
-    @property
-    def model_options(self) -> ModelOptions:
-        """The model, as functions that load one take it."""
-        return ModelOptions(model=self.model, trust_remote_code=self.trust_remote_code)
+            require(value >= least, f"{name.replace('_', '-')} must be at least {least}, got {value}.")
+        require(self.max_steps is None or self.max_steps >= 1, f"max-steps must be at least 1, got {self.max_steps}.")
+        require(0 < self.epochs < math.inf, f"epochs must be positive and finite, got {self.epochs}.")
+        require(0 <= self.seed < 2**63, f"seed must lie in [0, 2^63), got {self.seed}.")
+        require(self.early_stopping_patience >= 0, "early-stopping-patience must not be negative.")

@@ -1,0 +1,103 @@
+"""What each command takes: groups of options, checked against each other."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fused_dpo.losses import needs_reference
+from fused_dpo_engine.config.options import (
+    DataOptions,
+    LoraOptions,
+    LossOptions,
+    ModelOptions,
+    OptimizerOptions,
+    PackingOptions,
+    RunOptions,
+    require,
+)
+
+
+def _require_room(data: DataOptions, packing: PackingOptions) -> None:
+    require(
+        data.max_length is None or 2 * data.max_length <= packing.tokens_per_batch,
+        f"a pair takes up to 2 x max-length = {2 * (data.max_length or 0)} tokens, more than tokens-per-batch = "
+        f"{packing.tokens_per_batch}; raise the one or lower the other.",
+    )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a language model on preference pairs by Direct Preference Optimization."""
+
+    model: ModelOptions
+    lora: LoraOptions
+    data: DataOptions
+    loss: LossOptions
+    optimizer: OptimizerOptions
+    packing: PackingOptions
+    run: RunOptions
+
+    def __post_init__(self) -> None:
+        run, data = self.run, self.data
+        _require_room(data, self.packing)
+        has_eval = bool(data.eval_data or data.eval_fraction)
+        require(
+            has_eval or not (run.eval_steps or run.early_stopping_patience),
+            "eval-steps and early-stopping-patience need held-out pairs: give --eval-data or --eval-fraction.",
+        )
+        require(
+            not run.early_stopping_patience or run.eval_steps > 0,
+            "early-stopping-patience counts evaluations during training: give --eval-steps too.",
+        )
+        require(
+            not (self.lora.lora_rank and self.model.ref_model),
+            "with LoRA the reference is the model with its adapters off; leave out --ref-model.",
+        )
+        require(
+            not self.model.ref_model or needs_reference(self.loss.loss_type),
+            f"{self.loss.loss_type} takes no reference; leave out --ref-model, or give another --loss-type.",
+        )
+        require(
+            has_eval or run.best_metric == "eval_loss",
+            "best-metric looks at held-out pairs: give --eval-data or --eval-fraction, or leave it out.",
+        )
+        require(
+            self.packing.packing or self.model.attention == "auto",
+            "without packing the model takes its own attention; leave out --attention, or give --attention auto.",
+        )
+
+    def flat(self) -> dict[str, Any]:
+        """All settings by their option names (underscores for dashes); readable as a --config file."""
+        return {key: value for group in vars(self).values() for key, value in dataclasses.asdict(group).items()}
+
+    def save(self, path: Path) -> None:
+        """Write the settings as JSON."""
+        path.write_text(json.dumps(self.flat(), indent=2) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """Plan the forward passes over preference pairs, and print what they take, without loading a model."""
+
+    model: str
+    """Folder or Hugging Face name of the model whose tokenizer makes the tokens."""
+    data: DataOptions
+    packing: PackingOptions
+    pairs_per_step: int = 16
+    """Pairs per optimizer step."""
+    seed: int = 0
+    """Seed of the order of pairs and the held-out split."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model. Only for models you trust."""
+
+    def __post_init__(self) -> None:
+        require(self.pairs_per_step >= 1, f"pairs-per-step must be at least 1, got {self.pairs_per_step}.")
+        require(0 <= self.seed < 2**63, f"seed must lie in [0, 2^63), got {self.seed}.")
+        _require_room(self.data, self.packing)
+
+    @property
+    def model_options(self) -> ModelOptions:
+        """The model, as functions that load one take it."""
+        return ModelOptions(model=self.model, trust_remote_code=self.trust_remote_code)

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from benchmarks.replay import LENGTHS, replay
 from fused_dpo_engine.attention.interface import ATTENTION_NAME
 from fused_dpo_engine.config.options import ModelOptions
+from fused_dpo_engine.data.pairs import TokenPair
 from fused_dpo_engine.loading import choose_dtype
-from fused_dpo_engine.pairs import TokenPair
 from fused_dpo_engine.policy import Policy, attention_for
 
 PREFIX = "random:"

@@ -10,7 +10,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from examples import demo, smollm2
-from fused_dpo_engine.data import parse_row, read_rows
+from fused_dpo_engine.data.formats import parse_row
+from fused_dpo_engine.data.sources import read_rows
 
 ROOT = Path(__file__).parents[1]
 

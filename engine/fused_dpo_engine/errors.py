@@ -17,3 +17,11 @@ def first_line(error: BaseException) -> str:
     """An error's message as one sentence."""
     line = str(error).strip().split("\n")[0]
     return line if line.endswith(".") else f"{line}."
+
+
+class DataError(UserError):
+    """What a user can put right in the data or its settings; `reason` is the short label it is counted under."""
+
+    def __init__(self, message: str, *, reason: str = "unusable"):
+        super().__init__(message)
+        self.reason = reason

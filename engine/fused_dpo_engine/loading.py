@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from fused_dpo import head_of
 from fused_dpo.hardware import has_bf16_units
 from fused_dpo_engine.attention.interface import ATTENTION_NAME
-from fused_dpo_engine.config.options import ModelOptions
+from fused_dpo_engine.config.options import DataOptions, ModelOptions, PackingOptions
 from fused_dpo_engine.errors import UserError, first_line
 from fused_dpo_engine.support import backbone_of, check_packable
 
@@ -146,3 +146,26 @@ def check_source(name: str) -> None:
 def no_such_folder(name: str) -> str:
     """For the message where loading failed: a mistyped folder looks like a name on the Hub."""
     return f"there is no such folder {name}, nor could the Hub help: " if not Path(name).is_dir() else ""
+
+
+def choose_max_length(model: ModelOptions, data: DataOptions, packing: PackingOptions) -> int:
+    """The longest sequence that `--max-length` means with this model.
+
+    Raises:
+        UserError: there is no such model, it has no configuration, or fewer positions.
+    """
+    check_source(model.model)
+    try:
+        config = AutoConfig.from_pretrained(model.model, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"no model configuration could be read from {model.model}: {no_such_folder(model.model)}{first_line(error)}"
+        ) from error
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or packing.tokens_per_batch
+    max_length = data.max_length or min(packing.tokens_per_batch // 2, longest)
+    if max_length > longest:
+        raise UserError(
+            f"max-length {max_length} exceeds the {longest} positions that {model.model} has; give --max-length "
+            f"{longest} or less."
+        )
+    return max_length

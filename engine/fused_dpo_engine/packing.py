@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fused_dpo_engine.attention.interface.plan import AttentionPlan, Segment, offsets_of, plan_attention
 from fused_dpo_engine.batches import PairBatch
-from fused_dpo_engine.pairs import TokenPair
+from fused_dpo_engine.data.pairs import TokenPair
 from fused_dpo_engine.sharing import place_sequences
 
 

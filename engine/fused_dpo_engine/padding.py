@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_dpo_engine.batches import PairBatch
-from fused_dpo_engine.pairs import TokenPair
+from fused_dpo_engine.data.pairs import TokenPair
 
 IGNORED = -100
 

@@ -10,9 +10,9 @@ from rich.table import Table
 
 from fused_dpo_engine.config.commands import PlanConfig
 from fused_dpo_engine.config.options import PackingOptions, RunOptions
-from fused_dpo_engine.inputs import choose_max_length, load_pairs
-from fused_dpo_engine.loading import load_tokenizer
-from fused_dpo_engine.pairs import TokenPair
+from fused_dpo_engine.data.load import load_pairs
+from fused_dpo_engine.data.pairs import TokenPair
+from fused_dpo_engine.loading import choose_max_length, load_tokenizer
 from fused_dpo_engine.planning import count_slots
 from fused_dpo_engine.schedule import Schedule
 

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 from fused_dpo_engine.batches import PairBatch
 from fused_dpo_engine.config.options import PackingOptions
+from fused_dpo_engine.data.pairs import TokenPair, prompt_groups
 from fused_dpo_engine.packing import pack
 from fused_dpo_engine.padding import pad
-from fused_dpo_engine.pairs import TokenPair
-from fused_dpo_engine.sharing import place_sequences, prompt_groups, shared_length
+from fused_dpo_engine.sharing import place_sequences, shared_length
 
 
 class PlannedBatch(NamedTuple):

@@ -8,9 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from fused_dpo_engine.config.options import PackingOptions, RunOptions
-from fused_dpo_engine.pairs import TokenPair
+from fused_dpo_engine.data.pairs import TokenPair, prompt_groups
 from fused_dpo_engine.planning import PlannedBatch, count_slots, plan_pairs
-from fused_dpo_engine.sharing import prompt_groups
 
 
 class Step(NamedTuple):

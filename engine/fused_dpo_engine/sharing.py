@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fused_dpo_engine.pairs import TokenPair
+from fused_dpo_engine.data.pairs import TokenPair, common_prefix, prompt_groups
 
 
 class Placement(NamedTuple):
@@ -26,28 +26,12 @@ class Placement(NamedTuple):
         return len(self.ids) - self.shared
 
 
-def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
-    """Length of the longest common prefix of two token sequences."""
-    length = min(len(a), len(b))
-    different = a[:length] != b[:length]
-    first = int(different.argmax()) if length else 0
-    return first if length and different[first] else length
-
-
 def shared_length(trunk: np.ndarray, ids: np.ndarray) -> int:
     """Tokens of `ids` that need not be computed beside `trunk`: the common prefix, at least one token left over.
 
     What is left has to hold at least one row, as an attention segment without queries is none.
     """
     return min(common_prefix(trunk, ids), len(ids) - 1)
-
-
-def prompt_groups(pairs: Sequence[TokenPair], indices: Sequence[int]) -> list[list[int]]:
-    """The indices grouped by the tokens of their prompts, groups and members in the order given."""
-    groups: dict[bytes, list[int]] = {}
-    for index in indices:
-        groups.setdefault(pairs[index].prompt_key, []).append(index)
-    return list(groups.values())
 
 
 def place_sequences(pairs: Sequence[TokenPair], indices: Sequence[int], *, share: bool) -> list[Placement]:

@@ -10,7 +10,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from fused_dpo_engine.data import DataError, Row, bad_row, parse_row, read_rows
+from fused_dpo_engine.data.formats import Row, bad_row, parse_row
+from fused_dpo_engine.data.sources import read_rows
+from fused_dpo_engine.errors import DataError
 from tests.engine.helpers import PREFERENCES, assistant, user
 
 REAL_FILES = {

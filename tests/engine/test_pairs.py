@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fused_dpo_engine.data import DataError
-from fused_dpo_engine.pairs import TokenPair, split_pairs
+from fused_dpo_engine.data.pairs import TokenPair, split_pairs
+from fused_dpo_engine.errors import DataError
 
 
 class TestSplit:

@@ -9,7 +9,7 @@ import pytest
 
 from fused_dpo_engine.cli import parse_train
 from fused_dpo_engine.config.options import PackingOptions, RunOptions
-from fused_dpo_engine.pairs import TokenPair
+from fused_dpo_engine.data.pairs import TokenPair
 from fused_dpo_engine.schedule import Schedule
 from tests.engine.helpers import make_pairs, options
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from fused_dpo_engine import tokenization
-from fused_dpo_engine.data import DataError
-from fused_dpo_engine.tokenization import tokenize_pairs
+from fused_dpo_engine.data import tokenization
+from fused_dpo_engine.data.tokenization import tokenize_pairs
+from fused_dpo_engine.errors import DataError
 from tests.engine.helpers import CHATML, assistant, user
 from tests.engine.tokenization_helpers import (
     bpe_tokenizer,

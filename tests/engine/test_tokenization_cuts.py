@@ -6,8 +6,9 @@ import logging
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from fused_dpo_engine.data import DataError, read_rows
-from fused_dpo_engine.tokenization import tokenize_pairs
+from fused_dpo_engine.data.sources import read_rows
+from fused_dpo_engine.data.tokenization import tokenize_pairs
+from fused_dpo_engine.errors import DataError
 from tests.engine.tokenization_helpers import (
     assert_sound,
     bpe_tokenizer,

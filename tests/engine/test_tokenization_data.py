@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from fused_dpo_engine.data import read_rows
-from fused_dpo_engine.tokenization import tokenize_pairs
+from fused_dpo_engine.data.sources import read_rows
+from fused_dpo_engine.data.tokenization import tokenize_pairs
 from tests.engine.helpers import CHATML, PREFERENCES, TOKENIZERS, assistant, user
 from tests.engine.tokenization_helpers import (
     assert_sound,

@@ -6,8 +6,8 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from fused_dpo_engine.data import Row
-from fused_dpo_engine.tokenization import tokenize_pairs
+from fused_dpo_engine.data.formats import Row
+from fused_dpo_engine.data.tokenization import tokenize_pairs
 from tests.engine.helpers import CHATML
 
 

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, cast
 import jinja2
 import numpy as np
 
-from fused_dpo_engine.data import DataError, Message, Preference, Row, bad_row, parse_row
-from fused_dpo_engine.pairs import TokenizationReport, TokenizedPairs, TokenPair, length_statistics
+from fused_dpo_engine.data.formats import Message, Preference, Row, bad_row, parse_row
+from fused_dpo_engine.data.pairs import TokenizationReport, TokenizedPairs, TokenPair, common_prefix, length_statistics
+from fused_dpo_engine.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -238,21 +239,15 @@ def _without_ending(ids: np.ndarray, ending: list[int]) -> np.ndarray:
     return ids[: -len(ending)] if ending and ids[-len(ending) :].tolist() == ending else ids
 
 
-def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
-    shorter = min(len(a), len(b))
-    differs = np.flatnonzero(a[:shorter] != b[:shorter])
-    return int(differs[0]) if len(differs) else shorter
-
-
 def _find_boundary(ids: list[np.ndarray], where: str) -> tuple[TokenPair, bool]:
     """The pair, and whether its prompt, tokenized alone, is more than what both sequences begin with."""
     chosen, rejected = ids[:2]
     if np.array_equal(chosen, rejected):
         what = '"chosen" and "rejected" become the same tokens'
         raise bad_row(where, what, "identical after tokenization")
-    common, merged = _common_prefix(chosen, rejected), False
+    common, merged = common_prefix(chosen, rejected), False
     if len(ids) == 3:
-        common = min(common, _common_prefix(chosen, ids[2]))
+        common = min(common, common_prefix(chosen, ids[2]))
         merged = common < len(ids[2])
     # A response that is empty, or that the other one begins with, still needs a token to score.
     prompt_length = min(common, len(chosen) - 1, len(rejected) - 1)

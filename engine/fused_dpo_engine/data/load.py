@@ -2,39 +2,14 @@
 
 from pathlib import Path
 
-import transformers
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from fused_dpo_engine.config.options import DataOptions, ModelOptions, PackingOptions
-from fused_dpo_engine.data import read_rows
-from fused_dpo_engine.errors import UserError, first_line
-from fused_dpo_engine.loading import check_source, no_such_folder
-from fused_dpo_engine.pairs import TokenizedPairs, TokenPair, split_pairs
-from fused_dpo_engine.tokenization import tokenize_pairs
-
-
-def choose_max_length(model: ModelOptions, data: DataOptions, packing: PackingOptions) -> int:
-    """The longest sequence that `--max-length` means with this model.
-
-    Raises:
-        UserError: there is no such model, it has no configuration, or fewer positions.
-    """
-    check_source(model.model)
-    try:
-        config = transformers.AutoConfig.from_pretrained(model.model, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"no model configuration could be read from {model.model}: {no_such_folder(model.model)}{first_line(error)}"
-        ) from error
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or packing.tokens_per_batch
-    max_length = data.max_length or min(packing.tokens_per_batch // 2, longest)
-    if max_length > longest:
-        raise UserError(
-            f"max-length {max_length} exceeds the {longest} positions that {model.model} has; give --max-length "
-            f"{longest} or less."
-        )
-    return max_length
+from fused_dpo_engine.config.options import DataOptions
+from fused_dpo_engine.data.pairs import TokenizedPairs, TokenPair, split_pairs
+from fused_dpo_engine.data.sources import read_rows
+from fused_dpo_engine.data.tokenization import tokenize_pairs
+from fused_dpo_engine.errors import UserError
 
 
 def load_pairs(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fused_dpo_engine.data import DataError
+from fused_dpo_engine.errors import DataError
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -122,9 +122,7 @@ def split_pairs(pairs: Sequence[TokenPair], fraction: float, seed: int) -> tuple
     """
     if not 0 < fraction < 1:
         raise DataError(f"the held-out fraction must be between 0 and 1, got {fraction}")
-    groups: dict[bytes, list[int]] = {}
-    for index, pair in enumerate(pairs):
-        groups.setdefault(pair.prompt_key, []).append(index)
+    groups = {pairs[group[0]].prompt_key: group for group in prompt_groups(pairs, range(len(pairs)))}
     if len(groups) < 2:
         raise DataError(
             f"holding out pairs needs at least two different prompts, got {len(groups)} in {len(pairs)} pairs; "
@@ -149,3 +147,19 @@ def length_statistics(lengths: Iterable[int]) -> LengthStatistics:
     """Statistics of at least one length."""
     values = np.fromiter(lengths, dtype=np.int64)
     return LengthStatistics(float(values.mean()), float(np.percentile(values, 95)), int(values.max()))
+
+
+def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    """Length of the longest common prefix of two token sequences."""
+    length = min(len(a), len(b))
+    different = a[:length] != b[:length]
+    first = int(different.argmax()) if length else 0
+    return first if length and different[first] else length
+
+
+def prompt_groups(pairs: Sequence[TokenPair], indices: Sequence[int]) -> list[list[int]]:
+    """The indices grouped by the tokens of their prompts, groups and members in the order given."""
+    groups: dict[bytes, list[int]] = {}
+    for index in indices:
+        groups.setdefault(pairs[index].prompt_key, []).append(index)
+    return list(groups.values())

@@ -1,0 +1,1 @@
+"""From rows of files to token pairs."""

@@ -1,0 +1,161 @@
+"""Where preference rows come from: files, folders, data sets on the Hugging Face Hub.
+
+`read_rows` reads a source into `Row`s without judging them. A line that is not even JSON becomes a `Row` that carries
+its error, so that whoever consumes the rows decides in one place whether bad ones stop the run or are skipped and
+counted.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from fused_dpo_engine.data.formats import Row, bad_row, short
+from fused_dpo_engine.errors import DataError
+
+_FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+def read_rows(source: str | Path, split: str = "train") -> list[Row]:
+    """Read every row of a file, a folder or a Hugging Face data set.
+
+    Args:
+        source: a `.jsonl`, `.jsonl.gz`, `.json` (a list of objects, or an object with such a list under "data") or
+            `.parquet` file; a folder written by `Dataset.save_to_disk` or full of data files; else the name of a data
+            set on the Hugging Face Hub.
+        split: which split of a folder or hub data set; a single file has no splits and is read whole.
+
+    Returns:
+        At least one row, in the order of the source. Rows that could not be read carry their `error`.
+
+    Raises:
+        DataError: the source is missing, unreadable as a whole, or holds no rows.
+    """
+    name, path = str(source), Path(source).expanduser()
+    try:
+        if path.is_dir():
+            rows = _read_folder(path, name, split)
+        elif path.exists():
+            rows = _read_file(path, name)
+        elif isinstance(source, Path) or name.endswith(_FILE_SUFFIXES) or not _HUB_NAME.fullmatch(name):
+            raise DataError(f"{name}: no such file or folder (looked for {os.path.abspath(path)})")
+        else:
+            rows = _read_hub(name, split)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{name}: could not be read: {type(error).__name__}: {error}") from error
+    if not rows:
+        raise DataError(f"{name}: holds no rows; a preference file needs at least one")
+    return rows
+
+
+def _read_file(path: Path, name: str) -> list[Row]:
+    if name.endswith((".jsonl", ".jsonl.gz")):
+        return _read_jsonl(path, name)
+    if name.endswith(".json"):
+        return _read_json(path, name)
+    if name.endswith(".parquet"):
+        return _read_parquet(path, name)
+    raise DataError(f"{name}: the file's name must end in one of {', '.join(_FILE_SUFFIXES)}")
+
+
+def _read_jsonl(path: Path, name: str) -> list[Row]:
+    rows = []
+    # Bytes, not text: lines end at \n alone, and a line that is not UTF-8 spoils only itself.
+    with gzip.open(path) if name.endswith(".gz") else open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if line.strip():
+                rows.append(_read_line(line, f"{name}:{number}"))
+    return rows
+
+
+def _read_line(line: bytes, where: str) -> Row:
+    try:
+        return _row(json.loads(line.decode("utf-8")), where)
+    except (ValueError, RecursionError) as error:
+        shown = short(line.decode("utf-8", errors="replace").strip())
+        what = f"each line must be one JSON object in UTF-8, got {shown} ({error})"
+        return Row({}, where, bad_row(where, what, "malformed line"))
+
+
+def _read_json(path: Path, name: str) -> list[Row]:
+    try:
+        content = json.loads(path.read_bytes().decode("utf-8-sig").strip() or "[]")
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{name}: not valid JSON: {error}; a file with one object a line is named .jsonl") from error
+    items = content.get("data") if isinstance(content, dict) else content
+    if not isinstance(items, list):
+        raise DataError(
+            f'{name}: must hold a list of objects, or one object with such a list under "data", got {short(content)}; '
+            "a file with one object a line is named .jsonl"
+        )
+    return [_row(item, f"{name} row {number}") for number, item in enumerate(items, start=1)]
+
+
+def _read_parquet(path: Path, name: str) -> list[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            items = [item for batch in file.iter_batches() for item in batch.to_pylist()]
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{name}: not a readable Parquet file: {error}") from error
+    return [Row(item, f"{name} row {number}") for number, item in enumerate(items, start=1)]
+
+
+def _read_folder(path: Path, name: str, split: str) -> list[Row]:
+    import datasets
+
+    try:
+        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+            dataset = datasets.load_from_disk(str(path))
+            if isinstance(dataset, datasets.DatasetDict):
+                if split not in dataset:
+                    raise DataError(f"{name}: has no split {split!r}; choose one of {sorted(map(str, dataset))}")
+                dataset = dataset[split]
+        else:
+            dataset = datasets.load_dataset(str(path), split=split)
+    except DataError:
+        raise
+    except Exception as error:  # datasets raises whatever its readers do
+        raise DataError(
+            f"{name}: the folder could not be read as a data set: {type(error).__name__}: {error}; "
+            "it must come from Dataset.save_to_disk, or hold data files"
+        ) from error
+    return _dataset_rows(dataset, name, split)
+
+
+def _read_hub(name: str, split: str) -> list[Row]:
+    import datasets
+
+    try:
+        dataset = datasets.load_dataset(name, split=split)
+    except Exception as error:  # datasets, huggingface_hub and the HTTP client have no common base class
+        offline = isinstance(error, ConnectionError)
+        state = "the Hugging Face Hub cannot be reached" if offline else "the Hugging Face Hub did not deliver it"
+        raise DataError(
+            f"{name}: there is no such file or folder, and as a data set (split {split!r}) {state}: "
+            f"{type(error).__name__}: {error}; check the name, or download it elsewhere and pass the local folder or a "
+            f"{', '.join(_FILE_SUFFIXES)} file"
+        ) from error
+    return _dataset_rows(dataset, name, split)
+
+
+def _dataset_rows(dataset: Iterable[Any], name: str, split: str) -> list[Row]:
+    return [Row(dict(values), f"{name} ({split}) row {number}") for number, values in enumerate(dataset, start=1)]
+
+
+def _row(item: Any, where: str) -> Row:
+    if isinstance(item, dict):
+        return Row(item, where)
+    return Row({}, where, bad_row(where, f"a row must be a JSON object, got {short(item)}", "not an object"))

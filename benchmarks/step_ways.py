@@ -13,14 +13,14 @@ from torch.nn import functional as F
 from benchmarks.random_model import PREFIX, build_random_policy
 from benchmarks.random_model import token_pairs as random_pairs
 from fused_dpo import DPOLoss, head_of
-from fused_dpo_engine.batches import PairBatch
+from fused_dpo_engine.batching.batch import PairBatch
+from fused_dpo_engine.batching.planning import build_batch, plan_pairs
 from fused_dpo_engine.config.options import LoraOptions, ModelOptions, PackingOptions
 from fused_dpo_engine.data.pairs import TokenPair
 from fused_dpo_engine.data.sources import read_rows
 from fused_dpo_engine.data.tokenization import tokenize_pairs
 from fused_dpo_engine.loading import load_tokenizer
 from fused_dpo_engine.metrics import SlotMetrics
-from fused_dpo_engine.planning import build_batch, plan_pairs
 from fused_dpo_engine.policy import HeadStats, Policy, SequenceLogps, build_policy
 
 BETA = 0.1

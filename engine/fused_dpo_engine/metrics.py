@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_dpo import LossOutput
-from fused_dpo_engine.batches import PairBatch
+from fused_dpo_engine.batching.batch import PairBatch
 from fused_dpo_engine.policy import HeadStats
 
 

@@ -8,13 +8,13 @@ import numpy as np
 from rich.console import Console, Group
 from rich.table import Table
 
+from fused_dpo_engine.batching.planning import count_slots
+from fused_dpo_engine.batching.schedule import Schedule
 from fused_dpo_engine.config.commands import PlanConfig
 from fused_dpo_engine.config.options import PackingOptions, RunOptions
 from fused_dpo_engine.data.load import load_pairs
 from fused_dpo_engine.data.pairs import TokenPair
 from fused_dpo_engine.loading import choose_max_length, load_tokenizer
-from fused_dpo_engine.planning import count_slots
-from fused_dpo_engine.schedule import Schedule
 
 BAR = 40
 """Characters of the histogram's longest bar."""

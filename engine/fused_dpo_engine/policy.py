@@ -17,13 +17,13 @@ from fused_dpo_engine.attention.call import Backend
 from fused_dpo_engine.attention.choice import available_backends, candidates, load_backend
 from fused_dpo_engine.attention.gather import gather_rows
 from fused_dpo_engine.attention.verify import verify_backend
-from fused_dpo_engine.batches import PairBatch
+from fused_dpo_engine.batching.batch import PairBatch
+from fused_dpo_engine.batching.packing import PackedBatch
+from fused_dpo_engine.batching.padding import IGNORED, PaddedBatch
 from fused_dpo_engine.config.options import LoraOptions, ModelOptions
 from fused_dpo_engine.errors import UserError, first_line
 from fused_dpo_engine.liger import apply_liger
 from fused_dpo_engine.loading import choose_dtype, load_model
-from fused_dpo_engine.packing import PackedBatch
-from fused_dpo_engine.padding import IGNORED, PaddedBatch
 from fused_dpo_engine.support import attention_needs, backbone_of
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fused_dpo_engine.batches import PairBatch
+from fused_dpo_engine.batching.batch import PairBatch
 from fused_dpo_engine.data.pairs import TokenPair
 from fused_dpo_engine.errors import UserError
 from fused_dpo_engine.policy import Policy

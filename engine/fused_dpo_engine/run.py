@@ -15,16 +15,16 @@ from rich.console import Console
 from rich.table import Table
 
 from fused_dpo.losses import loss_spec, needs_reference
+from fused_dpo_engine.batching.planning import PlannedBatch, build_batch, plan_pairs
+from fused_dpo_engine.batching.schedule import Schedule
 from fused_dpo_engine.config.commands import TrainConfig
 from fused_dpo_engine.config.options import LoraOptions, ModelOptions
 from fused_dpo_engine.data.load import load_pairs
 from fused_dpo_engine.data.pairs import TokenPair
 from fused_dpo_engine.errors import UserError
 from fused_dpo_engine.loading import choose_device, choose_dtype, choose_max_length, dtype_warning, load_tokenizer
-from fused_dpo_engine.planning import PlannedBatch, build_batch, plan_pairs
 from fused_dpo_engine.policy import Policy, build_policy
 from fused_dpo_engine.reference import ReferenceLogps, score_reference
-from fused_dpo_engine.schedule import Schedule
 from fused_dpo_engine.self_test import pairs_to_test, self_test
 from fused_dpo_engine.trainer import Summary, Trainer
 

@@ -8,11 +8,11 @@ import torch
 
 from fused_dpo import get_batch_logps
 from fused_dpo_engine.attention.interface import ATTENTION_NAME
+from fused_dpo_engine.batching.padding import IGNORED
+from fused_dpo_engine.batching.planning import build_batch, count_slots
 from fused_dpo_engine.config.options import PackingOptions
 from fused_dpo_engine.data.pairs import TokenPair
 from fused_dpo_engine.errors import UserError
-from fused_dpo_engine.padding import IGNORED
-from fused_dpo_engine.planning import build_batch, count_slots
 from fused_dpo_engine.policy import Policy
 
 

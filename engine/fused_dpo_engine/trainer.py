@@ -11,17 +11,17 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from fused_dpo import DPOLoss, LossOutput
-from fused_dpo_engine.batches import PairBatch
+from fused_dpo_engine.batching.batch import PairBatch
+from fused_dpo_engine.batching.planning import build_batch, plan_pairs
+from fused_dpo_engine.batching.schedule import Schedule, Step
 from fused_dpo_engine.checkpoint import save_model
 from fused_dpo_engine.config.commands import TrainConfig
 from fused_dpo_engine.data.pairs import TokenPair
 from fused_dpo_engine.errors import TrainingDivergedError
 from fused_dpo_engine.metrics import MetricsWriter, PairMetrics, SlotMetrics, peak_memory_gib
 from fused_dpo_engine.optimizer import build_optimizer
-from fused_dpo_engine.planning import build_batch, plan_pairs
 from fused_dpo_engine.policy import Policy, SequenceLogps
 from fused_dpo_engine.reference import ReferenceLogps
-from fused_dpo_engine.schedule import Schedule, Step
 
 
 @dataclass

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fused_dpo_engine.attention.plan import plan_attention
+from fused_dpo_engine.batching.packing import PackedBatch, pack
 from fused_dpo_engine.data.pairs import TokenPair
-from fused_dpo_engine.packing import PackedBatch, pack
 from fused_dpo_engine.policy import Policy
 from tests.engine.helpers import make_pairs
 

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from fused_dpo_engine.attention.interface import ATTENTION_NAME
+from fused_dpo_engine.batching.padding import pad
 from fused_dpo_engine.config.options import LoraOptions, ModelOptions, PackingOptions
 from fused_dpo_engine.errors import UnsupportedModelError, UserError
 from fused_dpo_engine.loading import choose_device, choose_dtype, dtype_warning, load_model, load_tokenizer
-from fused_dpo_engine.padding import pad
 from fused_dpo_engine.policy import build_policy
 from fused_dpo_engine.self_test import self_test
 from fused_dpo_engine.support import backbone_of

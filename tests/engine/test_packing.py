@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fused_dpo_engine.attention.plan import Segment, plan_attention
+from fused_dpo_engine.batching.packing import PackedBatch, pack
+from fused_dpo_engine.batching.padding import IGNORED, pad
 from fused_dpo_engine.data.pairs import TokenPair
-from fused_dpo_engine.packing import PackedBatch, pack
-from fused_dpo_engine.padding import IGNORED, pad
 from tests.engine.helpers import any_pairs, make_pairs
 
 

@@ -8,14 +8,14 @@ import pytest
 from rich.console import Console
 from transformers import AutoTokenizer
 
+from fused_dpo_engine.batching.packing import pack
+from fused_dpo_engine.batching.padding import pad
 from fused_dpo_engine.cli import main, parse_plan, parse_train
 from fused_dpo_engine.config.options import PackingOptions, RunOptions
 from fused_dpo_engine.data.pairs import TokenPair
 from fused_dpo_engine.data.sources import read_rows
 from fused_dpo_engine.data.tokenization import tokenize_pairs
 from fused_dpo_engine.errors import UserError
-from fused_dpo_engine.packing import pack
-from fused_dpo_engine.padding import pad
 from fused_dpo_engine.plan_report import histogram, padded_slots, plan_statistics
 from tests.engine.helpers import PREFERENCES, SHARED, TOKENIZERS, make_pairs, options, write_rows
 

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fused_dpo_engine.batching.planning import build_batch, count_slots, plan_batches, plan_pairs, share_units
 from fused_dpo_engine.config.options import PackingOptions
 from fused_dpo_engine.data.pairs import TokenPair
-from fused_dpo_engine.planning import build_batch, count_slots, plan_batches, plan_pairs, share_units
 from tests.engine.helpers import any_pairs, make_pair, make_pairs
 
 LAYOUTS = [{}, {"prefix_sharing": False}, {"packing": False}]

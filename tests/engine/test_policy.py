@@ -10,10 +10,10 @@ from transformers import AttentionInterface
 
 from fused_dpo import fused_token_logps
 from fused_dpo_engine.attention.interface import ATTENTION_NAME, packed_attention
+from fused_dpo_engine.batching.packing import pack
+from fused_dpo_engine.batching.padding import PaddedBatch, pad
 from fused_dpo_engine.config.options import LoraOptions, ModelOptions, PackingOptions
 from fused_dpo_engine.errors import UserError
-from fused_dpo_engine.packing import pack
-from fused_dpo_engine.padding import PaddedBatch, pad
 from fused_dpo_engine.policy import Policy, build_policy
 from fused_dpo_engine.reference import score_reference
 from fused_dpo_engine.self_test import self_test

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fused_dpo_engine.packing import PackedBatch, pack
-from fused_dpo_engine.padding import pad
+from fused_dpo_engine.batching.packing import PackedBatch, pack
+from fused_dpo_engine.batching.padding import pad
 from tests.engine.helpers import (
     FAMILIES,
     IN_FLOAT32,

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fused_dpo_engine.batching.schedule import Schedule
 from fused_dpo_engine.cli import parse_train
 from fused_dpo_engine.config.options import PackingOptions, RunOptions
 from fused_dpo_engine.data.pairs import TokenPair
-from fused_dpo_engine.schedule import Schedule
 from tests.engine.helpers import make_pairs, options
 
 

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from fused_dpo_engine.attention.interface import ATTENTION_NAME, packed_attention
+from fused_dpo_engine.batching.packing import pack
 from fused_dpo_engine.config.options import LoraOptions, ModelOptions, PackingOptions
 from fused_dpo_engine.errors import UserError
-from fused_dpo_engine.packing import pack
 from fused_dpo_engine.policy import Policy, build_policy
 from fused_dpo_engine.self_test import pairs_to_test, self_test
 from tests.engine.helpers import FAMILIES, IN_FLOAT32, REFUSED, make_pairs, save_folder, set_attention, tiny_model
@@ -91,7 +91,8 @@ class TestSelfTest:
 
     def test_catches_the_prefix_of_another_pair(self, monkeypatch):
         monkeypatch.setattr(
-            "fused_dpo_engine.planning.pack", lambda *arguments, share: another_prefix(pack(*arguments, share=share))
+            "fused_dpo_engine.batching.planning.pack",
+            lambda *arguments, share: another_prefix(pack(*arguments, share=share)),
         )
         with pytest.raises(UserError, match="does not score packed"):
             run(policy_of(tiny_model(dtype=torch.float32)))

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fused_dpo_engine.batching.sharing import place_sequences, shared_length
 from fused_dpo_engine.data.pairs import TokenPair, common_prefix, prompt_groups
-from fused_dpo_engine.sharing import place_sequences, shared_length
 from tests.engine.helpers import make_pair, make_pairs
 
 tokens = st.lists(st.integers(0, 1), max_size=6)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fused_dpo_engine.attention.interface.plan import AttentionPlan, Segment, offsets_of, plan_attention
-from fused_dpo_engine.batches import PairBatch
+from fused_dpo_engine.batching.batch import PairBatch
+from fused_dpo_engine.batching.sharing import place_sequences
 from fused_dpo_engine.data.pairs import TokenPair
-from fused_dpo_engine.sharing import place_sequences
 
 
 @dataclass(frozen=True, kw_only=True)

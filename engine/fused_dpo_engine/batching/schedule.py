@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fused_dpo_engine.batching.planning import PlannedBatch, count_slots, plan_pairs
 from fused_dpo_engine.config.options import PackingOptions, RunOptions
 from fused_dpo_engine.data.pairs import TokenPair, prompt_groups
-from fused_dpo_engine.planning import PlannedBatch, count_slots, plan_pairs
 
 
 class Step(NamedTuple):

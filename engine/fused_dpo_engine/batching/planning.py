@@ -4,12 +4,12 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from fused_dpo_engine.batches import PairBatch
+from fused_dpo_engine.batching.batch import PairBatch
+from fused_dpo_engine.batching.packing import pack
+from fused_dpo_engine.batching.padding import pad
+from fused_dpo_engine.batching.sharing import place_sequences, shared_length
 from fused_dpo_engine.config.options import PackingOptions
 from fused_dpo_engine.data.pairs import TokenPair, prompt_groups
-from fused_dpo_engine.packing import pack
-from fused_dpo_engine.padding import pad
-from fused_dpo_engine.sharing import place_sequences, shared_length
 
 
 class PlannedBatch(NamedTuple):

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fused_dpo_engine.batches import PairBatch
+from fused_dpo_engine.batching.batch import PairBatch
 from fused_dpo_engine.data.pairs import TokenPair
 
 IGNORED = -100

@@ -1,0 +1,1 @@
+"""From token pairs to forward passes, and which of them make a step."""

@@ -19,8 +19,9 @@ from benchmarks.replay import LENGTHS, replay
 from fused_dpo_engine.attention.interface import ATTENTION_NAME
 from fused_dpo_engine.config.options import ModelOptions
 from fused_dpo_engine.data.pairs import TokenPair
-from fused_dpo_engine.loading import choose_dtype
-from fused_dpo_engine.policy import Policy, attention_for
+from fused_dpo_engine.model.build import attention_for
+from fused_dpo_engine.model.loading import choose_dtype
+from fused_dpo_engine.model.policy import Policy
 
 PREFIX = "random:"
 MIX = "hh_helpful"

@@ -40,7 +40,7 @@ from benchmarks.step_ways import OURS, Case, Outcome, OwnStep, true_logps
 from benchmarks.trl_step import TRL, TrlStep, absent
 from fused_dpo_engine.config.options import ModelOptions
 from fused_dpo_engine.errors import first_line
-from fused_dpo_engine.loading import choose_device, dtype_warning
+from fused_dpo_engine.model.loading import choose_device, dtype_warning
 
 WAYS = (*OURS, *TRL)
 PREFERENCES = Path(__file__).parents[1] / "examples" / "preferences.jsonl"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_dpo import LossOutput
 from fused_dpo_engine.batching.batch import PairBatch
-from fused_dpo_engine.policy import HeadStats
+from fused_dpo_engine.model.policy import HeadStats
 
 
 class PairMetrics:

@@ -14,7 +14,7 @@ from fused_dpo_engine.config.commands import PlanConfig
 from fused_dpo_engine.config.options import PackingOptions, RunOptions
 from fused_dpo_engine.data.load import load_pairs
 from fused_dpo_engine.data.pairs import TokenPair
-from fused_dpo_engine.loading import choose_max_length, load_tokenizer
+from fused_dpo_engine.model.loading import choose_max_length, load_tokenizer
 
 BAR = 40
 """Characters of the histogram's longest bar."""

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from fused_dpo_engine.batching.batch import PairBatch
 from fused_dpo_engine.data.pairs import TokenPair
 from fused_dpo_engine.errors import UserError
-from fused_dpo_engine.policy import Policy
+from fused_dpo_engine.model.policy import Policy
 
 
 @dataclass

@@ -22,10 +22,11 @@ from fused_dpo_engine.config.options import LoraOptions, ModelOptions
 from fused_dpo_engine.data.load import load_pairs
 from fused_dpo_engine.data.pairs import TokenPair
 from fused_dpo_engine.errors import UserError
-from fused_dpo_engine.loading import choose_device, choose_dtype, choose_max_length, dtype_warning, load_tokenizer
-from fused_dpo_engine.policy import Policy, build_policy
+from fused_dpo_engine.model.build import build_policy
+from fused_dpo_engine.model.loading import choose_device, choose_dtype, choose_max_length, dtype_warning, load_tokenizer
+from fused_dpo_engine.model.parity import pairs_to_test, self_test
+from fused_dpo_engine.model.policy import Policy
 from fused_dpo_engine.reference import ReferenceLogps, score_reference
-from fused_dpo_engine.self_test import pairs_to_test, self_test
 from fused_dpo_engine.trainer import Summary, Trainer
 
 RUN_FILES = ("config.json", "metrics.jsonl", "summary.json", "tensorboard", "model", "best")

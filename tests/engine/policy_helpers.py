@@ -10,7 +10,7 @@ from torch import Tensor
 from fused_dpo_engine.attention.plan import plan_attention
 from fused_dpo_engine.batching.packing import PackedBatch, pack
 from fused_dpo_engine.data.pairs import TokenPair
-from fused_dpo_engine.policy import Policy
+from fused_dpo_engine.model.policy import Policy
 from tests.engine.helpers import make_pairs
 
 CPU = torch.device("cpu")

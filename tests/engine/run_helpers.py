@@ -12,7 +12,7 @@ from fused_dpo_engine.config.options import PackingOptions, RunOptions
 from fused_dpo_engine.data.formats import Row
 from fused_dpo_engine.data.pairs import TokenPair
 from fused_dpo_engine.data.tokenization import tokenize_pairs
-from fused_dpo_engine.policy import Policy, SequenceLogps
+from fused_dpo_engine.model.policy import Policy, SequenceLogps
 from tests.engine.helpers import byte_tokenizer, toy_rows
 
 LN2 = math.log(2)

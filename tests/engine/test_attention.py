@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGenerat
 from fused_dpo_engine.attention.interface import packed_attention
 from fused_dpo_engine.attention.plan import AttentionPlan, Segment, plan_attention
 from fused_dpo_engine.errors import UnsupportedModelError
-from fused_dpo_engine.support import attention_needs, check_packable
+from fused_dpo_engine.model.compatibility import attention_needs, check_packable
 from tests.engine.helpers import FAMILIES, IN_FLOAT32, REFUSED, tiny_config, tiny_model, unshared_plan
 
 PLAN = unshared_plan(0, 5, 6, 17, 20)

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
-from fused_dpo_engine import policy as policy_module
 from fused_dpo_engine.attention import choice as attention_choice
 from fused_dpo_engine.attention import flex as attention_flex
 from fused_dpo_engine.attention import segments as attention_segments
@@ -38,7 +37,8 @@ from fused_dpo_engine.attention.varlen import flash_backend, torch_backend
 from fused_dpo_engine.attention.verify import verify_backend
 from fused_dpo_engine.config.options import ModelOptions
 from fused_dpo_engine.errors import UnsupportedModelError, UserError
-from fused_dpo_engine.policy import attention_for
+from fused_dpo_engine.model import policy as policy_module
+from fused_dpo_engine.model.build import attention_for
 from tests.engine import kernels_in_torch as kernels
 from tests.engine.helpers import eager_twin, gradients, own_logps, tiny_model, unshared_plan, worst_gradient_error
 from tests.engine.policy_helpers import BATCH, GRADIENT_TOLERANCE, ORDERED, VALUE_TOLERANCE, policy_of, relative

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from fused_dpo_engine.attention.segments import segment_attention
 from fused_dpo_engine.attention.varlen import torch_backend
 from fused_dpo_engine.batching.packing import PackedBatch, pack
-from fused_dpo_engine.policy import Policy
+from fused_dpo_engine.model.policy import Policy
 from tests.engine.helpers import gradients, make_pairs, tiny_model, worst_gradient_error
 from tests.engine.kernels_in_torch import varlen_reference
 from tests.engine.policy_helpers import policy_of

@@ -9,8 +9,8 @@ import torch
 
 from fused_dpo_engine.config.options import LoraOptions, ModelOptions
 from fused_dpo_engine.errors import UserError
-from fused_dpo_engine.liger import apply_liger
-from fused_dpo_engine.policy import build_policy
+from fused_dpo_engine.model.build import build_policy
+from fused_dpo_engine.model.liger import apply_liger
 from tests.engine.helpers import tiny_model
 
 CUDA = torch.device("cuda")

@@ -10,10 +10,10 @@ from fused_dpo_engine.attention.interface import ATTENTION_NAME
 from fused_dpo_engine.batching.padding import pad
 from fused_dpo_engine.config.options import LoraOptions, ModelOptions, PackingOptions
 from fused_dpo_engine.errors import UnsupportedModelError, UserError
-from fused_dpo_engine.loading import choose_device, choose_dtype, dtype_warning, load_model, load_tokenizer
-from fused_dpo_engine.policy import build_policy
-from fused_dpo_engine.self_test import self_test
-from fused_dpo_engine.support import backbone_of
+from fused_dpo_engine.model.build import build_policy
+from fused_dpo_engine.model.compatibility import backbone_of
+from fused_dpo_engine.model.loading import choose_device, choose_dtype, dtype_warning, load_model, load_tokenizer
+from fused_dpo_engine.model.parity import self_test
 from tests.engine.helpers import VOCAB, save_folder, tiny_model
 from tests.engine.policy_helpers import PAIRS
 
@@ -89,7 +89,7 @@ class TestLoading:
             raise OSError("models/lama is no valid model identifier")
 
         for loader in ("AutoTokenizer", "AutoConfig"):
-            monkeypatch.setattr(f"fused_dpo_engine.loading.{loader}.from_pretrained", absent)
+            monkeypatch.setattr(f"fused_dpo_engine.model.loading.{loader}.from_pretrained", absent)
         with pytest.raises(UserError, match="there is no such folder models/lama"):
             load_tokenizer("models/lama", ModelOptions(""))
         with pytest.raises(UserError, match="there is no such folder models/lama"):
@@ -125,14 +125,14 @@ class TestLoading:
         assert choose_dtype(ModelOptions("m", dtype="float32"), CPU) == torch.float32
         assert choose_dtype(ModelOptions("m", dtype="bfloat16"), CPU) == torch.bfloat16
         for units, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-            monkeypatch.setattr("fused_dpo_engine.loading.has_bf16_units", lambda _, units=units: units)
+            monkeypatch.setattr("fused_dpo_engine.model.loading.has_bf16_units", lambda _, units=units: units)
             assert choose_dtype(ModelOptions("m"), CPU) == dtype
 
     def test_a_slow_dtype_is_warned_of_where_it_was_asked_for(self, monkeypatch):
         for units, dtype in ((False, "auto"), (False, "float32"), (True, "bfloat16")):
-            monkeypatch.setattr("fused_dpo_engine.loading.has_bf16_units", lambda _, units=units: units)
+            monkeypatch.setattr("fused_dpo_engine.model.loading.has_bf16_units", lambda _, units=units: units)
             assert dtype_warning(ModelOptions("m", dtype=dtype), CPU) is None  # pyright: ignore[reportArgumentType]
-        monkeypatch.setattr("fused_dpo_engine.loading.has_bf16_units", lambda _: False)
+        monkeypatch.setattr("fused_dpo_engine.model.loading.has_bf16_units", lambda _: False)
         assert dtype_warning(ModelOptions("m", dtype="bfloat16"), torch.device("cuda")) is None  # not measured there
         warning = dtype_warning(ModelOptions("m", dtype="bfloat16"), CPU)
         assert warning is not None
@@ -143,6 +143,6 @@ class TestLoading:
         def refuse(_):
             raise ValueError("ONEDNN_MAX_CPU_ISA=AVX3 names no instruction set")
 
-        monkeypatch.setattr("fused_dpo_engine.loading.has_bf16_units", refuse)
+        monkeypatch.setattr("fused_dpo_engine.model.loading.has_bf16_units", refuse)
         with pytest.raises(UserError, match="AVX3 names no instruction set"):
             choose_dtype(ModelOptions("m"), CPU)

@@ -14,9 +14,10 @@ from fused_dpo_engine.batching.packing import pack
 from fused_dpo_engine.batching.padding import PaddedBatch, pad
 from fused_dpo_engine.config.options import LoraOptions, ModelOptions, PackingOptions
 from fused_dpo_engine.errors import UserError
-from fused_dpo_engine.policy import Policy, build_policy
+from fused_dpo_engine.model.build import build_policy
+from fused_dpo_engine.model.parity import self_test
+from fused_dpo_engine.model.policy import Policy
 from fused_dpo_engine.reference import score_reference
-from fused_dpo_engine.self_test import self_test
 from tests.engine.helpers import (
     eager_twin,
     gradients,
@@ -118,7 +119,7 @@ class TestScoredRows:
             seen.append(options)
             return fused_token_logps(*arguments, options=options, **settings)
 
-        monkeypatch.setattr("fused_dpo_engine.policy.fused_token_logps", record)
+        monkeypatch.setattr("fused_dpo_engine.model.policy.fused_token_logps", record)
         policy, batch = policy_of(tiny_model(), workspace_mib=7), LAYOUTS[layout]
         policy(batch)
         (options,) = seen

@@ -10,8 +10,9 @@ from fused_dpo_engine.attention.interface import ATTENTION_NAME, packed_attentio
 from fused_dpo_engine.batching.packing import pack
 from fused_dpo_engine.config.options import LoraOptions, ModelOptions, PackingOptions
 from fused_dpo_engine.errors import UserError
-from fused_dpo_engine.policy import Policy, build_policy
-from fused_dpo_engine.self_test import pairs_to_test, self_test
+from fused_dpo_engine.model.build import build_policy
+from fused_dpo_engine.model.parity import pairs_to_test, self_test
+from fused_dpo_engine.model.policy import Policy
 from tests.engine.helpers import FAMILIES, IN_FLOAT32, REFUSED, make_pairs, save_folder, set_attention, tiny_model
 from tests.engine.policy_helpers import CPU, PAIRS, another_prefix, policy_of
 

@@ -6,7 +6,7 @@ import pytest
 
 from fused_dpo_engine.cli import parse_train
 from fused_dpo_engine.errors import UserError
-from fused_dpo_engine.policy import Policy
+from fused_dpo_engine.model.policy import Policy
 from fused_dpo_engine.run import train
 from tests.engine.helpers import Run, assert_same_weights, largest_difference, options, write_rows
 from tests.engine.run_helpers import FIRST_LOSS, LN2, toy_pairs, training_forward, without_clock

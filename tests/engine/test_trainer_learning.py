@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from fused_dpo.losses import LOSS_TYPES, needs_reference
-from fused_dpo_engine.policy import Policy
+from fused_dpo_engine.model.policy import Policy
 from tests.engine.helpers import assert_same_weights, largest_difference, own_logps, read_weights, save_folder
 from tests.engine.run_helpers import FIRST_LOSS, FLAT, LN2, toy_pairs, toy_steps, without_clock
 

@@ -12,7 +12,7 @@ from fused_dpo.hardware import has_bf16_units
 from fused_dpo_engine.attention.interface import ATTENTION_NAME
 from fused_dpo_engine.config.options import DataOptions, ModelOptions, PackingOptions
 from fused_dpo_engine.errors import UserError, first_line
-from fused_dpo_engine.support import backbone_of, check_packable
+from fused_dpo_engine.model.compatibility import backbone_of, check_packable
 
 
 def choose_device(options: ModelOptions) -> torch.device:

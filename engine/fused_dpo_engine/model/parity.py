@@ -13,7 +13,7 @@ from fused_dpo_engine.batching.planning import build_batch, count_slots
 from fused_dpo_engine.config.options import PackingOptions
 from fused_dpo_engine.data.pairs import TokenPair
 from fused_dpo_engine.errors import UserError
-from fused_dpo_engine.policy import Policy
+from fused_dpo_engine.model.policy import Policy
 
 
 def pairs_to_test(pairs: Sequence[TokenPair], options: PackingOptions) -> list[int]:

@@ -14,7 +14,7 @@ from fused_dpo import DPOLoss, LossOutput
 from fused_dpo_engine.batching.batch import PairBatch
 from fused_dpo_engine.batching.planning import build_batch, plan_pairs
 from fused_dpo_engine.batching.schedule import Schedule, Step
-from fused_dpo_engine.checkpoint import save_model
+from fused_dpo_engine.checkpoint.export import save_model
 from fused_dpo_engine.config.commands import TrainConfig
 from fused_dpo_engine.data.pairs import TokenPair
 from fused_dpo_engine.errors import TrainingDivergedError

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fused_dpo_engine.checkpoint import save_model
+from fused_dpo_engine.checkpoint.export import save_model
 from tests.engine.helpers import assert_same_weights, byte_tokenizer, read_weights, snapshot, tiny_model
 
 

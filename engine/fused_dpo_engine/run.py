@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.table import Table
 
 from fused_dpo.losses import loss_spec, needs_reference
-from fused_dpo_engine.batching.planning import PlannedBatch, build_batch, plan_pairs
 from fused_dpo_engine.batching.schedule import Schedule
 from fused_dpo_engine.config.commands import TrainConfig
 from fused_dpo_engine.config.options import LoraOptions, ModelOptions
@@ -26,7 +25,7 @@ from fused_dpo_engine.model.build import build_policy
 from fused_dpo_engine.model.loading import choose_device, choose_dtype, choose_max_length, dtype_warning, load_tokenizer
 from fused_dpo_engine.model.parity import pairs_to_test, self_test
 from fused_dpo_engine.model.policy import Policy
-from fused_dpo_engine.reference import ReferenceLogps, score_reference
+from fused_dpo_engine.reference.scoring import score_run
 from fused_dpo_engine.trainer import Summary, Trainer
 
 RUN_FILES = ("config.json", "metrics.jsonl", "summary.json", "tensorboard", "model", "best")
@@ -65,7 +64,7 @@ def train(config: TrainConfig) -> Summary:
     if frozen is not None:
         scorer = build_policy(frozen, LoraOptions(), device, ld_alpha=config.loss.ld_alpha, packing=packing.packing)
         _check_vocabulary(scorer, pairs + held_out)
-        reference, held_out_reference = _score(config, scorer, pairs, held_out, console)
+        reference, held_out_reference = score_run(config, scorer, pairs, held_out, console)
         del scorer
         gc.collect()  # the model and its modules refer to each other
     policy = build_policy(config.model, config.lora, device, ld_alpha=config.loss.ld_alpha, packing=packing.packing)
@@ -79,7 +78,7 @@ def train(config: TrainConfig) -> Summary:
     if config.model.compile:
         policy.compile_backbone()
     if reference is None and needs_reference(config.loss.loss_type):
-        reference, held_out_reference = _score(config, policy, pairs, held_out, console)
+        reference, held_out_reference = score_run(config, policy, pairs, held_out, console)
 
     _open_output(output)  # not before everything that can be wrong has been found
     config.save(output / "config.json")
@@ -174,25 +173,6 @@ def _layout(config: TrainConfig, policy: Policy) -> str:
         return f"padded batches, attention {policy.causal_lm.config._attn_implementation}"
     shared = "prefixes shared" if config.packing.prefix_sharing else "prefixes not shared"
     return f"packed, {shared}, attention {policy.attention_name}"
-
-
-def _score(
-    config: TrainConfig, policy: Policy, pairs: list[TokenPair], held_out: list[TokenPair], console: Console
-) -> tuple[ReferenceLogps, ReferenceLogps]:
-    """Reference log-probs of all pairs that the run will see."""
-    packing = config.packing
-    console.print(f"reference: log-probs of {len(pairs) + len(held_out)} pairs, once")
-
-    def score(side: list[TokenPair], plan: list[PlannedBatch]) -> ReferenceLogps:
-        batches = (build_batch(side, planned.indices, packing) for planned in plan)
-        total = sum(len(planned.indices) for planned in plan)
-        return score_reference(policy, side, batches, total, console.is_terminal)
-
-    seen = Schedule(pairs, config.run, packing).first_pass()
-    return (
-        score(pairs, [planned for step in seen for planned in step.batches]),
-        score(held_out, plan_pairs(held_out, range(len(held_out)), packing)),
-    )
 
 
 def _check_vocabulary(policy: Policy, pairs: list[TokenPair]) -> None:

@@ -21,7 +21,7 @@ from fused_dpo_engine.errors import TrainingDivergedError
 from fused_dpo_engine.metrics import MetricsWriter, PairMetrics, SlotMetrics, peak_memory_gib
 from fused_dpo_engine.model.policy import Policy, SequenceLogps
 from fused_dpo_engine.optimizer import build_optimizer
-from fused_dpo_engine.reference import ReferenceLogps
+from fused_dpo_engine.reference.scoring import ReferenceLogps
 
 
 @dataclass

@@ -17,7 +17,7 @@ from fused_dpo_engine.errors import UserError
 from fused_dpo_engine.model.build import build_policy
 from fused_dpo_engine.model.parity import self_test
 from fused_dpo_engine.model.policy import Policy
-from fused_dpo_engine.reference import score_reference
+from fused_dpo_engine.reference.scoring import score_reference
 from tests.engine.helpers import (
     eager_twin,
     gradients,

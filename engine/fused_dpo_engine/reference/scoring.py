@@ -4,13 +4,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from rich.console import Console
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from fused_dpo_engine.batching.batch import PairBatch
+from fused_dpo_engine.batching.planning import PlannedBatch, build_batch, plan_pairs
+from fused_dpo_engine.batching.schedule import Schedule
+from fused_dpo_engine.config.commands import TrainConfig
 from fused_dpo_engine.data.pairs import TokenPair
 from fused_dpo_engine.errors import UserError
 from fused_dpo_engine.model.policy import Policy
+from fused_dpo_engine.reference.scoring import ReferenceLogps, score_reference
 
 
 @dataclass
@@ -56,3 +61,22 @@ def score_reference(
                 raise UserError(f"the reference gives no finite log-prob to {where}; its weights may be damaged.")
             bar.update(batch.num_pairs)
     return result
+
+
+def score_run(
+    config: TrainConfig, policy: Policy, pairs: list[TokenPair], held_out: list[TokenPair], console: Console
+) -> tuple[ReferenceLogps, ReferenceLogps]:
+    """Reference log-probs of all pairs that the run will see."""
+    packing = config.packing
+    console.print(f"reference: log-probs of {len(pairs) + len(held_out)} pairs, once")
+
+    def score(side: list[TokenPair], plan: list[PlannedBatch]) -> ReferenceLogps:
+        batches = (build_batch(side, planned.indices, packing) for planned in plan)
+        total = sum(len(planned.indices) for planned in plan)
+        return score_reference(policy, side, batches, total, console.is_terminal)
+
+    seen = Schedule(pairs, config.run, packing).first_pass()
+    return (
+        score(pairs, [planned for step in seen for planned in step.batches]),
+        score(held_out, plan_pairs(held_out, range(len(held_out)), packing)),
+    )

@@ -1,0 +1,1 @@
+"""Log-probs of the frozen model, computed once."""

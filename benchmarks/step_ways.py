@@ -19,10 +19,10 @@ from fused_dpo_engine.config.options import LoraOptions, ModelOptions, PackingOp
 from fused_dpo_engine.data.pairs import TokenPair
 from fused_dpo_engine.data.sources import read_rows
 from fused_dpo_engine.data.tokenization import tokenize_pairs
-from fused_dpo_engine.metrics import SlotMetrics
 from fused_dpo_engine.model.build import build_policy
 from fused_dpo_engine.model.loading import load_tokenizer
 from fused_dpo_engine.model.policy import HeadStats, Policy, SequenceLogps
+from fused_dpo_engine.training.metrics import SlotMetrics
 
 BETA = 0.1
 

@@ -18,7 +18,7 @@ from benchmarks.step_ways import BETA, Case, Outcome, gradient_norm
 from fused_dpo_engine.batching.planning import build_batch
 from fused_dpo_engine.config.options import PackingOptions
 from fused_dpo_engine.data.pairs import TokenPair
-from fused_dpo_engine.metrics import SlotMetrics
+from fused_dpo_engine.training.metrics import SlotMetrics
 
 TRL = {"TRL": False, "TRL, checkpointed": True}
 """Whether the backbone's activations are recomputed."""

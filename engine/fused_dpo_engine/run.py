@@ -3,10 +3,6 @@
 import dataclasses
 import gc
 import json
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -26,9 +22,9 @@ from fused_dpo_engine.model.loading import choose_device, choose_dtype, choose_m
 from fused_dpo_engine.model.parity import pairs_to_test, self_test
 from fused_dpo_engine.model.policy import Policy
 from fused_dpo_engine.reference.scoring import score_run
-from fused_dpo_engine.trainer import Summary, Trainer
-
-RUN_FILES = ("config.json", "metrics.jsonl", "summary.json", "tensorboard", "model", "best")
+from fused_dpo_engine.training.run_folder import check_output, open_output
+from fused_dpo_engine.training.summary import Summary
+from fused_dpo_engine.training.trainer import Trainer
 
 
 def train(config: TrainConfig) -> Summary:
@@ -48,7 +44,7 @@ def train(config: TrainConfig) -> Summary:
     torch.manual_seed(config.run.seed)
     device = choose_device(config.model)
     output = Path(config.run.output).expanduser()
-    _check_output(output, config.run.overwrite)
+    check_output(output, config.run.overwrite)
     if warning := dtype_warning(config.model, device):
         console.print(warning)
     tokenizer = load_tokenizer(config.model.model, config.model)
@@ -80,7 +76,7 @@ def train(config: TrainConfig) -> Summary:
     if reference is None and needs_reference(config.loss.loss_type):
         reference, held_out_reference = score_run(config, policy, pairs, held_out, console)
 
-    _open_output(output)  # not before everything that can be wrong has been found
+    open_output(output)  # not before everything that can be wrong has been found
     config.save(output / "config.json")
     trainer = Trainer(policy, config, tokenizer, pairs, reference, held_out, held_out_reference, output)
     try:
@@ -90,52 +86,6 @@ def train(config: TrainConfig) -> Summary:
     console.print(summary_table(summary, config.run.best_metric))
     console.print(f"model: {output / 'model'}    metrics: {output / 'metrics.jsonl'}")
     return summary
-
-
-def _check_output(output: Path, overwrite: bool) -> None:
-    with _writable(output):
-        for folder in (output, *output.parents):
-            if folder.exists() and not folder.is_dir():
-                raise UserError(f"--output {output}: {folder} is a file; give a folder.")
-        _try_to_create(output)
-        there = [name for name in RUN_FILES if (output / name).exists()]
-    if there and not overwrite:
-        raise UserError(f"{output} already holds a run ({', '.join(there)}); choose another --output or --overwrite.")
-
-
-def _try_to_create(output: Path) -> None:
-    """Make the folder and something in it, as permissions alone do not tell, and leave nothing behind."""
-    missing = [folder for folder in (output, *output.parents) if not folder.exists()]
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output):
-            pass
-    finally:
-        for folder in missing:
-            if folder.exists():
-                folder.rmdir()
-
-
-@contextmanager
-def _writable(output: Path) -> Iterator[None]:
-    """What the system says about the folder in the block, as a message."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"--output {output} cannot be written: {error.strerror or error}; give another folder."
-        ) from None
-
-
-def _open_output(output: Path) -> None:
-    with _writable(output):
-        output.mkdir(parents=True, exist_ok=True)
-        for name in RUN_FILES:
-            path = output / name
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
 
 
 def _resolved(config: TrainConfig, device: torch.device) -> TrainConfig:

@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, G
 from fused_dpo_engine.attention.interface import ATTENTION_NAME
 from fused_dpo_engine.attention.plan import AttentionPlan, Segment, plan_attention
 from fused_dpo_engine.data.pairs import TokenPair
-from fused_dpo_engine.trainer import Summary
+from fused_dpo_engine.training.summary import Summary
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared"

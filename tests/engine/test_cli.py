@@ -107,7 +107,7 @@ class TestCommands:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr("fused_dpo_engine.trainer.Trainer._step", interrupted)
+            patch.setattr("fused_dpo_engine.training.trainer.Trainer._step", interrupted)
             outcome = train()
         assert outcome.status == 130
         assert outcome.err.rstrip().endswith("fused-dpo: interrupted")
@@ -139,7 +139,7 @@ class TestCommands:
             os.kill(os.getpid(), signal.SIGTERM)
 
         before = signal.getsignal(signal.SIGTERM)
-        monkeypatch.setattr("fused_dpo_engine.trainer.Trainer._step", terminated)
+        monkeypatch.setattr("fused_dpo_engine.training.trainer.Trainer._step", terminated)
         outcome = train()
         assert outcome.status == 130
         assert outcome.err.rstrip().endswith("fused-dpo: interrupted")

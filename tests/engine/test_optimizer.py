@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fused_dpo_engine.config.options import OptimizerOptions
-from fused_dpo_engine.optimizer import build_optimizer, learning_rate_factor
+from fused_dpo_engine.training.optimizer import build_optimizer, learning_rate_factor
 
 SCHEDULES = ("linear", "cosine", "constant")
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from fused_dpo_engine.trainer import Trainer
+from fused_dpo_engine.training.trainer import Trainer
 from tests.engine.helpers import assert_same_weights, toy_rows, write_rows
 from tests.engine.run_helpers import FLAT
 

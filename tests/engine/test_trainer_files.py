@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fused_dpo_engine.cli import parse_train
 from fused_dpo_engine.run import train
-from fused_dpo_engine.trainer import Trainer
+from fused_dpo_engine.training.trainer import Trainer
 from tests.engine.helpers import Run, byte_tokenizer, largest_difference, options, read_weights
 from tests.engine.run_helpers import FIRST_LOSS, FLAT
 

@@ -3,7 +3,6 @@
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,41 +17,11 @@ from fused_dpo_engine.checkpoint.export import save_model
 from fused_dpo_engine.config.commands import TrainConfig
 from fused_dpo_engine.data.pairs import TokenPair
 from fused_dpo_engine.errors import TrainingDivergedError
-from fused_dpo_engine.metrics import MetricsWriter, PairMetrics, SlotMetrics, peak_memory_gib
 from fused_dpo_engine.model.policy import Policy, SequenceLogps
-from fused_dpo_engine.optimizer import build_optimizer
 from fused_dpo_engine.reference.scoring import ReferenceLogps
-
-
-@dataclass
-class Summary:
-    """What a run came to; written to summary.json."""
-
-    steps: int = 0
-    planned_steps: int = 0
-    pairs: int = 0
-    tokens: int = 0
-    """Of whole sequences: a prompt counts in each response's, whether it was computed once or twice; padding does
-    not."""
-    seconds: float = 0.0
-    """Time in training steps, without evaluation and saving."""
-    tokens_per_second: float = 0.0
-    fill: float = 0.0
-    """Token slots of the forward passes over those that tokens-per-batch allows."""
-    padding: float = 0.0
-    """Share of the slots that held no token."""
-    shared: float = 0.0
-    """Share of the tokens that prefix sharing did not have to compute."""
-    peak_memory_gib: float = 0.0
-    stopped: str = "all steps done"
-    eval_before: dict[str, float] = field(default_factory=dict)
-    eval_after: dict[str, float] = field(default_factory=dict)
-    best_step: int | None = None
-    best_value: float | None = None
-
-    def as_dict(self) -> dict[str, object]:
-        """For JSON."""
-        return asdict(self)
+from fused_dpo_engine.training.metrics import MetricsWriter, PairMetrics, SlotMetrics, peak_memory_gib
+from fused_dpo_engine.training.optimizer import build_optimizer
+from fused_dpo_engine.training.summary import Summary
 
 
 class Trainer:

@@ -1,0 +1,1 @@
+"""The loop: steps, optimizer, metrics, and the folder of a run."""

@@ -58,16 +58,16 @@ def _run(arguments: Sequence[str] | None) -> int:
         from fused_dpo_engine.errors import TrainingDivergedError, UserError
 
         if command == "env":
-            from fused_dpo_engine.environment import describe
+            from fused_dpo_engine.commands.env import describe
 
             print(describe())
             return 0
         if command == "plan":
-            from fused_dpo_engine.plan_report import plan as work
+            from fused_dpo_engine.commands.plan import plan as work
 
             parse = parse_plan
         else:
-            from fused_dpo_engine.run import train as work
+            from fused_dpo_engine.commands.train import train as work
 
             parse = parse_train
     except ModuleNotFoundError as error:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fused_dpo_engine.cli import main, parse_train
-from fused_dpo_engine.run import train
+from fused_dpo_engine.commands.train import train
 from tests.engine.helpers import Outcome, Run, options, save_folder, toy_rows, write_rows
 
 

@@ -117,7 +117,7 @@ class TestCommands:
         def interrupted(*_, **__):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("fused_dpo_engine.run.build_policy", interrupted)
+        monkeypatch.setattr("fused_dpo_engine.commands.train.build_policy", interrupted)
         outcome = train()
         assert outcome.status == 130
         assert not (tmp_path / "run").exists()
@@ -126,7 +126,7 @@ class TestCommands:
         def interrupted(*_, **__):
             raise KeyboardInterrupt
 
-        monkeypatch.delitem(sys.modules, "fused_dpo_engine.run")
+        monkeypatch.delitem(sys.modules, "fused_dpo_engine.commands.train")
         monkeypatch.setattr("builtins.__import__", interrupted)
         try:
             status = main(["train"])
@@ -148,7 +148,7 @@ class TestCommands:
         assert signal.getsignal(signal.SIGTERM) == before
 
     def test_packages_of_the_trainer_are_missing(self, command, monkeypatch):
-        monkeypatch.setitem(sys.modules, "fused_dpo_engine.run", None)
+        monkeypatch.setitem(sys.modules, "fused_dpo_engine.commands.train", None)
         outcome = command("train")
         assert outcome.status == 2
         assert "pip install 'fused-dpo[train]'" in outcome.err

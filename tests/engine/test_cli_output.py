@@ -40,7 +40,9 @@ class TestOutput:
         elif what == "vocabulary":
             settings["model"] = save_folder(tmp_path / "model", vocab_size=60)
         else:
-            monkeypatch.setattr("fused_dpo_engine.run.self_test", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            monkeypatch.setattr(
+                "fused_dpo_engine.commands.train.self_test", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+            )
         assert train(**settings).status == (130 if what == "interruption" else 2)
         assert snapshot(tmp_path / "run") == finished
 
@@ -66,7 +68,7 @@ class TestOutput:
     def test_output_that_cannot_be_created(self, train, tmp_path, output, monkeypatch):
         """Found before anything is loaded."""
         loaded = []
-        monkeypatch.setattr("fused_dpo_engine.run.load_tokenizer", lambda *_: loaded.append(1))
+        monkeypatch.setattr("fused_dpo_engine.commands.train.load_tokenizer", lambda *_: loaded.append(1))
         outcome = train(output=output.format(tmp_path=tmp_path))
         assert outcome.status == 2
         assert "fused-dpo: --output " in outcome.message

@@ -16,7 +16,7 @@ from fused_dpo_engine.data.pairs import TokenPair
 from fused_dpo_engine.data.sources import read_rows
 from fused_dpo_engine.data.tokenization import tokenize_pairs
 from fused_dpo_engine.errors import UserError
-from fused_dpo_engine.plan_report import histogram, padded_slots, plan_statistics
+from fused_dpo_engine.reports.plan import histogram, padded_slots, plan_statistics
 from tests.engine.helpers import PREFERENCES, SHARED, TOKENIZERS, make_pairs, options, write_rows
 
 RUN = RunOptions(output="")
@@ -172,7 +172,7 @@ class TestRealPairs:
             assert planned.fill >= 0.97
 
     def test_the_report_is_printed(self, capfd):
-        from fused_dpo_engine.plan_report import report
+        from fused_dpo_engine.reports.plan import report
 
         pairs = real_pairs("qa_long_prompts.strings.jsonl", "gpt2")
         Console(width=140).print(report(pairs, RUN, PackingOptions()))

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from fused_dpo_engine.cli import parse_train
+from fused_dpo_engine.commands.train import train
 from fused_dpo_engine.errors import UserError
 from fused_dpo_engine.model.policy import Policy
-from fused_dpo_engine.run import train
 from tests.engine.helpers import Run, assert_same_weights, largest_difference, options, write_rows
 from tests.engine.run_helpers import FIRST_LOSS, LN2, toy_pairs, training_forward, without_clock
 
@@ -138,7 +138,7 @@ class TestLayouts:
 
     def test_compile_comes_after_the_self_test_and_before_any_score(self, train_tiny, monkeypatch):
         done = []
-        monkeypatch.setattr("fused_dpo_engine.run.self_test", lambda *_: done.append("self-test"))
+        monkeypatch.setattr("fused_dpo_engine.commands.train.self_test", lambda *_: done.append("self-test"))
         monkeypatch.setattr(Policy, "compile_backbone", lambda _: done.append("compile"))
         training_forward(monkeypatch, lambda _, __, logps: done.append("step") or logps)
         train_tiny(compile=True, max_steps=1)

@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fused_dpo_engine.cli import parse_train
-from fused_dpo_engine.run import train
+from fused_dpo_engine.commands.train import train
 from fused_dpo_engine.training.trainer import Trainer
 from tests.engine.helpers import Run, byte_tokenizer, largest_difference, options, read_weights
 from tests.engine.run_helpers import FIRST_LOSS, FLAT

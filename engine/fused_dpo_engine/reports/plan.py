@@ -5,16 +5,13 @@ import time
 from collections.abc import Sequence
 
 import numpy as np
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 
 from fused_dpo_engine.batching.planning import count_slots
 from fused_dpo_engine.batching.schedule import Schedule
-from fused_dpo_engine.config.commands import PlanConfig
 from fused_dpo_engine.config.options import PackingOptions, RunOptions
-from fused_dpo_engine.data.load import load_pairs
 from fused_dpo_engine.data.pairs import TokenPair
-from fused_dpo_engine.model.loading import choose_max_length, load_tokenizer
 
 BAR = 40
 """Characters of the histogram's longest bar."""
@@ -89,19 +86,3 @@ def report(pairs: Sequence[TokenPair], run: RunOptions, packing: PackingOptions)
         table.add_row(name, str(slots), of_tokens, ratio, str(passes), "" if fill is None else f"{fill:.1%}")
     table.caption = f"planned in {planned.seconds:.2f} s"
     return Group(table, histogram([count_slots(pairs, [index], packing) for index in range(len(pairs))]))
-
-
-def plan(config: PlanConfig) -> None:
-    """Print what the forward passes over a data set would be.
-
-    Raises:
-        UserError: settings or data cannot work.
-    """
-    console = Console(highlight=False)
-    tokenizer = load_tokenizer(config.model_options.model, config.model_options)
-    max_length = choose_max_length(config.model_options, config.data, config.packing)
-    data = dataclasses.replace(config.data, max_length=max_length)
-    pairs, _ = load_pairs(data, config.seed, tokenizer, console)
-    run = RunOptions(output="", pairs_per_step=config.pairs_per_step, seed=config.seed)
-    wide = console if console.is_terminal else Console(highlight=False, width=140)
-    wide.print(report(pairs, run, config.packing))

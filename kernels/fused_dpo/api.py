@@ -9,7 +9,7 @@ from torch import Tensor
 from fused_dpo.autograd import Filtering, nothing_filtered, sequence_sum, token_logps
 from fused_dpo.head import LMHead
 from fused_dpo.options import KernelOptions
-from fused_dpo.reference import reference_token_logps
+from fused_dpo.oracle import reference_token_logps
 from fused_dpo.stats import FilterStats, TokenStats
 from fused_dpo.validation import Scoring, check_scoring, choose_implementation, filter_eps
 

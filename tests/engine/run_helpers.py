@@ -18,7 +18,7 @@ from tests.engine.helpers import byte_tokenizer, toy_rows
 LN2 = math.log(2)
 FIRST_LOSS = pytest.approx(LN2, abs=5e-7)
 """Of a step whose policy and reference are the same function: a mean in fp32, some units in the last place."""
-FLAT = {"schedule": "constant", "warmup_ratio": 0.0}
+FLAT = {"lr_scheduler_type": "constant", "warmup_ratio": 0.0}
 """A course of the learning rate that does not depend on the length of the run."""
 CLOCK = ("seconds", "tokens_per_second", "peak_memory_gib")
 """Metrics that differ from run to run."""

@@ -95,7 +95,7 @@ class TestCommands:
         assert outcome.message.count(said) == warned
 
     def test_diverged(self, train, tmp_path):
-        outcome = train(learning_rate=1e30, schedule="constant", warmup_ratio=0)
+        outcome = train(learning_rate=1e30, lr_scheduler_type="constant", warmup_ratio=0)
         assert outcome.status == 1
         assert "fused-dpo: step 2: loss nan" in outcome.message
         assert str(tmp_path / "run" / "model") in outcome.message

@@ -309,7 +309,7 @@ class TestContradictions:
             ({"weight_decay": "nan"}, "weight-decay must not be negative, and finite, got nan"),
             ({"adam_epsilon": "inf"}, "adam-epsilon must be positive and finite, got inf"),
             ({"dtype": "float16"}, "--dtype"),
-            ({"schedule": "step"}, "--schedule"),
+            ({"lr_scheduler_type": "step"}, "--lr-scheduler-type"),
             ({"best_metric": "loss"}, "--best-metric"),
             ({"pairs_per_step": "many"}, "--pairs-per-step"),
             # Settings that torch or numpy would only refuse in the middle of a run.

@@ -16,7 +16,7 @@ SCHEDULES = ("linear", "cosine", "constant")
 
 class TestFactor:
     @pytest.mark.parametrize(
-        ("schedule", "warmup", "expected"),
+        ("scheduler_type", "warmup", "expected"),
         [
             ("constant", 0, [1, 1, 1, 1]),
             ("constant", 2, [1 / 2, 1, 1, 1]),
@@ -30,16 +30,18 @@ class TestFactor:
             ("cosine", 4, [1 / 4, 1 / 2, 3 / 4, 1]),
         ],
     )
-    def test_by_hand(self, schedule, warmup, expected):
-        assert [learning_rate_factor(step, 4, warmup, schedule) for step in range(4)] == pytest.approx(expected)
+    def test_by_hand(self, scheduler_type, warmup, expected):
+        assert [learning_rate_factor(step, 4, warmup, scheduler_type) for step in range(4)] == pytest.approx(expected)
 
     @settings(deadline=None)
     @given(
-        total=st.integers(1, 200), warmup_share=st.floats(0, 1, allow_nan=False), schedule=st.sampled_from(SCHEDULES)
+        total=st.integers(1, 200),
+        warmup_share=st.floats(0, 1, allow_nan=False),
+        scheduler_type=st.sampled_from(SCHEDULES),
     )
-    def test_no_step_is_wasted(self, total, warmup_share, schedule):
+    def test_no_step_is_wasted(self, total, warmup_share, scheduler_type):
         warmup = round(warmup_share * total)
-        factors = [learning_rate_factor(step, total, warmup, schedule) for step in range(total)]
+        factors = [learning_rate_factor(step, total, warmup, scheduler_type) for step in range(total)]
         assert all(0 < factor <= 1 for factor in factors)
         assert max(factors) == 1
         peak = factors.index(1)
@@ -59,16 +61,18 @@ def build(model: nn.Module, total_steps: int = 10, **settings: Any):
 
 
 class TestBuild:
-    @pytest.mark.parametrize("schedule", SCHEDULES)
+    @pytest.mark.parametrize("scheduler_type", SCHEDULES)
     @pytest.mark.parametrize(("warmup_ratio", "warmup"), [(0.0, 0), (0.1, 1), (0.26, 3), (1.0, 10)])
-    def test_learning_rates_of_a_run(self, schedule, warmup_ratio, warmup):
-        optimizer, course = build(module(), learning_rate=3e-4, schedule=schedule, warmup_ratio=warmup_ratio)
+    def test_learning_rates_of_a_run(self, scheduler_type, warmup_ratio, warmup):
+        optimizer, course = build(
+            module(), learning_rate=3e-4, lr_scheduler_type=scheduler_type, warmup_ratio=warmup_ratio
+        )
         used = []
         for _ in range(10):
             used.append([group["lr"] for group in optimizer.param_groups])
             optimizer.step()
             course.step()
-        expected = [3e-4 * learning_rate_factor(step, 10, warmup, schedule) for step in range(10)]
+        expected = [3e-4 * learning_rate_factor(step, 10, warmup, scheduler_type) for step in range(10)]
         for group in zip(*used, strict=True):
             assert list(group) == pytest.approx(expected)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fused_dpo_engine.attention.plan import Segment, plan_attention
 from fused_dpo_engine.batching.packing import PackedBatch, pack
-from fused_dpo_engine.batching.padding import IGNORED, pad
+from fused_dpo_engine.batching.padding import IGNORE_INDEX, pad
 from fused_dpo_engine.data.pairs import TokenPair
 from tests.engine.helpers import any_pairs, make_pairs
 
@@ -147,7 +147,7 @@ class TestPad:
             left, prompt = width - len(ids), pair.prompt_length
             assert batch.input_ids[row, : len(ids)].tolist() == ids.tolist()
             assert batch.attention_mask[row].tolist() == [1] * len(ids) + [0] * left
-            expected = [IGNORED] * prompt + ids[prompt:].tolist() + [IGNORED] * left
+            expected = [IGNORE_INDEX] * prompt + ids[prompt:].tolist() + [IGNORE_INDEX] * left
             assert batch.labels[row].tolist() == expected
         assert batch.num_slots == batch.num_tokens + batch.num_padding == len(sequences) * width
         assert batch.chosen_lengths.tolist() == [pairs[i].chosen_length for i in indices]

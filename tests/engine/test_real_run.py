@@ -44,7 +44,7 @@ def test_smollm2_on_real_pairs(train_tiny):
         max_length=64,  # most pairs do not fit: their prompts lose their beginning, their responses their end
         truncate_prompts=True,
         learning_rate=1e-5,
-        schedule="constant",
+        lr_scheduler_type="constant",
         warmup_ratio=0,
     )
     moved = largest_difference(run.weights(), {n: t.float() for n, t in read_weights(SMOLLM2).items()})

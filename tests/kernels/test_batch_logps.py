@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fused_dpo.batch_logps import get_batch_logps
+from fused_dpo.full_logits import get_batch_logps
 
 FLOAT64, FLOAT32 = 1e-12, 1e-6
 """Some units of the dtype (2e-16, 1.2e-7): log-softmax of logits below 16, sums of six log-probs."""

@@ -1,18 +1,29 @@
 """What a micro-batch of pairs is to the trainer, however its tokens are laid out."""
 
 import dataclasses
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from fused_dpo_engine.attention.call import Backend
+
 Batch = TypeVar("Batch", bound="PairBatch")
 
 
+class ScoredRows(NamedTuple):
+    """What the head is asked: the first arguments of `fused_dpo.fused_token_logps`, and those that go by name."""
+
+    hidden_states: Tensor
+    labels: Tensor
+    settings: dict[str, Any]
+
+
 @dataclass(frozen=True, kw_only=True)
-class PairBatch:
-    """B pairs in one forward pass."""
+class PairBatch(ABC):
+    """B pairs in one forward pass, in a layout that knows what the model takes and what of its output is scored."""
 
     pair_indices: list[int]
     """Which pairs, in the order of the results `[chosen 0, rejected 0, chosen 1, ...]`."""
@@ -38,6 +49,23 @@ class PairBatch:
     def num_slots(self) -> int:
         """Token slots that the model computes."""
         return self.input_ids.numel()
+
+    @property
+    @abstractmethod
+    def offsets(self) -> Tensor:
+        """int64 [2B+1], where each sequence begins among the flattened log-probs of tokens."""
+
+    @abstractmethod
+    def model_inputs(self, attention: Backend) -> dict[str, Any]:
+        """Give the arguments of the model's backbone; `attention` computes packed rows."""
+
+    @abstractmethod
+    def scored_rows_of(self, hidden: Tensor) -> ScoredRows:
+        """Take what the head scores from the backbone's hidden states, [2B, S, D] or [1, T, D]."""
+
+    @abstractmethod
+    def lay_out(self, values: Tensor, token_logps: Tensor) -> Tensor:
+        """Lay out one value for each scored token, in the order of the results, as `token_logps` are laid out."""
 
     def to(self: Batch, device: torch.device) -> Batch:
         """The batch with its tensors on `device`, copied without waiting where the device allows it."""

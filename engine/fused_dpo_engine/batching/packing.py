@@ -2,13 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fused_dpo_engine.attention.call import Backend
+from fused_dpo_engine.attention.gather import gather_rows
 from fused_dpo_engine.attention.interface.plan import AttentionPlan, Segment, offsets_of, plan_attention
-from fused_dpo_engine.batching.batch import PairBatch
+from fused_dpo_engine.batching.batch import PairBatch, ScoredRows
 from fused_dpo_engine.batching.sharing import place_sequences
 from fused_dpo_engine.data.pairs import TokenPair
 
@@ -30,6 +33,32 @@ class PackedBatch(PairBatch):
     cu_scored: Tensor
     """int32 [2B+1], offsets of the sequences among the scored rows, in the order of the pairs."""
     attention: AttentionPlan = field(repr=False)
+
+    @property
+    def offsets(self) -> Tensor:
+        """int64 [2B+1], `cu_scored`."""
+        return self.cu_scored.long()
+
+    def model_inputs(self, attention: Backend) -> dict[str, Any]:
+        """Give the row, its positions, and the plan in the place of a mask."""
+        return {
+            "input_ids": self.input_ids,
+            "position_ids": self.position_ids,
+            "attention_mask": None,
+            "fused_dpo_plan": self.attention,
+            "fused_dpo_backend": attention,
+        }
+
+    def scored_rows_of(self, hidden: Tensor) -> ScoredRows:
+        """Gather the rows that predict a response, which are known on the host: nothing else reaches the head."""
+        # All of them are scored; the head would wait for the device to find that out.
+        every_row = torch.arange(len(self.targets), device=self.targets.device)
+        settings = {"cu_seqlens": self.cu_scored, "shift": False, "row_index": every_row}
+        return ScoredRows(gather_rows(hidden[0], self.scored_rows), self.targets, settings)
+
+    def lay_out(self, values: Tensor, token_logps: Tensor) -> Tensor:
+        """Return the values themselves: the scored tokens are all that there is."""
+        return values
 
 
 def pack(pairs: Sequence[TokenPair], indices: Sequence[int], *, share: bool = True) -> PackedBatch:

@@ -2,15 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fused_dpo_engine.batching.batch import PairBatch
+from fused_dpo_engine.attention.call import Backend
+from fused_dpo_engine.batching.batch import PairBatch, ScoredRows
 from fused_dpo_engine.data.pairs import TokenPair
 
-IGNORED = -100
+IGNORE_INDEX = -100
+"""The label of what is not scored, as Hugging Face has it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +23,26 @@ class PaddedBatch(PairBatch):
     attention_mask: Tensor
     """int64 [2B, S], 1 where there is a token."""
     labels: Tensor
-    """int64 [2B, S], -100 in prompts and padding."""
+    """int64 [2B, S], IGNORE_INDEX in prompts and padding."""
+
+    @property
+    def offsets(self) -> Tensor:
+        """int64 [2B+1]: every sequence has S rows."""
+        rows, width = self.labels.shape
+        return torch.arange(0, rows * width + 1, width, device=self.labels.device)
+
+    def model_inputs(self, attention: Backend) -> dict[str, Any]:
+        """Give tokens and mask; the model's own attention reads them."""
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+
+    def scored_rows_of(self, hidden: Tensor) -> ScoredRows:
+        """Return all rows, with the labels that tell which are scored."""
+        return ScoredRows(hidden, self.labels, {})
+
+    def lay_out(self, values: Tensor, token_logps: Tensor) -> Tensor:
+        """Put each value at the row that predicts its token, 0 elsewhere."""
+        scored = torch.nn.functional.pad(self.labels[:, 1:] != IGNORE_INDEX, (0, 1))
+        return torch.zeros_like(token_logps).masked_scatter(scored, values)
 
 
 def pad(pairs: Sequence[TokenPair], indices: Sequence[int]) -> PaddedBatch:
@@ -29,7 +51,7 @@ def pad(pairs: Sequence[TokenPair], indices: Sequence[int]) -> PaddedBatch:
     sequences = [(pair.prompt_length, ids) for pair in chosen for ids in (pair.chosen_ids, pair.rejected_ids)]
     width = max(len(ids) for _, ids in sequences)
     input_ids = torch.zeros(len(sequences), width, dtype=torch.int64)
-    attention_mask, labels = torch.zeros_like(input_ids), torch.full_like(input_ids, IGNORED)
+    attention_mask, labels = torch.zeros_like(input_ids), torch.full_like(input_ids, IGNORE_INDEX)
     for row, (prompt_length, ids) in enumerate(sequences):
         tokens = torch.from_numpy(ids.astype(np.int64))
         input_ids[row, : len(ids)] = tokens

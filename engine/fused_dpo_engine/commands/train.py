@@ -53,14 +53,14 @@ def train(config: TrainConfig) -> Summary:
     if frozen is not None:
         choose_max_length(frozen, config.data, config.packing)
     pairs, held_out = load_pairs(config.data, config.run.seed, tokenizer, console)
-
-    _warn_of_passes(config, pairs, console)
+    schedule = Schedule(pairs, config.run, config.packing)
+    _warn_of_passes(config, schedule, console)
     packing = config.packing
     reference = held_out_reference = None
     if frozen is not None:
         scorer = build_policy(frozen, LoraOptions(), device, ld_alpha=config.loss.ld_alpha, packing=packing.packing)
         _check_vocabulary(scorer, pairs + held_out)
-        reference, held_out_reference = score_run(config, scorer, pairs, held_out, console)
+        reference, held_out_reference = score_run(scorer, schedule, held_out, console)
         del scorer
         gc.collect()  # the model and its modules refer to each other
     policy = build_policy(config.model, config.lora, device, ld_alpha=config.loss.ld_alpha, packing=packing.packing)
@@ -74,11 +74,11 @@ def train(config: TrainConfig) -> Summary:
     if config.model.compile:
         policy.compile_backbone()
     if reference is None and needs_reference(config.loss.loss_type):
-        reference, held_out_reference = score_run(config, policy, pairs, held_out, console)
+        reference, held_out_reference = score_run(policy, schedule, held_out, console)
 
     open_output(output)  # not before everything that can be wrong has been found
     config.save(output / "config.json")
-    trainer = Trainer(policy, config, tokenizer, pairs, reference, held_out, held_out_reference, output)
+    trainer = Trainer(policy, config, tokenizer, schedule, reference, held_out, held_out_reference, output)
     try:
         summary = trainer.train()
     finally:
@@ -99,12 +99,12 @@ def _resolved(config: TrainConfig, device: torch.device) -> TrainConfig:
     )
 
 
-def _warn_of_passes(config: TrainConfig, pairs: list[TokenPair], console: Console) -> None:
+def _warn_of_passes(config: TrainConfig, schedule: Schedule, console: Console) -> None:
     """Say so where a step's result depends on how it is split into forward passes."""
     loss_type = config.loss.loss_type
     if not loss_spec(loss_type).across_pairs:
         return
-    if any(len(step.batches) > 1 for step in Schedule(pairs, config.run, config.packing).first_pass()):
+    if any(len(step.batches) > 1 for step in schedule.first_pass()):
         console.print(
             f"warning: {loss_type} compares the pairs of one forward pass with each other; --tokens-per-batch and "
             f"packing decide which those are"

@@ -160,11 +160,11 @@ class LossOptions:
 
 @dataclass(frozen=True)
 class OptimizerOptions:
-    """AdamW and its schedule."""
+    """AdamW and the course of its learning rate."""
 
     learning_rate: float = 5e-6
     """Peak learning rate (full training: 5e-7 to 5e-6; LoRA: 5e-6 to 5e-5)."""
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
     """Course of the learning rate after warm-up; linear and cosine end at 0."""
     warmup_ratio: float = 0.1
     """Share of the steps over which the learning rate rises to its peak (0 to 1)."""

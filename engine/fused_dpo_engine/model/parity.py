@@ -8,7 +8,7 @@ import torch
 
 from fused_dpo import get_batch_logps
 from fused_dpo_engine.attention.interface import ATTENTION_NAME
-from fused_dpo_engine.batching.padding import IGNORED
+from fused_dpo_engine.batching.padding import IGNORE_INDEX
 from fused_dpo_engine.batching.planning import build_batch, count_slots
 from fused_dpo_engine.config.options import PackingOptions
 from fused_dpo_engine.data.pairs import TokenPair
@@ -59,7 +59,7 @@ def self_test(policy: Policy, pairs: Sequence[TokenPair], options: PackingOption
         for ours, (pair, ids) in zip(got, sequences, strict=True):
             tokens = torch.tensor([ids.tolist()], device=policy.device)
             labels = tokens.clone()
-            labels[:, : pair.prompt_length] = IGNORED
+            labels[:, : pair.prompt_length] = IGNORE_INDEX
             with policy.autocast():
                 logits = policy.causal_lm(input_ids=tokens, use_cache=False).logits
             own = float(get_batch_logps(logits, labels)[0])

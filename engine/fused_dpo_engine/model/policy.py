@@ -1,6 +1,5 @@
 """The model as DPO sees it: pairs in, sequence log-probs out."""
 
-import dataclasses
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -13,10 +12,7 @@ from fused_dpo.hardware import tag_compiled_code
 from fused_dpo.losses import desensitized_weights
 from fused_dpo_engine.attention.call import Backend
 from fused_dpo_engine.attention.choice import load_backend
-from fused_dpo_engine.attention.gather import gather_rows
 from fused_dpo_engine.batching.batch import PairBatch
-from fused_dpo_engine.batching.packing import PackedBatch
-from fused_dpo_engine.batching.padding import IGNORED, PaddedBatch
 from fused_dpo_engine.model.compatibility import backbone_of
 
 
@@ -89,51 +85,29 @@ class Policy(nn.Module):
     def forward(self, batch: PairBatch) -> SequenceLogps:
         """Compute the log-probs of the batch's sequences, and what the head saw on the way."""
         with self.autocast():
-            if isinstance(batch, PaddedBatch):
-                hidden = self._hidden(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-                arguments: Any = (hidden, head_of(self.causal_lm), batch.labels)
-                settings: Any = {"options": self.options}
-            else:
-                assert isinstance(batch, PackedBatch)
-                hidden = self._hidden(
-                    input_ids=batch.input_ids,
-                    position_ids=batch.position_ids,
-                    attention_mask=None,
-                    fused_dpo_plan=batch.attention,
-                    fused_dpo_backend=self.attention,
-                )
-                # Rows that predict a response, found on the host: nothing else reaches the head.
-                arguments = (gather_rows(hidden[0], batch.scored_rows), head_of(self.causal_lm), batch.targets)
-                # All of these rows are scored; the head would wait for the device to find that out.
-                every_row = torch.arange(len(batch.targets), device=batch.targets.device)
-                options = dataclasses.replace(self.options, row_index=every_row)
-                settings = {"cu_seqlens": batch.cu_scored, "shift": False, "options": options}
-            settings |= {"with_stats": ("tail", "kept_fraction"), "grad_mode": self.grad_mode}
-            tokens = fused_token_logps(*arguments, **settings)
+            hidden = self._hidden(**batch.model_inputs(self.attention))
+            rows = batch.scored_rows_of(hidden)
+            tokens = fused_token_logps(
+                rows.hidden_states,
+                head_of(self.causal_lm),
+                rows.labels,
+                **rows.settings,
+                with_stats=("tail", "kept_fraction"),
+                grad_mode=self.grad_mode,
+                options=self.options,
+            )
         assert tokens.tail is not None
         assert tokens.kept_fraction is not None
         count = (batch.chosen_lengths + batch.rejected_lengths).sum()
         head = HeadStats(tokens.tail.sum(), tokens.kept_fraction.sum(), count)
         token_logps = tokens.logps
-        if isinstance(batch, PaddedBatch):
-            offsets = torch.arange(0, token_logps.numel() + 1, token_logps.shape[1], device=token_logps.device)
-        else:
-            offsets = batch.cu_scored.long()
-        plain = sequence_sum(token_logps.flatten(), offsets)
+        plain = sequence_sum(token_logps.flatten(), batch.offsets)
         if self.ld_alpha is None:
             return SequenceLogps(plain, plain, head)
-        weighted = token_logps * self._token_weights(batch, self.ld_alpha, token_logps)
-        return SequenceLogps(sequence_sum(weighted.flatten(), offsets), plain, head)
-
-    @staticmethod
-    def _token_weights(batch: PairBatch, ld_alpha: float, token_logps: Tensor) -> Tensor:
-        """What each token counts in LD-DPO, in the layout of `token_logps`."""
-        weights = desensitized_weights(batch.scored_lengths[0::2], batch.scored_lengths[1::2], ld_alpha)
+        weights = desensitized_weights(batch.scored_lengths[0::2], batch.scored_lengths[1::2], self.ld_alpha)
         weights = weights.to(token_logps.device, token_logps.dtype, non_blocking=True)
-        if not isinstance(batch, PaddedBatch):
-            return weights
-        scored = nn.functional.pad(batch.labels[:, 1:] != IGNORED, (0, 1))  # by the row that predicts it
-        return torch.zeros_like(token_logps).masked_scatter(scored, weights)
+        weighted = token_logps * batch.lay_out(weights, token_logps)
+        return SequenceLogps(sequence_sum(weighted.flatten(), batch.offsets), plain, head)
 
     def _hidden(self, **inputs: Any) -> Tensor:
         """Last hidden states of the backbone.

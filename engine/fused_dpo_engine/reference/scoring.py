@@ -1,6 +1,6 @@
 """Log-probs of the frozen reference, scored once before training by the very code that trains."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,11 +11,9 @@ from tqdm.auto import tqdm
 from fused_dpo_engine.batching.batch import PairBatch
 from fused_dpo_engine.batching.planning import PlannedBatch, build_batch, plan_pairs
 from fused_dpo_engine.batching.schedule import Schedule
-from fused_dpo_engine.config.commands import TrainConfig
 from fused_dpo_engine.data.pairs import TokenPair
 from fused_dpo_engine.errors import UserError
 from fused_dpo_engine.model.policy import Policy
-from fused_dpo_engine.reference.scoring import ReferenceLogps, score_reference
 
 
 @dataclass
@@ -33,7 +31,7 @@ class ReferenceLogps:
 
 @torch.no_grad()
 def score_reference(
-    policy: Policy, pairs: list[TokenPair], batches: Iterable[PairBatch], total: int, progress: bool
+    policy: Policy, pairs: Sequence[TokenPair], batches: Iterable[PairBatch], total: int, progress: bool
 ) -> ReferenceLogps:
     """Score the pairs of `batches` with the policy's model, its adapters off.
 
@@ -64,19 +62,31 @@ def score_reference(
 
 
 def score_run(
-    config: TrainConfig, policy: Policy, pairs: list[TokenPair], held_out: list[TokenPair], console: Console
+    policy: Policy, schedule: Schedule, held_out: list[TokenPair], console: Console
 ) -> tuple[ReferenceLogps, ReferenceLogps]:
-    """Reference log-probs of all pairs that the run will see."""
-    packing = config.packing
+    """Score every pair that a run will see, in the forward passes that it will take.
+
+    Args:
+        policy: as in `score_reference`.
+        schedule: of the run; the training pairs are scored in its first pass over them.
+        held_out: pairs to evaluate on, possibly none.
+        console: for reports and progress.
+
+    Returns:
+        Log-probs of the training pairs and of the held-out pairs.
+
+    Raises:
+        UserError: as in `score_reference`.
+    """
+    pairs, packing = schedule.pairs, schedule.packing
     console.print(f"reference: log-probs of {len(pairs) + len(held_out)} pairs, once")
 
-    def score(side: list[TokenPair], plan: list[PlannedBatch]) -> ReferenceLogps:
+    def score(side: Sequence[TokenPair], plan: list[PlannedBatch]) -> ReferenceLogps:
         batches = (build_batch(side, planned.indices, packing) for planned in plan)
         total = sum(len(planned.indices) for planned in plan)
         return score_reference(policy, side, batches, total, console.is_terminal)
 
-    seen = Schedule(pairs, config.run, packing).first_pass()
     return (
-        score(pairs, [planned for step in seen for planned in step.batches]),
+        score(pairs, [planned for step in schedule.first_pass() for planned in step.batches]),
         score(held_out, plan_pairs(held_out, range(len(held_out)), packing)),
     )

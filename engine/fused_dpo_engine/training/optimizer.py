@@ -9,7 +9,7 @@ from torch import nn
 from fused_dpo_engine.config.options import OptimizerOptions
 
 
-def learning_rate_factor(step: int, total: int, warmup: int, schedule: str) -> float:
+def learning_rate_factor(step: int, total: int, warmup: int, scheduler_type: str) -> float:
     """Factor on the peak learning rate in step 0, 1, ..., total - 1.
 
     It rises linearly over `warmup` steps, reaching 1 in the last of them (so that no step is spent at 0), and falls to
@@ -17,10 +17,10 @@ def learning_rate_factor(step: int, total: int, warmup: int, schedule: str) -> f
     """
     if step < warmup:
         return (step + 1) / warmup
-    if schedule == "constant":
+    if scheduler_type == "constant":
         return 1.0
     progress = (step - warmup) / max(total - warmup, 1)
-    if schedule == "cosine":
+    if scheduler_type == "cosine":
         return 0.5 * (1 + math.cos(math.pi * progress))
     return 1 - progress
 
@@ -28,7 +28,7 @@ def learning_rate_factor(step: int, total: int, warmup: int, schedule: str) -> f
 def build_optimizer(
     parameters: Iterable[nn.Parameter], options: OptimizerOptions, total_steps: int
 ) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
-    """AdamW on the trainable parameters, weight decay on matrices alone, and its schedule over `total_steps`."""
+    """AdamW on the trainable parameters, weight decay on matrices alone, and the course of its learning rate over `total_steps`."""
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": options.weight_decay},
@@ -42,7 +42,7 @@ def build_optimizer(
         fused=True,
     )
     warmup = round(options.warmup_ratio * total_steps)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate_factor(step, total_steps, warmup, options.schedule)
+    lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate_factor(step, total_steps, warmup, options.lr_scheduler_type)
     )
-    return optimizer, schedule
+    return optimizer, lr_scheduler

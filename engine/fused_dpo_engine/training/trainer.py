@@ -31,10 +31,10 @@ class Trainer:
         policy: the model to train.
         config: the run's settings.
         tokenizer: saved beside the model.
-        pairs: training pairs.
+        schedule: of the training pairs.
         reference: their reference log-probs; None for a loss that takes none.
         held_out: held-out pairs, possibly none.
-        held_out_reference: likewise.
+        held_out_reference: their reference log-probs; None for a loss that takes none.
         output: the run's folder.
     """
 
@@ -43,19 +43,18 @@ class Trainer:
         policy: Policy,
         config: TrainConfig,
         tokenizer: PreTrainedTokenizerBase,
-        pairs: list[TokenPair],
+        schedule: Schedule,
         reference: ReferenceLogps | None,
         held_out: list[TokenPair],
         held_out_reference: ReferenceLogps | None,
         output: Path,
     ) -> None:
         self.policy, self.config, self.tokenizer, self.output = policy, config, tokenizer, output
-        self.pairs, self.reference = pairs, reference
+        self.schedule, self.pairs, self.reference = schedule, schedule.pairs, reference
         self.held_out, self.held_out_reference = held_out, held_out_reference
         self.loss: DPOLoss = config.loss.module().to(policy.device)
-        self.steps = Schedule(pairs, config.run, config.packing)
-        self.total_steps = self.steps.total_steps
-        self.optimizer, self.schedule = build_optimizer(policy.parameters(), config.optimizer, self.total_steps)
+        self.total_steps = schedule.total_steps
+        self.optimizer, self.lr_scheduler = build_optimizer(policy.parameters(), config.optimizer, self.total_steps)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.summary = Summary(planned_steps=self.total_steps)
         self._slots = SlotMetrics(config.packing.tokens_per_batch)
@@ -76,14 +75,14 @@ class Trainer:
             if self.held_out:
                 self.summary.eval_before = self.evaluate()
                 writer.plot(0, self.summary.eval_before)
-            for step, plan in enumerate(self.steps, start=1):
-                metrics = self._step(step, plan)
-                last = step == self.total_steps
-                if self.held_out and (last or (run.eval_steps and step % run.eval_steps == 0)):
-                    metrics |= self._evaluate_and_keep_best(step)
+            for number, step in enumerate(self.schedule, start=1):
+                metrics = self._step(number, step)
+                last = number == self.total_steps
+                if self.held_out and (last or (run.eval_steps and number % run.eval_steps == 0)):
+                    metrics |= self._evaluate_and_keep_best(number)
                     if self._evaluations_without_gain >= run.early_stopping_patience > 0:
-                        self.summary.stopped, last = f"early stopping after step {step}", True
-                writer.write(step, metrics)
+                        self.summary.stopped, last = f"early stopping after step {number}", True
+                writer.write(number, metrics)
                 bar.set_postfix(
                     loss=f"{metrics['loss']:.4f}",
                     accuracy=f"{metrics['rewards/accuracies']:.2f}",
@@ -93,7 +92,7 @@ class Trainer:
                 bar.update()
                 if last:
                     break
-                if run.save_steps and step % run.save_steps == 0:
+                if run.save_steps and number % run.save_steps == 0:
                     self._save("model")
         except BaseException as error:
             self.summary.stopped = self._reason(error)
@@ -112,14 +111,14 @@ class Trainer:
             return f"diverged at step {self.summary.steps + 1}"
         return "interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {type(error).__name__}"
 
-    def _step(self, step: int, plan: Step) -> dict[str, float]:
-        """One optimizer step on the mean loss of the plan's pairs."""
+    def _step(self, number: int, step: Step) -> dict[str, float]:
+        """Take one optimizer step, the run's `number`th, on the mean loss of its pairs."""
         started = time.perf_counter()
-        device, packing, indices = self.policy.device, self.config.packing, plan.indices
+        device, packing, indices = self.policy.device, self.config.packing, step.indices
         chosen_tokens = sum(self.pairs[i].chosen_length for i in indices)
         sums, slots = PairMetrics(), SlotMetrics(packing.tokens_per_batch)
         outputs: list[tuple[PairBatch, LossOutput]] = []
-        for planned in plan.batches:
+        for planned in step.batches:
             batch = build_batch(self.pairs, planned.indices, packing).to(device)
             scores = self.policy(batch)
             output = self._loss_of(batch, scores, self.reference, len(indices), chosen_tokens)
@@ -130,18 +129,18 @@ class Trainer:
                 layout.add(batch)
         limit = self.config.optimizer.max_grad_norm or math.inf
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
-        learning_rate = self.schedule.get_last_lr()[0]
+        learning_rate = self.lr_scheduler.get_last_lr()[0]
         metrics = sums.read(grad_norm=grad_norm)
         if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
             self.optimizer.zero_grad()
-            raise self._diverged(step, metrics, outputs)
+            raise self._diverged(number, metrics, outputs)
         self.optimizer.step()
-        self.schedule.step()
+        self.lr_scheduler.step()
         self.optimizer.zero_grad()
 
         seconds = time.perf_counter() - started
         summary, run_slots = self.summary, self._slots
-        summary.steps, summary.pairs, summary.tokens = step, summary.pairs + len(indices), run_slots.tokens
+        summary.steps, summary.pairs, summary.tokens = number, summary.pairs + len(indices), run_slots.tokens
         summary.fill, summary.padding, summary.shared = run_slots.fill, run_slots.padding, run_slots.shared
         summary.seconds += seconds
         summary.tokens_per_second = summary.tokens / summary.seconds
@@ -150,7 +149,7 @@ class Trainer:
             "epoch": summary.pairs / len(self.pairs),
             "pairs": len(indices),
             "tokens": slots.tokens,
-            "micro_batches": len(plan.batches),
+            "micro_batches": len(step.batches),
             "packing/fill": slots.fill,
             "packing/padding": slots.padding,
             "packing/shared": slots.shared,
@@ -202,14 +201,14 @@ class Trainer:
         self.loss.train()
         return {f"eval_{name}": value for name, value in sums.read().items()}
 
-    def _evaluate_and_keep_best(self, step: int) -> dict[str, float]:
+    def _evaluate_and_keep_best(self, number: int) -> dict[str, float]:
         metrics = self.evaluate()
         name = self.config.run.best_metric
         value, best = metrics[name], self.summary.best_value
         sign = -1 if name == "eval_loss" else 1
         self._evaluations_without_gain += 1
         if math.isfinite(value) and (best is None or sign * value > sign * best):
-            self.summary.best_step, self.summary.best_value = step, value
+            self.summary.best_step, self.summary.best_value = number, value
             self._evaluations_without_gain = 0
             self._save("best")
         self.summary.eval_after = metrics
@@ -219,7 +218,7 @@ class Trainer:
         save_model(self.policy.model, self.tokenizer, self.output / name)
 
     def _diverged(
-        self, step: int, metrics: dict[str, float], outputs: list[tuple[PairBatch, LossOutput]]
+        self, number: int, metrics: dict[str, float], outputs: list[tuple[PairBatch, LossOutput]]
     ) -> TrainingDivergedError:
         culprits = [
             self.pairs[batch.pair_indices[i]].where
@@ -228,7 +227,7 @@ class Trainer:
         ]
         pairs = ", ".join(culprits[:8]) + (f" and {len(culprits) - 8} more" if len(culprits) > 8 else "")
         return TrainingDivergedError(
-            f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: training has diverged, in "
+            f"step {number}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: training has diverged, in "
             f"{'pairs ' + pairs if culprits else 'the gradient alone'}. The weights before this step are in "
             f"{self.output / 'model'}. A lower --learning-rate or --dtype float32 usually helps."
         )

@@ -1,0 +1,1 @@
+"""Other people's models and trainers; third parties are imported inside functions."""

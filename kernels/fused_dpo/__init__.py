@@ -5,10 +5,10 @@ CUDA kernels, nothing else; imports on a machine without a GPU.
 """
 
 from fused_dpo.api import TokenLogps, fused_dpo_logps, fused_token_logps
-from fused_dpo.dpo_loss import DPOLoss, LossOutput
 from fused_dpo.full_logits import get_batch_logps
 from fused_dpo.head import LMHead, LowRankAdapter
 from fused_dpo.integrations.hugging_face import head_of
+from fused_dpo.losses.module import DPOLoss, LossOutput
 from fused_dpo.options import KernelOptions
 
 __version__ = "0.1.0"

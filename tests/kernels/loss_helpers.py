@@ -4,8 +4,8 @@ import math
 
 import torch
 
-from fused_dpo.dpo_loss import DPOLoss, LossOutput
 from fused_dpo.losses import LOSSES, PairLogps
+from fused_dpo.losses.module import DPOLoss, LossOutput
 
 ACROSS_PAIRS = {"aot", "aot_unpaired"}
 SMOOTHED = {name for name, spec in LOSSES.items() if "label_smoothing" in spec.options}

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fused_dpo import losses
-from fused_dpo.dpo_loss import DPOLoss
 from fused_dpo.losses import LOSS_TYPES, LOSSES, PairLogps, desensitized_weights
+from fused_dpo.losses.module import DPOLoss
 from tests.kernels.loss_helpers import (
     ACROSS_PAIRS,
     CHOSEN_LOGRATIOS,

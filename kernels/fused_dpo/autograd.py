@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fused_dpo.filtered import filtered_backward, filtered_forward
 from fused_dpo.head import HeadGrads, LMHead, LowRankAdapter
-from fused_dpo.precision import accumulation_dtype
+from fused_dpo.linalg.matmul import accumulation_dtype
 from fused_dpo.screen import screen_shape
 from fused_dpo.stats import FilterStats, TokenStats
 from fused_dpo.streaming import streaming_backward, streaming_forward

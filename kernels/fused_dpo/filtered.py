@@ -45,12 +45,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fused_dpo.gradients import GradientSums
 from fused_dpo.head import HeadGrads, LMHead
 from fused_dpo.kept import Kept, targets_among
+from fused_dpo.linalg.gradient_sums import GradientSums
+from fused_dpo.linalg.matmul import accumulate_product, matmul_precision
+from fused_dpo.linalg.operands import Operands, logits_gradient
+from fused_dpo.linalg.sizes import ceil_div, even_bounds
 from fused_dpo.online_softmax import OnlineSoftmax
-from fused_dpo.operands import Operands, ceil_div, even_bounds, logits_gradient
-from fused_dpo.precision import accumulate_product, matmul_precision
 from fused_dpo.screen import (
     BLOCK_ROWS,
     EVERYTHING,

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fused_dpo.operands import Operands, round_up
-from fused_dpo.precision import matmul_precision, multiplied_in_bf16, product
+from fused_dpo.linalg.matmul import matmul_precision, multiplied_in_bf16, product
+from fused_dpo.linalg.operands import Operands
+from fused_dpo.linalg.sizes import round_up
 from fused_dpo.screen import BLOCK_ROWS
 
 MULTIPLES, MULTIPLES_IN_BF16 = (16, 64), (64, 512)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fused_dpo.operands import Buffer, shifted_exp
+from fused_dpo.linalg.operands import Buffer, shifted_exp
 
 
 class OnlineSoftmax:

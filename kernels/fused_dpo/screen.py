@@ -15,8 +15,9 @@ from torch import Tensor
 
 from fused_dpo.hardware import has_bf16_units
 from fused_dpo.head import LMHead
-from fused_dpo.operands import Buffer, Operands, ceil_div, even_bounds, lowest_exponent, round_up, widest_tile
-from fused_dpo.precision import accumulation_dtype, matmul_precision, product
+from fused_dpo.linalg.matmul import accumulation_dtype, matmul_precision, product
+from fused_dpo.linalg.operands import Buffer, Operands, lowest_exponent, widest_tile
+from fused_dpo.linalg.sizes import ceil_div, even_bounds, round_up
 
 BLOCK_ROWS = 128
 """Scored rows that share their kept columns: fewer keep fewer columns, more feed the matrix units better."""

@@ -15,11 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_dpo.gradients import GradientSums
 from fused_dpo.head import HeadGrads, LMHead
+from fused_dpo.linalg.gradient_sums import GradientSums
+from fused_dpo.linalg.matmul import accumulate_product, accumulation_dtype, as_operand, matmul_precision, product
+from fused_dpo.linalg.operands import Operands, logits_gradient, widest_tile
+from fused_dpo.linalg.sizes import even_bounds, round_up
 from fused_dpo.online_softmax import OnlineSoftmax
-from fused_dpo.operands import Operands, even_bounds, logits_gradient, round_up, widest_tile
-from fused_dpo.precision import accumulate_product, accumulation_dtype, as_operand, matmul_precision, product
 from fused_dpo.stats import TokenStats
 
 ROWS_PER_TILE = 1024

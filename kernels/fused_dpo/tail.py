@@ -8,8 +8,9 @@ hidden state in their place make the corrected gradients no better (measured).
 import torch
 from torch import Tensor
 
-from fused_dpo.operands import Operands, even_bounds
-from fused_dpo.precision import accumulate_product, matmul_precision
+from fused_dpo.linalg.matmul import accumulate_product, matmul_precision
+from fused_dpo.linalg.operands import Operands
+from fused_dpo.linalg.sizes import even_bounds
 
 
 class Tail:

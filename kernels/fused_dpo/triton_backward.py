@@ -13,10 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_dpo.gradients import GradientSums
 from fused_dpo.head import HeadGrads, LMHead
-from fused_dpo.operands import Operands, ceil_div
-from fused_dpo.precision import fp32_sums, in_range, matmul_fp32, matmul_precision
+from fused_dpo.linalg.gradient_sums import GradientSums
+from fused_dpo.linalg.matmul import fp32_sums, in_range, matmul_fp32, matmul_precision
+from fused_dpo.linalg.operands import Operands
+from fused_dpo.linalg.sizes import ceil_div
 from fused_dpo.triton_adapter import through_adapter
 from fused_dpo.triton_autotune import choose_config
 from fused_dpo.triton_configs import TileConfig

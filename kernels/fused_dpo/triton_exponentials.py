@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_dpo.head import LMHead
-from fused_dpo.operands import ceil_div
+from fused_dpo.linalg.sizes import ceil_div
 from fused_dpo.triton_backward import DLogits
 from fused_dpo.triton_configs import SPLIT_COLUMNS, TileConfig, epilogue_of, tile_config
 from fused_dpo.triton_tile import OF_BATCH, WeightSlice, architecture, exp, launch

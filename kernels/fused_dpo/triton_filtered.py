@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fused_dpo.gradients import GradientSums
 from fused_dpo.head import HeadGrads, LMHead
-from fused_dpo.operands import Operands, ceil_div, round_up
-from fused_dpo.precision import in_range, matmul_precision
+from fused_dpo.linalg.gradient_sums import GradientSums
+from fused_dpo.linalg.matmul import in_range, matmul_precision
+from fused_dpo.linalg.operands import Operands
+from fused_dpo.linalg.sizes import ceil_div, round_up
 from fused_dpo.screen import BIAS, EVERYTHING, Judgement
 from fused_dpo.stats import TokenStats
 from fused_dpo.triton_adapter import through_adapter

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_dpo.head import LMHead
-from fused_dpo.operands import ceil_div
+from fused_dpo.linalg.sizes import ceil_div
 from fused_dpo.stats import TokenStats
 from fused_dpo.triton_adapter import through_adapter
 from fused_dpo.triton_autotune import choose_config

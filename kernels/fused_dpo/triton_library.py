@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fused_dpo.head import LMHead
-from fused_dpo.operands import ceil_div
-from fused_dpo.precision import matmul_fp32
+from fused_dpo.linalg.matmul import matmul_fp32
+from fused_dpo.linalg.sizes import ceil_div
 from fused_dpo.triton_backward import DLogits
 from fused_dpo.triton_configs import library_config
 from fused_dpo.triton_forward import Partials, Results

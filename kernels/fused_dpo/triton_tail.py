@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_dpo import triton_configs
-from fused_dpo.operands import Operands, round_up
+from fused_dpo.linalg.operands import Operands
+from fused_dpo.linalg.sizes import round_up
 from fused_dpo.triton_tile import launch
 
 TAIL_SCALE = 4096.0

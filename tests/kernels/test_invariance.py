@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fused_dpo import KernelOptions, fused_dpo_logps, streaming
-from fused_dpo.operands import Operands
+from fused_dpo.linalg.operands import Operands
 from fused_dpo.streaming import ROWS_PER_TILE, row_multiple, rows_per_tile, slice_bounds
 from tests.kernels.helpers import (
     DTYPES,

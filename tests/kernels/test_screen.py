@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fused_dpo import LMHead
+from fused_dpo.linalg.operands import Operands
 from fused_dpo.online_softmax import OnlineSoftmax
-from fused_dpo.operands import Operands
 from fused_dpo.screen import (
     BLOCK_ROWS,
     EVERYTHING,

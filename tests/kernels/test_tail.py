@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_dpo.operands import Operands
+from fused_dpo.linalg.operands import Operands
 from fused_dpo.screen import exponents
 from fused_dpo.tail import Tail
 from tests.kernels.filtered_probe import screened

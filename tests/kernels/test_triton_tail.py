@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from fused_dpo.gradients import GradientSums
-from fused_dpo.operands import Operands
+from fused_dpo.linalg.gradient_sums import GradientSums
+from fused_dpo.linalg.operands import Operands
 from fused_dpo.screen import exponents
 from fused_dpo.tail import Tail
 from fused_dpo.triton_filtered import _spread_of_blocks

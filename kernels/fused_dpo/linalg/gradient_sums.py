@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from fused_dpo.head import HeadGrads
-from fused_dpo.operands import Operands
-from fused_dpo.precision import add_matmul_fp32, matmul_precision
+from fused_dpo.linalg.matmul import add_matmul_fp32, matmul_precision
+from fused_dpo.linalg.operands import Operands
 
 ROWS_AT_ONCE, ROWS_AT_ONCE_ON_CUDA = 256, 2048
 """Rows that are brought through the adapter and rounded at a time: nothing there is as large as the batch. On CUDA each

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fused_dpo.head import LMHead
-from fused_dpo.precision import accumulation_dtype, as_operand, matmul_precision
+from fused_dpo.linalg.matmul import accumulation_dtype, as_operand, matmul_precision
+from fused_dpo.linalg.sizes import round_up
 
 INNER_MULTIPLE = 64
 """Operands are padded with zero columns to a multiple of this: BLAS takes other inner loops for odd sizes and answers
@@ -20,22 +21,6 @@ with other bits, which would make a sequence's log-prob depend on the batch arou
 
 GATHERED_AT_ONCE = 512
 """Rows of the head that are gathered by index at a time."""
-
-
-def ceil_div(value: int, divisor: int) -> int:
-    """How many parts of at most `divisor` make `value`."""
-    return -(-value // divisor)
-
-
-def round_up(value: int, multiple: int) -> int:
-    """The next multiple."""
-    return ceil_div(value, multiple) * multiple
-
-
-def even_bounds(V: int, width: int) -> list[tuple[int, int]]:
-    """Bounds of the fewest nearly equal slices of the vocabulary of at most `width` columns."""
-    count = ceil_div(V, min(width, V))
-    return [(V * i // count, V * (i + 1) // count) for i in range(count)]
 
 
 def widest_tile(device: torch.device) -> int:
@@ -61,7 +46,7 @@ class Operands:
 
     Attributes:
         dtype: what the values are rounded to, the compute dtype.
-        held_dtype: what they are held in for products with fp32 results (see `fused_dpo.precision.as_operand`).
+        held_dtype: what they are held in for products with fp32 results (see `fused_dpo.linalg.matmul.as_operand`).
         acc_dtype: fp32, or float64 for float64 inputs.
         width: K, columns of both factors.
         rank: of the adapter, 0 without one.

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_dpo.filtered import filtered_backward, filtered_forward
 from fused_dpo.head import HeadGrads, LMHead, LowRankAdapter
 from fused_dpo.linalg.matmul import accumulation_dtype
-from fused_dpo.screen import screen_shape
 from fused_dpo.stats import FilterStats, TokenStats
-from fused_dpo.streaming import streaming_backward, streaming_forward
+from fused_dpo.streaming.exact import streaming_backward, streaming_forward
+from fused_dpo.streaming.filtered import filtered_backward, filtered_forward
+from fused_dpo.streaming.screener import screen_shape
 
 _NO_DOUBLE_BACKWARD = (
     "fused_dpo computes first derivatives only, so its backward cannot be differentiated (create_graph=True, "

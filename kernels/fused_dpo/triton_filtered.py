@@ -1,4 +1,4 @@
-"""Screen, keep, correct on CUDA: the algorithm and error budget of `fused_dpo.filtered`, without a synchronisation.
+"""Screen, keep, correct on CUDA: the algorithm and error budget of `fused_dpo.streaming.filtered`, without a synchronisation.
 
 The forward is the exact one, and notes from its tiles how large a probability each column reaches in a block of rows.
 It runs the first split of the vocabulary, where byte-pair tokenizers have their most frequent tokens, once before: its
@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fused_dpo.filtering import BIAS, EVERYTHING, Judgement
 from fused_dpo.head import HeadGrads, LMHead
 from fused_dpo.linalg.gradient_sums import GradientSums
 from fused_dpo.linalg.matmul import in_range, matmul_precision
 from fused_dpo.linalg.operands import Operands
 from fused_dpo.linalg.sizes import ceil_div, round_up
-from fused_dpo.screen import BIAS, EVERYTHING, Judgement
 from fused_dpo.stats import TokenStats
 from fused_dpo.triton_adapter import through_adapter
 from fused_dpo.triton_configs import (

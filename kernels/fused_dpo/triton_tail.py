@@ -1,4 +1,4 @@
-"""The tail of `fused_dpo.tail` on CUDA, for all blocks of rows and all columns in one launch."""
+"""The tail of `fused_dpo.streaming.dropped_means` on CUDA, for all blocks of rows and all columns in one launch."""
 
 from typing import Any, NamedTuple
 
@@ -82,7 +82,7 @@ class DroppedMeans(NamedTuple):
 
 
 def dropped_means(operands: Operands, means: Tensor, keep: Tensor, offset: Tensor) -> DroppedMeans:
-    """The tail of `fused_dpo.tail.Tail`, which has the arguments, in half precision where the hidden states are."""
+    """The tail of `fused_dpo.streaming.dropped_means.Tail`, which has the arguments, in half precision where the hidden states are."""
     (blocks, V), head = keep.shape, operands.head
     whole = round_up(V, triton_configs.NARROW_COLUMNS)  # rows begin at multiples of 16 bytes, too
     values = means.new_empty(blocks, whole, dtype=operands.dtype)[:, :V]

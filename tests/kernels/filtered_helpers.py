@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_dpo import KernelOptions, TokenLogps, filtered
+from fused_dpo import KernelOptions, TokenLogps
+from fused_dpo.filtering import Judgement
 from fused_dpo.hardware import has_bf16_units
-from fused_dpo.screen import Judgement
+from fused_dpo.streaming import filtered
 from tests.kernels.helpers import (
     Evaluation,
     Problem,

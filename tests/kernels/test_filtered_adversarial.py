@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_dpo import filtered
+from fused_dpo.streaming import filtered
 from tests.kernels.filtered_helpers import (
     coarse_only,
     errors_of,

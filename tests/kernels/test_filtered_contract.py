@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_dpo import filtered
-from fused_dpo.kept import Kept
+from fused_dpo.streaming import filtered
+from fused_dpo.streaming.kept_products import Kept
 from tests.kernels.filtered_helpers import (
     EPS,
     exact_of,

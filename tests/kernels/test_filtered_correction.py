@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_dpo import filtered
+from fused_dpo.streaming import filtered
 from tests.kernels.filtered_helpers import gradients, judgements, one_sequence
 from tests.kernels.filtered_probe import UPSTREAMS, means_of_blocks, peaked, probe, screened
 from tests.kernels.helpers import Problem, bits_equal, naive_logits, present, relative_error

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from fused_dpo import filtered
-from fused_dpo.screen import BLOCK_ROWS, block_spans, exponents, screen_shape, screens_coarsely
+from fused_dpo.streaming import filtered
+from fused_dpo.streaming.screener import BLOCK_ROWS, block_spans, exponents, screen_shape, screens_coarsely
 from tests.kernels.filtered_helpers import (
     EPS,
     GUARD,

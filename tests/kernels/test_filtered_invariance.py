@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_dpo.screen import BLOCK_ROWS
+from fused_dpo.streaming.screener import BLOCK_ROWS
 from tests.kernels.filtered_helpers import (
     UNITS,
     coarse_only,

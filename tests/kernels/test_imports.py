@@ -127,7 +127,7 @@ def test_import_direction(package: str, path: Path) -> None:
     [
         ("losses", "import numpy", "fused_dpo"),
         ("losses", "from fused_dpo_engine import config", "fused_dpo"),
-        ("losses", "from fused_dpo.streaming import streaming_forward", "fused_dpo"),
+        ("losses", "from fused_dpo.streaming.exact import streaming_forward", "fused_dpo"),
         ("head", "def f():\n    import transformers", "fused_dpo"),
         ("options", "from fused_dpo import reference", "fused_dpo"),
         ("reference", "from fused_dpo import streaming", "fused_dpo"),
@@ -135,7 +135,7 @@ def test_import_direction(package: str, path: Path) -> None:
         ("streaming", "from .reference import reference_token_logps", "fused_dpo"),
         ("streaming", "import triton.language as tl", "fused_dpo"),
         ("streaming", "from fused_dpo.api import fused_dpo_logps", "fused_dpo"),
-        ("triton_forward", "from fused_dpo.streaming import slice_bounds", "fused_dpo"),
+        ("triton_forward", "from fused_dpo.streaming.exact import slice_bounds", "fused_dpo"),
         ("autograd", "from fused_dpo.triton_forward import launch_logps_forward", "fused_dpo"),
         ("trainer", "import triton", "fused_dpo_engine"),
         ("trainer", "from tests.kernels import helpers", "fused_dpo_engine"),

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_dpo import KernelOptions, fused_dpo_logps, streaming
+from fused_dpo import KernelOptions, fused_dpo_logps
 from fused_dpo.linalg.operands import Operands
-from fused_dpo.streaming import ROWS_PER_TILE, row_multiple, rows_per_tile, slice_bounds
+from fused_dpo.streaming import exact as streaming
+from fused_dpo.streaming.tiles import ROWS_PER_TILE, row_multiple, rows_per_tile, slice_bounds
 from tests.kernels.helpers import (
     DTYPES,
     EVERY_FEATURE,

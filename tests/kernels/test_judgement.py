@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_dpo.screen import EVERYTHING, Judgement, exponents
+from fused_dpo.filtering import EVERYTHING, Judgement
+from fused_dpo.streaming.screener import exponents
 from tests.kernels.filtered_helpers import EPS
 
 

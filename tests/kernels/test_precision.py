@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_dpo import LMHead, fused_dpo_logps, kept, streaming
+from fused_dpo import LMHead, fused_dpo_logps
 from fused_dpo.linalg.matmul import add_matmul_fp32, fp32_sums, matmul_fp32, matmul_precision
+from fused_dpo.streaming import exact as streaming
+from fused_dpo.streaming import kept_products as kept
 from tests.kernels.helpers import (
     Problem,
     assert_close,

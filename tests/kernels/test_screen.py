@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from fused_dpo import LMHead
+from fused_dpo.filtering import EVERYTHING
 from fused_dpo.linalg.operands import Operands
-from fused_dpo.online_softmax import OnlineSoftmax
-from fused_dpo.screen import (
+from fused_dpo.streaming.online_softmax import OnlineSoftmax
+from fused_dpo.streaming.screener import (
     BLOCK_ROWS,
-    EVERYTHING,
     ROWS_AT_ONCE,
     Screener,
     block_spans,

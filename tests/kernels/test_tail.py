@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from fused_dpo.linalg.operands import Operands
-from fused_dpo.screen import exponents
-from fused_dpo.tail import Tail
+from fused_dpo.streaming.dropped_means import Tail
+from fused_dpo.streaming.screener import exponents
 from tests.kernels.filtered_probe import screened
 from tests.kernels.helpers import make_problem, uninitialized_memory_is_nan
 

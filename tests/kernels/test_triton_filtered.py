@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fused_dpo import KernelOptions, LMHead, fused_dpo_logps
-from fused_dpo.screen import BIAS, EVERYTHING
+from fused_dpo.filtering import BIAS, EVERYTHING
 from fused_dpo.triton_configs import (
     HOT_SPLITS,
     NARROW_COLUMNS,

@@ -8,8 +8,8 @@ import torch
 
 from fused_dpo.linalg.gradient_sums import GradientSums
 from fused_dpo.linalg.operands import Operands
-from fused_dpo.screen import exponents
-from fused_dpo.tail import Tail
+from fused_dpo.streaming.dropped_means import Tail
+from fused_dpo.streaming.screener import exponents
 from fused_dpo.triton_filtered import _spread_of_blocks
 from fused_dpo.triton_tail import TAIL_BLOCK, TAIL_SCALE, dropped_means
 from tests.kernels.helpers import make_problem

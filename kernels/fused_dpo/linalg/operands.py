@@ -23,11 +23,6 @@ GATHERED_AT_ONCE = 512
 """Rows of the head that are gathered by index at a time."""
 
 
-def widest_tile(device: torch.device) -> int:
-    """Vocabulary columns per tile at most: it has to stay in a CPU's cache, and to fill any other device."""
-    return 2048 if device.type == "cpu" else 32768
-
-
 class Buffer:
     """Memory for tiles, allocated when it is first asked for and again only for larger ones."""
 
@@ -175,39 +170,3 @@ class Operands:
 def _rows_of(tensor: Tensor, which: slice | Tensor) -> Tensor:
     """`tensor[which]`; on a CPU `index_select` takes a quarter of the time that indexing does."""
     return tensor[which] if isinstance(which, slice) else tensor.index_select(0, which)
-
-
-def logits_gradient(
-    z: Tensor,
-    column: Tensor,
-    inside: Tensor,
-    peak: Tensor,
-    total: Tensor,
-    surprise: Tensor,
-    upstream: Tensor,
-) -> Tensor:
-    """`upstream * (onehot(target) - exp(z - peak) / total)` of some columns, in the place of their logits `z`.
-
-    Args:
-        z: logits [n, columns].
-        column, inside: int64 [n, 1] and bool [n, 1]: where a row's target is among the columns, if it is.
-        peak, total, surprise, upstream: [n]; `surprise` is the target's 1 - p, as the forward knows it: from `z` it
-            would lose its relative precision where p is close to 1, and differ from the forward's by the last bits.
-    """
-    dz = shifted_exp(z, peak).mul_(-(upstream / total)[:, None])
-    at_target = (surprise * upstream)[:, None]
-    return dz.scatter_(1, column, torch.where(inside, at_target, dz.gather(1, column)))
-
-
-def shifted_exp(z: Tensor, shift: Tensor) -> Tensor:
-    """`exp(z - shift)` in the place of `z`, with what would be near-subnormal lifted to a tiny number.
-
-    Subnormal numbers cost ten times the time on a CPU (measured: 5 ns an element against 0.4), and 1e-26 of a
-    probability is far below the rounding of the sum it goes into.
-    """
-    return z.sub_(shift[:, None]).clamp_(min=lowest_exponent(z.dtype)).exp_()
-
-
-def lowest_exponent(dtype: torch.dtype) -> float:
-    """What `shifted_exp` lifts exponents to."""
-    return -600.0 if dtype == torch.float64 else -60.0

@@ -8,7 +8,7 @@ from torch import Tensor
 from fused_dpo.linalg.matmul import matmul_precision, multiplied_in_bf16, product
 from fused_dpo.linalg.operands import Operands
 from fused_dpo.linalg.sizes import round_up
-from fused_dpo.screen import BLOCK_ROWS
+from fused_dpo.streaming.screener import BLOCK_ROWS
 
 MULTIPLES, MULTIPLES_IN_BF16 = (16, 64), (64, 512)
 """Rows and columns that kept products are padded to multiples of. On a CPU's bf16 units every new shape costs oneDNN

@@ -45,26 +45,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fused_dpo.filtering import EVERYTHING, Judgement, means_of_blocks
 from fused_dpo.head import HeadGrads, LMHead
-from fused_dpo.kept import Kept, targets_among
 from fused_dpo.linalg.gradient_sums import GradientSums
 from fused_dpo.linalg.matmul import accumulate_product, matmul_precision
-from fused_dpo.linalg.operands import Operands, logits_gradient
+from fused_dpo.linalg.operands import Operands
 from fused_dpo.linalg.sizes import ceil_div, even_bounds
-from fused_dpo.online_softmax import OnlineSoftmax
-from fused_dpo.screen import (
-    BLOCK_ROWS,
-    EVERYTHING,
-    Judgement,
-    Screener,
-    block_spans,
-    exponents,
-    largest_of,
-    means_of_blocks,
-    rows_screened,
-)
 from fused_dpo.stats import TokenStats
-from fused_dpo.tail import Tail
+from fused_dpo.streaming.dropped_means import Tail
+from fused_dpo.streaming.kept_products import Kept, targets_among
+from fused_dpo.streaming.online_softmax import OnlineSoftmax, logits_gradient
+from fused_dpo.streaming.screener import BLOCK_ROWS, Screener, block_spans, exponents, largest_of, rows_screened
 
 COARSE_RANGE = 64.0
 """Largest logit that a bf16 screen is trusted with: its rounding there is at most 0.125."""
@@ -94,7 +85,7 @@ def filtered_forward(
     Returns:
         `logps` [T]; the state [5, T]: largest logit, sum of exponentials above it, 1 - p of the target, mass of the
         tail (what is not above `filter_eps`), and fraction of columns that are; the stats; and the screen
-        [blocks, 2, V], see `fused_dpo.screen`.
+        [blocks, 2, V], see `fused_dpo.streaming.screener`.
     """
     operands = Operands(hidden, rows, head)
     screen = Screener(operands, workspace_mib)

@@ -16,8 +16,10 @@ from torch import Tensor
 from fused_dpo.hardware import has_bf16_units
 from fused_dpo.head import LMHead
 from fused_dpo.linalg.matmul import accumulation_dtype, matmul_precision, product
-from fused_dpo.linalg.operands import Buffer, Operands, lowest_exponent, widest_tile
+from fused_dpo.linalg.operands import Buffer, Operands
 from fused_dpo.linalg.sizes import ceil_div, even_bounds, round_up
+from fused_dpo.streaming.online_softmax import lowest_exponent
+from fused_dpo.streaming.tiles import widest_tile
 
 BLOCK_ROWS = 128
 """Scored rows that share their kept columns: fewer keep fewer columns, more feed the matrix units better."""
@@ -25,10 +27,6 @@ ROWS_AT_ONCE, ROWS_AT_ONCE_COARSELY = 512, 256
 """Rows screened at a time, at most."""
 ROW_MULTIPLE = 32
 """Rows are screened in multiples of this, so that a row's bits do not depend on how many there are."""
-EVERYTHING = 255
-"""The exponent of a column that no threshold drops."""
-BIAS = 127
-"""Exponent e stands for probabilities in [2^(e-BIAS), 2^(e-BIAS+1))."""
 
 
 def block_spans(rows: Tensor, offsets: Tensor, block_rows: int) -> list[tuple[int, int]]:
@@ -50,69 +48,6 @@ def block_spans(rows: Tensor, offsets: Tensor, block_rows: int) -> list[tuple[in
 def exponents(probabilities: Tensor) -> Tensor:
     """Biased exponents of probabilities [V]; NaN has the one that every threshold keeps."""
     return (probabilities.float().view(torch.int32) >> 23).to(torch.uint8)
-
-
-def means_of_blocks(values: Tensor, block_of_row: Tensor, blocks: int) -> Tensor:
-    """Means [blocks] of `values` [R] over each block, `block_of_row` int64 [R] ascending.
-
-    Not by `scatter_reduce`, which adds in any order on CUDA: other last bits in a threshold keep other entries.
-    """
-    offsets = torch.searchsorted(block_of_row, torch.arange(blocks + 1, device=values.device))
-    return torch.segment_reduce(values, "mean", offsets=offsets, unsafe=True)
-
-
-class Judgement:
-    """What is dropped, now that the upstream gradients are known.
-
-    With G the largest |upstream| in a block, s the root mean square of its rows' surprise, and S that of
-    |upstream| * surprise over all rows, an entry of the logits' gradient is dropped if for sure, that is by the upper
-    end of its exponent, it is at most `eps * max(G s, S)`. Targets are kept, unless `|upstream| * surprise <= eps * S`.
-
-    Args:
-        block_of_row: int64 [R], ascending.
-        blocks: how many there are.
-        upstream, surprise: [R], the latter 1 - p of the target: the size of the row's gradient is about their product.
-            Where they are not finite nothing is dropped.
-        target: int64 [R], V where there is none.
-        eps: the filter's threshold.
-    """
-
-    def __init__(
-        self, block_of_row: Tensor, blocks: int, upstream: Tensor, surprise: Tensor, target: Tensor, eps: float
-    ) -> None:
-        self.block_of_row, self.target = block_of_row, target
-        self.magnitude = upstream.abs()
-        # Rows without gradient are out of it, whatever their hidden states are.
-        size = torch.where(upstream == 0, 0.0, (upstream * surprise).abs())
-        zeros = upstream.new_zeros(blocks)
-        self.largest = zeros.scatter_reduce(0, block_of_row, self.magnitude, "amax")
-        known = torch.where((upstream == 0) & ~surprise.isfinite(), 0.0, surprise)
-        squares = means_of_blocks(known.square(), block_of_row, blocks)
-        scale = size.square().mean().sqrt() if size.numel() else zeros.sum()
-        scale = torch.where(scale.isfinite(), scale, torch.nan)  # and NaN is below no limit
-        self.negligible = eps * scale
-        self.smallest = torch.maximum(eps * self.largest * squares.sqrt(), self.negligible)
-        self.judged = size > self.negligible
-
-    def columns(self, levels: Tensor) -> Tensor:
-        """Columns that each block keeps, bool [blocks, V], by the exponents of its largest [blocks, V].
-
-        Of more than half of the columns all are kept: gathering them would cost more.
-        """
-        limit = ((self.smallest / self.largest).log2() + (BIAS - 1)).floor().clamp(min=-1, max=BIAS)
-        keep = levels >= (limit.nan_to_num(nan=-1.0) + 1).to(torch.uint8)[:, None]
-        keep &= ~(self.largest <= self.negligible)[:, None]
-        _keep_targets(keep, self.block_of_row, self.target, self.judged)
-        for part in keep.split(16):  # sums of bool are taken in int64, eight times their size
-            part |= part.sum(1, keepdim=True) > part.shape[1] // 2
-        return keep
-
-
-def _keep_targets(keep: Tensor, row: Tensor, column: Tensor, judged: Tensor) -> None:
-    """Set `keep[row, column]` where `judged`, without waiting for the device to tell how many those are."""
-    flat = row * keep.shape[1] + column.clamp(0, keep.shape[1] - 1)
-    judged = judged & (column >= 0) & (column < keep.shape[1])
-    keep.view(torch.uint8).view(-1).scatter_reduce_(0, flat, judged.to(torch.uint8), "amax")
 
 
 def screens_coarsely(hidden: Tensor, head: LMHead) -> bool:
@@ -142,7 +77,7 @@ def rows_screened(hidden: Tensor, head: LMHead, workspace_mib: int) -> int:
 
 
 def screen_shape(hidden: Tensor, head: LMHead, rows: int, sequences: int, workspace_mib: int) -> tuple[int, int, int]:
-    """Shape of the screen of `fused_dpo.filtered`, for `rows` rows at most: no block straddles two sequences."""
+    """Shape of the screen of `fused_dpo.streaming.filtered`, for `rows` rows at most: no block straddles two sequences."""
     block_rows = min(rows_screened(hidden, head, workspace_mib), BLOCK_ROWS)
     return ceil_div(rows, block_rows) + sequences, 2, head.weight.shape[0]
 

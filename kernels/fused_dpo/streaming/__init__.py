@@ -1,0 +1,1 @@
+"""`impl="streaming"`: vocabulary slices in plain torch, on any device."""

@@ -31,8 +31,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from benchmarks.measure import console
-from fused_dpo.autograd import Filtering, token_logps
 from fused_dpo.head import LMHead
+from fused_dpo.ops.dispatch import Filtering
+from fused_dpo.ops.token_logps import token_logps
 from fused_dpo.triton_configs import PLAIN, TILE_CONFIGS
 
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))

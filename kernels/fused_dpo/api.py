@@ -6,8 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_dpo.autograd import Filtering, nothing_filtered, sequence_sum, token_logps
 from fused_dpo.head import LMHead
+from fused_dpo.ops.dispatch import Filtering
+from fused_dpo.ops.sequence_sum import sequence_sum
+from fused_dpo.ops.token_logps import nothing_filtered, token_logps
 from fused_dpo.options import KernelOptions
 from fused_dpo.oracle import reference_token_logps
 from fused_dpo.stats import FilterStats, TokenStats

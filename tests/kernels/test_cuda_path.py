@@ -24,8 +24,8 @@ from torch.utils._pytree import tree_iter
 
 import fused_dpo
 from fused_dpo import KernelOptions, LMHead, triton_tail, triton_tile
-from fused_dpo.autograd import _exact, _filtered, _screen_shape
 from fused_dpo.head import HeadGrads
+from fused_dpo.ops.dispatch import exact, filtered, shape_of_screen
 from fused_dpo.triton_exponentials import DLogitsOfExponentials, Exponentials
 from fused_dpo.triton_forward import _logps_forward_kernel, empty_results, fused_scan
 from fused_dpo.triton_library import library_scan
@@ -78,7 +78,7 @@ class Call:
         needs = not self.frozen, self.bias and not self.frozen, bool(lora), bool(lora)
         filtering: dict[str, Any] = {"cu_seqlens": offsets, "filter_eps": 2**-12}
         with as_on_cuda(), Alive([part for part in parts if part is not None]) as alive:
-            forward, backward = (_exact if mode == "exact" else _filtered)(impl)
+            forward, backward = (exact if mode == "exact" else filtered)(impl)
             arguments = hidden, target, index
             if self.keep:
                 kept = Exponentials.empty(hidden, index, head, hold=True)
@@ -89,7 +89,7 @@ class Call:
                 logps, state, _ = forward(*arguments, head, self.workspace_mib, want_stats=self.stats)
                 filtering = {}
             else:
-                shape = _screen_shape(hidden, head, index, offsets, impl, self.workspace_mib)
+                shape = shape_of_screen(hidden, head, index, offsets, impl, self.workspace_mib)
                 logps, state, _, screen = forward(
                     *arguments, head, self.workspace_mib, **filtering, tail_guard=1 / 16, screen_shape=shape,
                     want_stats=self.stats,

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fused_dpo import KernelOptions, LMHead, fused_dpo_logps, triton_forward, triton_library, triton_tile
-from fused_dpo.autograd import Filtering, token_logps
+from fused_dpo.ops.dispatch import Filtering
+from fused_dpo.ops.token_logps import token_logps
 from fused_dpo.triton_backward import slice_width
 from fused_dpo.triton_configs import SPLIT_COLUMNS, library_config
 from fused_dpo.triton_tile import architecture

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fused_dpo import LMHead, triton_backward, triton_exponentials
-from fused_dpo.autograd import Filtering, token_logps
+from fused_dpo.ops.dispatch import Filtering
+from fused_dpo.ops.token_logps import token_logps
 from fused_dpo.triton_backward import slice_width
 from fused_dpo.triton_configs import SPLIT_COLUMNS
 from fused_dpo.triton_exponentials import Exponentials, forward_config

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from fused_dpo import KernelOptions, fused_token_logps, head_of
-from fused_dpo.autograd import sequence_sum
 from fused_dpo.hardware import tag_compiled_code
 from fused_dpo.losses import desensitized_weights
+from fused_dpo.ops.sequence_sum import sequence_sum
 from fused_dpo_engine.attention.call import Backend
 from fused_dpo_engine.attention.choice import load_backend
 from fused_dpo_engine.batching.batch import PairBatch

@@ -28,7 +28,7 @@ def learning_rate_factor(step: int, total: int, warmup: int, scheduler_type: str
 def build_optimizer(
     parameters: Iterable[nn.Parameter], options: OptimizerOptions, total_steps: int
 ) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
-    """AdamW on the trainable parameters, weight decay on matrices alone, and the course of its learning rate over `total_steps`."""
+    """Build AdamW for the trainable parameters, decaying matrices alone, and the learning rates of `total_steps`."""
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": options.weight_decay},

@@ -12,6 +12,11 @@ RUN_FILES = ("config.json", "metrics.jsonl", "summary.json", "tensorboard", "mod
 
 
 def check_output(output: Path, overwrite: bool) -> None:
+    """Find out whether a run can be written to a folder, and leave the folder as it was.
+
+    Raises:
+        UserError: it cannot be written, or it holds a run and `overwrite` is False.
+    """
     with _writable(output):
         for folder in (output, *output.parents):
             if folder.exists() and not folder.is_dir():
@@ -47,6 +52,11 @@ def _writable(output: Path) -> Iterator[None]:
 
 
 def open_output(output: Path) -> None:
+    """Make the folder, without the files of an earlier run.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     with _writable(output):
         output.mkdir(parents=True, exist_ok=True)
         for name in RUN_FILES:

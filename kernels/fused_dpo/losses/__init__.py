@@ -21,20 +21,19 @@ from fused_dpo.losses.functions import (
 )
 from fused_dpo.losses.length import desensitized_weights
 from fused_dpo.losses.module import DPOLoss, LossOutput
-from fused_dpo.losses.pairs import PairLogps
+from fused_dpo.losses.pairs import PairLogps, check_label_smoothing
 from fused_dpo.losses.table import (
     LOSS_TYPES,
     LOSSES,
     LossSpec,
-    check_label_smoothing,
     loss_spec,
     needs_reference,
 )
 
 __all__ = [
-    "DPOLoss",
     "LOSSES",
     "LOSS_TYPES",
+    "DPOLoss",
     "LossOutput",
     "LossSpec",
     "PairLogps",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fused_dpo.losses.pairs import PairLogps
+from fused_dpo.losses.pairs import PairLogps, check_label_smoothing
 
 
 def _logistic(margins: Tensor, label_smoothing: float = 0.0) -> Tensor:

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_dpo.losses.pairs import PairLogps
-from fused_dpo.losses.table import LOSSES, check_label_smoothing, loss_spec
+from fused_dpo.losses.pairs import PairLogps, check_label_smoothing
+from fused_dpo.losses.table import LOSSES, loss_spec
 
 
 class LossOutput(NamedTuple):

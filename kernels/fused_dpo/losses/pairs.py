@@ -83,3 +83,12 @@ class PairLogps:
         # A sequence without scored tokens has the sum 0, and so the mean 0.
         chosen_lengths, rejected_lengths = self.require("chosen_lengths"), self.require("rejected_lengths")
         return chosen / chosen_lengths.clamp(min=1), rejected / rejected_lengths.clamp(min=1)
+
+
+def check_label_smoothing(label_smoothing: float) -> None:
+    """Refuse what is not the probability of a flipped label."""
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(
+            f"label_smoothing must be in [0, 0.5), got {label_smoothing}; it is the probability that a label is "
+            "flipped, and at 0.5 labels say nothing"
+        )

@@ -75,12 +75,3 @@ def loss_spec(loss_type: str) -> LossSpec:
 def needs_reference(loss_type: str) -> bool:
     """Whether the loss compares the policy with a reference model."""
     return loss_spec(loss_type).reference
-
-
-def check_label_smoothing(label_smoothing: float) -> None:
-    """Refuse what is not the probability of a flipped label."""
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(
-            f"label_smoothing must be in [0, 0.5), got {label_smoothing}; it is the probability that a label is "
-            "flipped, and at 0.5 labels say nothing"
-        )

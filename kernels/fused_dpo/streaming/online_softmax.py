@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from fused_dpo.linalg.operands import Buffer
-from fused_dpo.streaming.online_softmax import shifted_exp
 
 
 class OnlineSoftmax:

@@ -10,7 +10,6 @@ from torch import Tensor
 from fused_dpo.linalg.matmul import accumulation_dtype, as_operand, matmul_precision, product
 from fused_dpo.linalg.operands import Operands
 from fused_dpo.linalg.sizes import even_bounds, round_up
-from fused_dpo.streaming.tiles import widest_tile
 
 ROWS_PER_TILE = 1024
 """Scored rows per tile at most: enough to feed the matrix units, few enough that a tile stays in cache."""

@@ -3,31 +3,21 @@
 A fast implementation is chosen by name inside the op, so that autograd, fake tensors and errors are written once.
 """
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_dpo.head import HeadGrads, LMHead, LowRankAdapter
+from fused_dpo.head import LMHead, LowRankAdapter
 from fused_dpo.linalg.matmul import accumulation_dtype
+from fused_dpo.ops.dispatch import Filtering, exact, filtered, head_of_parts, scored_rows, shape_of_screen
 from fused_dpo.stats import FilterStats, TokenStats
-from fused_dpo.streaming.exact import streaming_backward, streaming_forward
-from fused_dpo.streaming.filtered import filtered_backward, filtered_forward
-from fused_dpo.streaming.screener import screen_shape
 
 _NO_DOUBLE_BACKWARD = (
     "fused_dpo computes first derivatives only, so its backward cannot be differentiated (create_graph=True, "
     "torch.autograd.functional.hessian, gradient penalties); use options=KernelOptions(impl='reference') for those."
 )
-
-
-class Filtering(NamedTuple):
-    """Columns that the gradients may leave out; see `KernelOptions` for both numbers. `eps` 0 is the exact path."""
-
-    eps: float
-    tail_guard: float
 
 
 def token_logps(
@@ -78,52 +68,6 @@ def nothing_filtered(target: Tensor, dtype: torch.dtype) -> FilterStats:
     return FilterStats(torch.zeros_like(kept), kept)
 
 
-def _head(
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    lora_scale: float,
-    logit_scale: float,
-    softcap: float,
-    temperature: float,
-) -> LMHead:
-    lora = None if lora_a is None or lora_b is None else LowRankAdapter(lora_a, lora_b, lora_scale)
-    return LMHead(weight, bias, logit_scale, softcap or None, temperature, lora)
-
-
-def _exact(impl: str) -> tuple[Callable[..., Any], Callable[..., HeadGrads]]:
-    """Exact forward and backward by name. Triton is imported on the first call that runs it."""
-    if impl == "streaming":
-        return streaming_forward, streaming_backward
-    from fused_dpo.triton_backward import triton_backward
-    from fused_dpo.triton_forward import triton_forward
-
-    if impl == "library":
-        from fused_dpo.triton_library import library_dlogits, library_scan
-
-        return partial(triton_forward, scan=library_scan), partial(triton_backward, form_dlogits=library_dlogits)
-    return triton_forward, triton_backward
-
-
-def _filtered(impl: str) -> tuple[Callable[..., Any], Callable[..., HeadGrads]]:
-    """Filtered forward and backward by name."""
-    if impl == "streaming":
-        return filtered_forward, partial(filtered_backward, exact_backward=streaming_backward)
-    from fused_dpo.triton_filtered import triton_filtered_backward, triton_filtered_forward
-
-    if impl == "library":
-        from fused_dpo.triton_library import library_scan
-
-        return partial(triton_filtered_forward, scan=library_scan), triton_filtered_backward
-    return triton_filtered_forward, triton_filtered_backward
-
-
-def _scored_rows(target: Tensor, row_index: Tensor | None) -> Tensor:
-    """Contiguous: kernels read them by position."""
-    return (target >= 0).nonzero().squeeze(1) if row_index is None else row_index.contiguous()
-
-
 @torch.library.custom_op("fused_dpo::token_logps", mutates_args=())
 def _token_logps_op(
     hidden: Tensor,
@@ -152,19 +96,19 @@ def _token_logps_op(
     The screen and the stats are empty where they are not wanted, and the state is 5 rows where there is a screen. With
     `keep` it is the forward that can keep exponentials, and with `hold` it does; else they are empty.
     """
-    head = _head(weight, bias, lora_a, lora_b, lora_scale, logit_scale, softcap, temperature)
-    rows = _scored_rows(target, row_index)
+    head = head_of_parts(weight, bias, lora_a, lora_b, lora_scale, logit_scale, softcap, temperature)
+    rows = scored_rows(target, row_index)
     gradient, shifts = weight.new_empty(0), hidden.new_empty(0, dtype=torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):  # the dtypes here are chosen, not defaults to improve on
         if filter_eps:
-            forward, _ = _filtered(impl)
+            forward, _ = filtered(impl)
             filtering: dict[str, Any] = {"cu_seqlens": cu_seqlens, "filter_eps": filter_eps, "tail_guard": tail_guard}
-            filtering["screen_shape"] = _screen_shape(hidden, head, row_index, cu_seqlens, impl, workspace_mib)
+            filtering["screen_shape"] = shape_of_screen(hidden, head, row_index, cu_seqlens, impl, workspace_mib)
             logps, state, stats, screen = forward(
                 hidden, target, rows, head, workspace_mib, **filtering, want_stats=want_stats
             )
         else:
-            forward, _ = _exact(impl)
+            forward, _ = exact(impl)
             if keep:
                 from fused_dpo.triton_exponentials import Exponentials
                 from fused_dpo.triton_forward import fused_scan
@@ -179,18 +123,6 @@ def _token_logps_op(
     return logps, state, screen, stacked, gradient, shifts
 
 
-def _screen_shape(
-    hidden: Tensor, head: LMHead, row_index: Tensor | None, cu_seqlens: Tensor, impl: str, workspace_mib: int
-) -> tuple[int, int, int]:
-    """Shape of the screen, by shapes alone: as if all rows were scored, so that nothing has to be read for it."""
-    rows = hidden.shape[0] if row_index is None else row_index.shape[0]
-    if impl == "streaming":
-        return screen_shape(hidden, head, rows, cu_seqlens.shape[0] - 1, workspace_mib)
-    from fused_dpo.triton_filtered import triton_screen_shape
-
-    return triton_screen_shape(hidden, head, rows)
-
-
 @_token_logps_op.register_fake
 def _(
     hidden, weight, bias, lora_a, lora_b, target, cu_seqlens, row_index,
@@ -202,8 +134,8 @@ def _(
     state = per_row.new_empty((5 if filter_eps else 3, *target.shape))
     screen = 0, 0, 0
     if filter_eps:
-        head = _head(weight, bias, lora_a, lora_b, lora_scale, logit_scale, softcap, temperature)
-        screen = _screen_shape(hidden, head, row_index, cu_seqlens, impl, workspace_mib)
+        head = head_of_parts(weight, bias, lora_a, lora_b, lora_scale, logit_scale, softcap, temperature)
+        screen = shape_of_screen(hidden, head, row_index, cu_seqlens, impl, workspace_mib)
     kept = weight.new_empty(0), hidden.new_empty(0, dtype=torch.float32)
     return per_row, state, hidden.new_empty(screen, dtype=torch.uint8), stats, *kept
 
@@ -242,16 +174,16 @@ def _gradients(
     lora_scale, logit_scale, softcap, temperature, impl, workspace_mib, filter_eps, needs, kept=None,
 ) -> list[Tensor]:  # fmt: skip
     """What the operator returns; with `kept`, both parts of `Exponentials`, the weight's gradient is their memory."""
-    head = _head(weight, bias, lora_a, lora_b, lora_scale, logit_scale, softcap, temperature)
-    rows = _scored_rows(target, row_index)
+    head = head_of_parts(weight, bias, lora_a, lora_b, lora_scale, logit_scale, softcap, temperature)
+    rows = scored_rows(target, row_index)
     wanted = needs[0], needs[1], needs[2], needs[3], needs[4]
     with torch.autocast(hidden.device.type, enabled=False):
         arguments = dlogps, hidden, target, rows, state, head, workspace_mib
         if filter_eps:
             filtering: dict[str, Any] = {"cu_seqlens": cu_seqlens, "screen": screen, "filter_eps": filter_eps}
-            grads = _filtered(impl)[1](*arguments, **filtering, needs=wanted)
+            grads = filtered(impl)[1](*arguments, **filtering, needs=wanted)
         else:
-            backward = _exact(impl)[1]
+            backward = exact(impl)[1]
             if kept is not None:
                 from fused_dpo.triton_exponentials import DLogitsOfExponentials, Exponentials
 
@@ -300,35 +232,3 @@ def _refuse_double_backward(_ctx, *_grads):
 
 _token_logps_op.register_autograd(_token_logps_gradient, setup_context=_setup_token_logps)
 _token_logps_backward_op.register_autograd(_refuse_double_backward)
-
-
-@torch.library.custom_op("fused_dpo::sequence_sum", mutates_args=())
-def sequence_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Sums [N] of `values` [T] over the sequences `cu_seqlens` int64 [N+1]; an empty sequence gives 0.
-
-    Added up in float64 and rounded once to the dtype of `values`: the result does not depend on how the rows of other
-    sequences, or unscored rows (which are exactly 0), lie around it.
-    """
-    total = torch.segment_reduce(values.double(), "sum", offsets=cu_seqlens, unsafe=True, initial=0.0)
-    return total.to(values.dtype)
-
-
-@sequence_sum.register_fake
-def _(values, cu_seqlens):
-    return values.new_empty(cu_seqlens.shape[0] - 1)
-
-
-def _setup_sequence_sum(ctx, inputs, output) -> None:
-    values, cu_seqlens = inputs
-    ctx.save_for_backward(cu_seqlens)
-    ctx.rows = values.shape[0]
-
-
-def _sequence_sum_gradient(ctx, dsums: Tensor):
-    (cu_seqlens,) = ctx.saved_tensors
-    sequence_of_row = torch.bucketize(torch.arange(ctx.rows, device=dsums.device), cu_seqlens[1:], right=True)
-    # Rows beyond the last offset belong to none: an index out of bounds would end the process's use of a GPU.
-    return torch.cat((dsums, dsums.new_zeros(1)))[sequence_of_row], None
-
-
-sequence_sum.register_autograd(_sequence_sum_gradient, setup_context=_setup_sequence_sum)

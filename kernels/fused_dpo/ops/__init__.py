@@ -1,0 +1,1 @@
+"""Operators of `torch.library`, their gradients, and the choice of what runs in them."""

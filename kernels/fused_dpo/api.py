@@ -70,7 +70,7 @@ def fused_dpo_logps(
         ignore_index: the label that is not scored, also when it lies within `[0, V)`.
         grad_mode: `"exact"`; `"filtered"`, which computes the gradient of each block of rows from the tokens that
             matter to it, within `options.filter_eps` and `options.tail_guard` (screen, keep, correct: the algorithm and
-            its error bound are in `fused_dpo.streaming.filtered`); or None: filtered for bf16 and fp16, exact for fp32, float64
+            its error bound are in `fused_dpo.filtering`); or None: filtered for bf16 and fp16, exact for fp32, float64
             and `impl="reference"`.
         options: see `KernelOptions`.
 

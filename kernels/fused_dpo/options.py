@@ -30,7 +30,7 @@ class KernelOptions:
     filter_eps: float = 2**-12
     """With `grad_mode="filtered"`: the probability, in units of what the rows of a block have left over for all tokens
     but the target, below which a column's share of the gradient is not computed entry by entry. Errors of the gradients
-    grow with its square root (theorem in `fused_dpo.streaming.filtered`); 0 drops nothing."""
+    grow with its square root (theorem in `fused_dpo.filtering`); 0 drops nothing."""
     tail_guard: float = 2**-4
     """With `grad_mode="filtered"`: rows whose probabilities below `filter_eps` sum to more than this on the average of
     their block are computed exactly."""

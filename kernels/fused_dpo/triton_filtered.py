@@ -1,4 +1,4 @@
-"""Screen, keep, correct on CUDA: the algorithm and error budget of `fused_dpo.streaming.filtered`, without a synchronisation.
+"""Screen, keep, correct on CUDA: the algorithm and error budget of `fused_dpo.filtering`, without a synchronisation.
 
 The forward is the exact one, and notes from its tiles how large a probability each column reaches in a block of rows.
 It runs the first split of the vocabulary, where byte-pair tokenizers have their most frequent tokens, once before: its

@@ -81,7 +81,7 @@ def _logps_forward_kernel(
     SCREEN adds what filtered gradients need, from tiles that are in registers anyway. Probabilities are known from
     above, by a bound on the log-sum-exp from below: `bound` [R], the log-sum-exp over the first `hot_splits`, which
     were run before, and what any other split has summed up so far. `screen` `[block, 2, V]` gets the exponents of each
-    column's largest and mean in the block (see `fused_dpo.streaming.screener`), `tail`, like `total`, the sum of what is at most
+    column's largest and mean in the block (see `fused_dpo.filtering`), `tail`, like `total`, the sum of what is at most
     `filter_eps` in its own row.
 
     KEEP leaves the exponentials of whole row blocks, `kept_rows` in all, for the backward, see
@@ -247,7 +247,7 @@ class Results(NamedTuple):
     stats: Tensor | None
     """[3, T], see `TokenStats`."""
     screen: Tensor | None
-    """uint8 [blocks, 2, V], see `fused_dpo.streaming.screener`."""
+    """uint8 [blocks, 2, V], see `fused_dpo.filtering`."""
 
     @property
     def token_stats(self) -> TokenStats | None:

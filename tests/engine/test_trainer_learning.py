@@ -244,7 +244,7 @@ class TestHeadGradients:
         assert filtered.column("loss")[0] == FIRST_LOSS
         assert exact.column("loss")[0] == FIRST_LOSS
         assert filtered.column("loss") != exact.column("loss")
-        # Gradients are off by 2.2 % at most (see `fused_dpo.streaming.filtered`), which moves the loss by 1.5e-5 in four steps.
+        # Gradients are off by 2.2 % at most (see `fused_dpo.filtering`), which moves the loss by 1.5e-5 in four steps.
         assert filtered.column("loss") == pytest.approx(exact.column("loss"), abs=1e-4)
         assert max(exact.column("loss")) - min(exact.column("loss")) > 0.01, "the steps do something"
 

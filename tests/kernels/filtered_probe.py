@@ -1,4 +1,4 @@
-"""The theorem of `fused_dpo.streaming.filtered` as an assertion, on gradients of the logits that a probe makes visible."""
+"""The theorem of `fused_dpo.filtering` as an assertion, on gradients of the logits that a probe makes visible."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""The theorem of `fused_dpo.streaming.filtered` on drawn distributions, targets and upstream gradients."""
+"""The theorem of `fused_dpo.filtering` on drawn distributions, targets and upstream gradients."""
 
 import math
 from collections.abc import Callable

@@ -18,7 +18,7 @@ class Tail:
 
     Args:
         operands: of the rows.
-        means: uint8 [blocks, V], exponents of the mean probabilities (see `fused_dpo.streaming.screener`).
+        means: uint8 [blocks, V], exponents of the mean probabilities (see `fused_dpo.filtering`).
         keep: bool [blocks, V].
         offset: [blocks], mean log-sum-exp of a block's rows: where the logits of its probabilities are.
     """

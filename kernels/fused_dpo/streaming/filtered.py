@@ -1,43 +1,12 @@
-"""Screen, keep, correct: log-probs and gradients from the few columns that matter, in plain torch on any device.
-
-A trained model's softmax is nearly empty: of 50,000 columns a row gives about 100 more than 2^-12 (measured on real
-hidden states). The forward *screens*: for each block of up to 128 scored rows it notes how large a probability each
-column reaches, and how large it is on average. The backward *keeps* the columns that matter, with exact probabilities,
-and *corrects* for the rest: a dropped column's mean probability in the block stands for that of each row, scaled for
-the hidden states' gradient so that every row of the gradient of the logits that keeps its target sums to zero.
+"""Screen, keep, correct in plain torch on any device: what `fused_dpo.filtering` describes.
 
 On a CPU with bf16 units and bf16 inputs the screen is coarse, unless the head has more than a weight and an adapter:
 its logits are rounded to bf16, which is twice as fast. They choose the columns and weigh the tail of what is not
 above `eps`, and nothing else: logits above it are computed again, accumulated in fp32. Elsewhere the screen's logits
 are accumulated in fp32, and the log-probs are exact.
 
-Error budget. Row r has upstream gradient g_r, probabilities p(r,v) and target y_r; its gradient of the logits is
-`dz_r = g_r (onehot(y_r) - p_r)`, of size |g_r| (1 - p(r,y_r)) up to a factor of sqrt(2). In a block G is the largest
-|g_r| and s the root mean square of 1 - p(r,y_r); S is the root mean square of |g_r| (1 - p(r,y_r)) over all rows. D_r
-are the columns that r drops, tail_r their mass, and q(v) a distribution over them, the block's means rounded to powers
-of two and normalised. A row drops its own target only where |g_r| (1 - p(r,y_r)) <= eps S, so that all of it is
-negligible: what follows is about the other rows.
-
-1. Every dropped entry is small: `|dz(r,v)| <= eps * max(G s, S)` for v in D_r.
-2. All of them together are small: `|dz - kept part of dz| <= sqrt(2 eps) |dz|` in the Frobenius norm for the whole
-   batch, if upstream gradients are equal within a block (as those of a sequence are). That is 2.2 % at eps = 2^-12, for
-   flat, peaked and adversarial logits alike. Proof: by 1. a row's squares sum to at most
-   `eps (G s + S) |g_r| tail_r`, and tail_r <= 1 - p(r,y_r); summed over all rows, by Cauchy-Schwarz, that is at most
-   `2 eps * sum_r |g_r|^2 (1 - p(r,y_r))^2`. Rows that drop their target add at most eps^2 to the 2 eps.
-3. With the correction the kept dz_r changes by `e_r(v) = g_r (p(r,v) - tail_r q(v))` on D_r, so `sum_v e_r(v) = 0` and
-   `|e_r| <= 2 |g_r| tail_r` in the sum of magnitudes; dH_r changes by e_r times the weight (and, in a head with a
-   softcap, the difference of its derivatives at p(r,v) and at the mean).
-4. The weight's gradient takes `-g_r` times the block's mean probability, as the screen has it, for each dropped entry
-   of rows with |g_r| > eps S.
-
-Under a coarse screen 1. holds up to a factor of 1.5, which is what the rounding of the logits can move a probability by
-(largest logit <= COARSE_RANGE, else the block is exact). A block whose mean tail exceeds `tail_guard`, or that has more
-than half of its columns above `eps`, keeps everything: what is flat is computed exactly. Saturated pairs, with their
-g_r far below S, keep hardly anything. On real hidden states the correction leaves a fifth of the dropped gradient of
-the hidden states and half of the weight's (DESIGN.md).
-
-Source of the idea to skip small softmax entries in the backward: Wijmans et al., 2024, Cut Your Losses in Large-
-Vocabulary Language Models, arXiv 2411.09009, section 4.3 (whole tiles, threshold 2^-12, no correction).
+Under a coarse screen the theorem's first statement holds up to a factor of 1.5, which is what the rounding of the
+logits can move a probability by (largest logit <= COARSE_RANGE, else the block is exact).
 """
 
 from collections.abc import Callable
@@ -85,7 +54,7 @@ def filtered_forward(
     Returns:
         `logps` [T]; the state [5, T]: largest logit, sum of exponentials above it, 1 - p of the target, mass of the
         tail (what is not above `filter_eps`), and fraction of columns that are; the stats; and the screen
-        [blocks, 2, V], see `fused_dpo.streaming.screener`.
+        [blocks, 2, V], see `fused_dpo.filtering`.
     """
     operands = Operands(hidden, rows, head)
     screen = Screener(operands, workspace_mib)

@@ -1,10 +1,4 @@
-"""Which columns of the vocabulary matter to which rows: seen in the forward, judged in the backward.
-
-A screen is `uint8 [blocks, 2, V]`: for each block of scored rows and each column the (biased, as in fp32) exponent of
-the largest probability that any of the rows gives it, or EVERYTHING throughout a block that is to be computed exactly;
-and the exponent of the mean. Exponents of the largest, not bits, so that the backward can choose the threshold by what
-it knows then, the upstream gradient, without a second look at the logits.
-"""
+"""The screen in plain torch: how large a probability each column reaches in each block of rows."""
 
 import math
 from collections.abc import Iterator
@@ -77,7 +71,7 @@ def rows_screened(hidden: Tensor, head: LMHead, workspace_mib: int) -> int:
 
 
 def screen_shape(hidden: Tensor, head: LMHead, rows: int, sequences: int, workspace_mib: int) -> tuple[int, int, int]:
-    """Shape of the screen of `fused_dpo.streaming.filtered`, for `rows` rows at most: no block straddles two sequences."""
+    """Shape of the screen of `fused_dpo.filtering`, for `rows` rows at most: no block straddles two sequences."""
     block_rows = min(rows_screened(hidden, head, workspace_mib), BLOCK_ROWS)
     return ceil_div(rows, block_rows) + sequences, 2, head.weight.shape[0]
 

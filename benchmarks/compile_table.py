@@ -31,10 +31,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from benchmarks.measure import console
+from fused_dpo.gpu.configs import PLAIN, TILE_CONFIGS
 from fused_dpo.head import LMHead
 from fused_dpo.ops.dispatch import Filtering
 from fused_dpo.ops.token_logps import token_logps
-from fused_dpo.triton_configs import PLAIN, TILE_CONFIGS
 
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}

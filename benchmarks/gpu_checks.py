@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from benchmarks.replay import describe, replay
 from benchmarks.verify import EXACT, FILTERED
 from fused_dpo import KernelOptions, LMHead, fused_dpo_logps, fused_token_logps
+from fused_dpo.gpu.configs import library_config
 from fused_dpo.linalg.matmul import matmul_fp32
-from fused_dpo.triton_configs import library_config
 
 IMPLS = ("triton", "library")
 SLOPE = 3.0

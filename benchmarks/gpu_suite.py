@@ -38,7 +38,7 @@ from benchmarks.peers import IMPLEMENTATIONS
 from benchmarks.stages import stages_of
 from benchmarks.supervise import BEGUN, RECORD, DeviceLostError, device_is_lost, supervised, write_record
 from benchmarks.tuning import DEVICE, VARIANTS, tuned
-from fused_dpo.triton_tile import interpreted
+from fused_dpo.gpu.launch import interpreted
 
 NAMES = (BARE, *IMPLEMENTATIONS)
 OURS = (BARE, *(name for name in IMPLEMENTATIONS if name.startswith("fused")))

@@ -24,9 +24,9 @@ from benchmarks import head, records
 from benchmarks.arguments import hidden_file, out_file, positive
 from benchmarks.cases import FORWARD, TRAIN, Case, head_cases
 from benchmarks.measure import median_seconds, quantiles, seconds_of
-from fused_dpo import triton_configs as configs
-from fused_dpo import triton_forward
-from fused_dpo.triton_configs import PLAIN, RICH, ProductConfig, TileConfig
+from fused_dpo.gpu import configs
+from fused_dpo.gpu import forward as triton_forward
+from fused_dpo.gpu.configs import PLAIN, RICH, ProductConfig, TileConfig
 
 Change = tuple[Any, Any, Any]
 """A dict and key, or a module and name, and the value that it gets."""

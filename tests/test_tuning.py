@@ -19,7 +19,7 @@ from benchmarks.peers import IMPLEMENTATIONS, Implementation
 from benchmarks.report import main as report
 from benchmarks.tuning import SHIPPED, VARIANTS, Variant, applied, in_order
 from benchmarks.verify import EXACT
-from fused_dpo import triton_configs
+from fused_dpo.gpu import configs as triton_configs
 
 SMALL = Case("tiny", 60, 16, 100)  # smaller than the shared file of hidden states, so its logits are synthetic
 

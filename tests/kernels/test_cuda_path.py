@@ -23,12 +23,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 import fused_dpo
-from fused_dpo import KernelOptions, LMHead, triton_tail, triton_tile
+from fused_dpo import KernelOptions, LMHead
+from fused_dpo.gpu import tile as triton_tile
+from fused_dpo.gpu.backward_from_exponentials import DLogitsOfExponentials
+from fused_dpo.gpu.exponentials import Exponentials
+from fused_dpo.gpu.filtered import dropped_means as triton_tail
+from fused_dpo.gpu.forward import _logps_forward_kernel, fused_scan
+from fused_dpo.gpu.library import library_scan
+from fused_dpo.gpu.merge import empty_results
 from fused_dpo.head import HeadGrads
 from fused_dpo.ops.dispatch import exact, filtered, shape_of_screen
-from fused_dpo.triton_exponentials import DLogitsOfExponentials, Exponentials
-from fused_dpo.triton_forward import _logps_forward_kernel, empty_results, fused_scan
-from fused_dpo.triton_library import library_scan
 from fused_dpo.validation import check_scoring
 from tests.kernels.allocations import MIB
 

@@ -136,7 +136,7 @@ def test_import_direction(package: str, path: Path) -> None:
         ("streaming", "import triton.language as tl", "fused_dpo"),
         ("streaming", "from fused_dpo.api import fused_dpo_logps", "fused_dpo"),
         ("triton_forward", "from fused_dpo.streaming.exact import slice_bounds", "fused_dpo"),
-        ("autograd", "from fused_dpo.triton_forward import launch_logps_forward", "fused_dpo"),
+        ("autograd", "from fused_dpo.gpu.forward import launch_logps_forward", "fused_dpo"),
         ("trainer", "import triton", "fused_dpo_engine"),
         ("trainer", "from tests.kernels import helpers", "fused_dpo_engine"),
     ],
@@ -148,8 +148,8 @@ def test_control_the_rules_find_violations(module: str, source: str, package: st
 @pytest.mark.parametrize(
     ("module", "source", "package"),
     [
-        ("autograd", "def f():\n    from fused_dpo.triton_forward import launch_logps_forward", "fused_dpo"),
-        ("triton_forward", "import triton\nfrom fused_dpo.triton_configs import config_for", "fused_dpo"),
+        ("autograd", "def f():\n    from fused_dpo.gpu.forward import launch_logps_forward", "fused_dpo"),
+        ("triton_forward", "import triton\nfrom fused_dpo.gpu.configs import config_for", "fused_dpo"),
         ("trainer", "from fused_dpo import fused_dpo_logps\nimport transformers", "fused_dpo_engine"),
     ],
 )

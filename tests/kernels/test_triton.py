@@ -13,12 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_dpo import KernelOptions, LMHead, fused_dpo_logps, triton_forward, triton_library, triton_tile
+from fused_dpo import KernelOptions, LMHead, fused_dpo_logps
+from fused_dpo.gpu import forward as triton_forward
+from fused_dpo.gpu import library as triton_library
+from fused_dpo.gpu import tile as triton_tile
+from fused_dpo.gpu.backward import slice_width
+from fused_dpo.gpu.configs import SPLIT_COLUMNS, library_config
+from fused_dpo.gpu.launch import architecture
 from fused_dpo.ops.dispatch import Filtering
 from fused_dpo.ops.token_logps import token_logps
-from fused_dpo.triton_backward import slice_width
-from fused_dpo.triton_configs import SPLIT_COLUMNS, library_config
-from fused_dpo.triton_tile import architecture
 from tests.kernels.helpers import (
     DIFFERENTIABLE,
     EVERY_FEATURE,

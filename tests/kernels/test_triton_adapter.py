@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_dpo import triton_backward
-from fused_dpo.triton_adapter import BLOCK_ROWS, through_adapter
-from fused_dpo.triton_tile import rank_block
+from fused_dpo.gpu import backward as triton_backward
+from fused_dpo.gpu.adapter import BLOCK_ROWS, through_adapter
+from fused_dpo.gpu.launch import rank_block
 from tests.kernels.helpers import IGNORE, assert_agrees, evaluate, fused, make_problem
 from tests.kernels.triton_helpers import DEVICE, TRITON_DTYPES, on_device, order_products
 

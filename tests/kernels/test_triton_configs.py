@@ -7,8 +7,9 @@ import pytest
 import torch
 import triton
 
-from fused_dpo import LMHead, triton_autotune
-from fused_dpo.triton_configs import (
+from fused_dpo import LMHead
+from fused_dpo.gpu import autotune as triton_autotune
+from fused_dpo.gpu.configs import (
     INTERPRETER_CONFIG,
     PLAIN,
     RICH,

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from fused_dpo import triton_configs, triton_tile
+from fused_dpo.gpu import configs as triton_configs
+from fused_dpo.gpu import tile as triton_tile
 from tests.kernels.helpers import EVERY_FEATURE, Problem, assert_same_bits, evaluate, fused, make_problem
 from tests.kernels.triton_helpers import DEVICE, TRITON_DTYPES, on_device
 

@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_dpo import LMHead, triton_backward, triton_exponentials
+from fused_dpo import LMHead
+from fused_dpo.gpu import backward as triton_backward
+from fused_dpo.gpu import exponentials as triton_exponentials
+from fused_dpo.gpu.backward import slice_width
+from fused_dpo.gpu.configs import SPLIT_COLUMNS
+from fused_dpo.gpu.exponentials import Exponentials, forward_config
 from fused_dpo.ops.dispatch import Filtering
 from fused_dpo.ops.token_logps import token_logps
-from fused_dpo.triton_backward import slice_width
-from fused_dpo.triton_configs import SPLIT_COLUMNS
-from fused_dpo.triton_exponentials import Exponentials, forward_config
 from tests.kernels.helpers import (
     DIFFERENTIABLE,
     EVERY_FEATURE,

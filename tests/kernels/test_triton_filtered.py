@@ -15,16 +15,13 @@ import torch
 
 from fused_dpo import KernelOptions, LMHead, fused_dpo_logps
 from fused_dpo.filtering import BIAS, EVERYTHING
-from fused_dpo.triton_configs import (
-    HOT_SPLITS,
-    NARROW_COLUMNS,
-    SPLIT_COLUMNS,
-    library_config,
-)
-from fused_dpo.triton_filtered import _KeptLists, triton_filtered_forward, triton_screen_shape
-from fused_dpo.triton_forward import Scan, fused_scan, triton_forward
-from fused_dpo.triton_library import library_scan
-from fused_dpo.triton_tile import architecture
+from fused_dpo.gpu.configs import HOT_SPLITS, NARROW_COLUMNS, SPLIT_COLUMNS, library_config
+from fused_dpo.gpu.filtered.blocks import triton_screen_shape
+from fused_dpo.gpu.filtered.forward import triton_filtered_forward
+from fused_dpo.gpu.filtered.lists import _KeptLists
+from fused_dpo.gpu.forward import Scan, fused_scan, triton_forward
+from fused_dpo.gpu.launch import architecture
+from fused_dpo.gpu.library import library_scan
 from tests.kernels.helpers import (
     DIFFERENTIABLE,
     IGNORE,

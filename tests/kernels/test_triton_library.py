@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from fused_dpo import triton_library
-from fused_dpo.triton_backward import slice_width
-from fused_dpo.triton_filtered import triton_screen_shape
-from fused_dpo.triton_forward import empty_results
+from fused_dpo.gpu import library as triton_library
+from fused_dpo.gpu.backward import slice_width
+from fused_dpo.gpu.filtered.blocks import triton_screen_shape
+from fused_dpo.gpu.merge import empty_results
 from tests.kernels.helpers import (
     DIFFERENTIABLE,
     EVERY_FEATURE,

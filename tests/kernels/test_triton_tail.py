@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 
+from fused_dpo.gpu.filtered.backward import _spread_of_blocks
+from fused_dpo.gpu.filtered.dropped_means import TAIL_BLOCK, TAIL_SCALE, dropped_means
 from fused_dpo.linalg.gradient_sums import GradientSums
 from fused_dpo.linalg.operands import Operands
 from fused_dpo.streaming.dropped_means import Tail
 from fused_dpo.streaming.screener import exponents
-from fused_dpo.triton_filtered import _spread_of_blocks
-from fused_dpo.triton_tail import TAIL_BLOCK, TAIL_SCALE, dropped_means
 from tests.kernels.helpers import make_problem
 from tests.kernels.triton_helpers import DEVICE, TRITON_DTYPES, on_device
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_dpo.triton_configs import PLAIN, library_config, tile_config
-from fused_dpo.triton_tile import architecture
+from fused_dpo.gpu.configs import PLAIN, library_config, tile_config
+from fused_dpo.gpu.launch import architecture
 from tests.kernels.helpers import Problem, assert_same_bits, bits_equal, compose, evaluate, make_problem
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -38,11 +38,11 @@ def exact(impl: str) -> tuple[Callable[..., Any], Callable[..., HeadGrads]]:
     """Exact forward and backward by name. Triton is imported on the first call that runs it."""
     if impl == "streaming":
         return streaming_forward, streaming_backward
-    from fused_dpo.triton_backward import triton_backward
-    from fused_dpo.triton_forward import triton_forward
+    from fused_dpo.gpu.backward import triton_backward
+    from fused_dpo.gpu.forward import triton_forward
 
     if impl == "library":
-        from fused_dpo.triton_library import library_dlogits, library_scan
+        from fused_dpo.gpu.library import library_dlogits, library_scan
 
         return partial(triton_forward, scan=library_scan), partial(triton_backward, form_dlogits=library_dlogits)
     return triton_forward, triton_backward
@@ -52,10 +52,11 @@ def filtered(impl: str) -> tuple[Callable[..., Any], Callable[..., HeadGrads]]:
     """Filtered forward and backward by name."""
     if impl == "streaming":
         return filtered_forward, partial(filtered_backward, exact_backward=streaming_backward)
-    from fused_dpo.triton_filtered import triton_filtered_backward, triton_filtered_forward
+    from fused_dpo.gpu.filtered.backward import triton_filtered_backward
+    from fused_dpo.gpu.filtered.forward import triton_filtered_forward
 
     if impl == "library":
-        from fused_dpo.triton_library import library_scan
+        from fused_dpo.gpu.library import library_scan
 
         return partial(triton_filtered_forward, scan=library_scan), triton_filtered_backward
     return triton_filtered_forward, triton_filtered_backward
@@ -73,6 +74,6 @@ def shape_of_screen(
     rows = hidden.shape[0] if row_index is None else row_index.shape[0]
     if impl == "streaming":
         return screen_shape(hidden, head, rows, cu_seqlens.shape[0] - 1, workspace_mib)
-    from fused_dpo.triton_filtered import triton_screen_shape
+    from fused_dpo.gpu.filtered.blocks import triton_screen_shape
 
     return triton_screen_shape(hidden, head, rows)

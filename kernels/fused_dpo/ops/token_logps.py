@@ -110,8 +110,8 @@ def _token_logps_op(
         else:
             forward, _ = exact(impl)
             if keep:
-                from fused_dpo.triton_exponentials import Exponentials
-                from fused_dpo.triton_forward import fused_scan
+                from fused_dpo.gpu.exponentials import Exponentials
+                from fused_dpo.gpu.forward import fused_scan
 
                 exponentials = Exponentials.empty(hidden, rows, head, hold=hold)
                 forward = partial(forward, scan=partial(fused_scan, exponentials=exponentials))
@@ -185,7 +185,8 @@ def _gradients(
         else:
             backward = exact(impl)[1]
             if kept is not None:
-                from fused_dpo.triton_exponentials import DLogitsOfExponentials, Exponentials
+                from fused_dpo.gpu.backward_from_exponentials import DLogitsOfExponentials
+                from fused_dpo.gpu.exponentials import Exponentials
 
                 form_dlogits = partial(DLogitsOfExponentials, Exponentials(*kept))
                 backward = partial(backward, form_dlogits=form_dlogits, dweight=kept[0])

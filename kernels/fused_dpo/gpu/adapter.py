@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fused_dpo.gpu.launch import OF_BATCH, launch, rank_block
 from fused_dpo.linalg.sizes import ceil_div
-from fused_dpo.triton_tile import OF_BATCH, launch, rank_block
 
 BLOCK_ROWS = 64
 """Scored rows of a program."""

@@ -1,40 +1,23 @@
 """Triton forward: per-token log-probs by online softmax over vocabulary splits, logits never leaving the registers."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fused_dpo.gpu.adapter import through_adapter
+from fused_dpo.gpu.autotune import choose_config
+from fused_dpo.gpu.configs import HOT_SPLITS, SPLIT_COLUMNS, TileConfig, epilogue_of, tile_config
+from fused_dpo.gpu.exponentials import Exponentials, forward_config
+from fused_dpo.gpu.launch import OF_BATCH, Product, Tiles, WeightSlice, architecture, launch, named, weight_slices
+from fused_dpo.gpu.merge import Results, empty_results, merge_splits
+from fused_dpo.gpu.tile import exp, grouped_block, grouped_other, logits_tile
 from fused_dpo.head import LMHead
 from fused_dpo.linalg.sizes import ceil_div
 from fused_dpo.stats import TokenStats
-from fused_dpo.triton_adapter import through_adapter
-from fused_dpo.triton_autotune import choose_config
-from fused_dpo.triton_configs import HOT_SPLITS, SPLIT_COLUMNS, TileConfig, epilogue_of, tile_config
-from fused_dpo.triton_exponentials import Exponentials, forward_config
-from fused_dpo.triton_tile import (
-    OF_BATCH,
-    Product,
-    Tiles,
-    WeightSlice,
-    architecture,
-    exp,
-    grouped_block,
-    grouped_other,
-    launch,
-    logits_tile,
-    named,
-    surprise_of,
-    weight_slices,
-)
-
-MERGE_ROWS = 32
-"""Rows a program of the merge takes."""
-MERGE_SPLITS = 64
-"""Splits it takes at a time."""
 
 
 @triton.jit(do_not_specialize=OF_BATCH, repr=named("_logps_forward_kernel", SCREEN=("screen", "")))
@@ -85,7 +68,7 @@ def _logps_forward_kernel(
     `filter_eps` in its own row.
 
     KEEP leaves the exponentials of whole row blocks, `kept_rows` in all, for the backward, see
-    `fused_dpo.triton_exponentials`.
+    `fused_dpo.gpu.exponentials`.
 
     Roofline: 2·R·D·V FLOP; bytes from memory are the weight once a group of row blocks (V·D) and the hidden states once
     (R·D), everything else comes from L2. Bound by the matrix units from a few hundred rows on. GIVEN: 4·R·V bytes, from
@@ -170,103 +153,6 @@ def _logps_forward_kernel(
     tl.store(picked_ptr + offs_t, picked, mask=mask_t & mine)
 
 
-@triton.jit(do_not_specialize=OF_BATCH)
-def _merge_splits_kernel(
-    peak_ptr,
-    total_ptr,
-    weighted_ptr,
-    sum_ptr,
-    picked_ptr,
-    row_index_ptr,
-    target_ptr,
-    logps_ptr,
-    state_ptr,
-    stats_ptr,
-    tail_ptr,
-    splits,
-    T,
-    R,
-    V,
-    WANT_STATS: tl.constexpr,
-    SCREEN: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):
-    """Merge the splits of each row, BLOCK_S at a time, into the softmax's state and the log-prob.
-
-    Grid: row blocks. Reads 2·splits numbers a row and writes 4 into the rows' places among all T; bound by latency.
-    """
-    offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    mask_t = offs_t < R
-    peak = tl.full([BLOCK_T], float("-inf"), dtype=tl.float32)
-    for start in range(0, splits, BLOCK_S):
-        offs_s = start + tl.arange(0, BLOCK_S)
-        at = offs_s.to(tl.int64)[:, None] * R + offs_t[None, :]
-        mask = (offs_s < splits)[:, None] & mask_t[None, :]
-        peak = tl.maximum(peak, tl.max(tl.load(peak_ptr + at, mask=mask, other=float("-inf")), axis=0))
-    shift = tl.where(peak == float("-inf"), 0.0, peak)
-    total = tl.zeros([BLOCK_T], dtype=tl.float32)
-    weighted = tl.zeros([BLOCK_T], dtype=tl.float32)
-    plain = tl.zeros([BLOCK_T], dtype=tl.float32)
-    tail = tl.zeros([BLOCK_T], dtype=tl.float32)
-    for start in range(0, splits, BLOCK_S):
-        offs_s = start + tl.arange(0, BLOCK_S)
-        at = offs_s.to(tl.int64)[:, None] * R + offs_t[None, :]
-        mask = (offs_s < splits)[:, None] & mask_t[None, :]
-        rescale = exp(tl.load(peak_ptr + at, mask=mask, other=float("-inf")) - shift[None, :])
-        total += tl.sum(tl.load(total_ptr + at, mask=mask, other=0.0) * rescale, axis=0)
-        if WANT_STATS:
-            weighted += tl.sum(tl.load(weighted_ptr + at, mask=mask, other=0.0) * rescale, axis=0)
-            plain += tl.sum(tl.load(sum_ptr + at, mask=mask, other=0.0), axis=0)
-        if SCREEN:
-            tail += tl.sum(tl.load(tail_ptr + at, mask=mask, other=0.0) * rescale, axis=0)
-    log_total = tl.log(total)
-    rows = tl.load(row_index_ptr + offs_t, mask=mask_t, other=0).to(tl.int64)
-    target = tl.load(target_ptr + rows, mask=mask_t, other=0)
-    picked = tl.load(picked_ptr + offs_t, mask=mask_t & (target >= 0) & (target < V), other=float("nan"))
-    logp = picked - shift - log_total
-    tl.store(logps_ptr + rows, logp, mask=mask_t)
-    tl.store(state_ptr + rows, shift, mask=mask_t)
-    tl.store(state_ptr + T + rows, total, mask=mask_t)
-    tl.store(state_ptr + 2 * T + rows, surprise_of(logp), mask=mask_t)
-    if SCREEN:
-        tl.store(state_ptr + 3 * T + rows, tail / total, mask=mask_t)
-    if WANT_STATS:
-        tl.store(stats_ptr + rows, log_total - (weighted / total - shift), mask=mask_t)
-        tl.store(stats_ptr + T + rows, plain / V, mask=mask_t)
-        tl.store(stats_ptr + 2 * T + rows, tl.where(picked >= peak, 1.0, 0.0), mask=mask_t)
-
-
-class Results(NamedTuple):
-    """What a forward writes for each of the T rows; zeros where a row is not scored."""
-
-    logps: Tensor
-    """[T]"""
-    state: Tensor
-    """[3, T], see `streaming_forward`; with a screen [5, T], see `filtered_forward`."""
-    stats: Tensor | None
-    """[3, T], see `TokenStats`."""
-    screen: Tensor | None
-    """uint8 [blocks, 2, V], see `fused_dpo.filtering`."""
-
-    @property
-    def token_stats(self) -> TokenStats | None:
-        """By name."""
-        return None if self.stats is None else TokenStats(*self.stats.unbind(0))
-
-
-def empty_results(hidden: Tensor, *, want_stats: bool, screen_shape: tuple[int, int, int] | None = None) -> Results:
-    """Zeros to write into."""
-    T = hidden.shape[0]
-    logps = torch.zeros(T, dtype=torch.float32, device=hidden.device)
-    return Results(
-        logps,
-        logps.new_zeros(3 if screen_shape is None else 5, T),
-        logps.new_zeros(3, T) if want_stats else None,
-        None if screen_shape is None else logps.new_zeros(screen_shape, dtype=torch.uint8),
-    )
-
-
 class Partials:
     """What the forward's programs write for the merge, and how both are launched; at least one row is scored."""
 
@@ -340,12 +226,7 @@ class Partials:
 
     def merge(self) -> None:
         """Merge all splits into the results of the rows."""
-        logps, state, stats, screen = self._results
-        arguments: dict[str, Any] = {"splits": self.splits, "T": logps.shape[0], "V": self._weight.shape[0]}
-        arguments |= {"logps_ptr": logps, "state_ptr": state, "stats_ptr": state if stats is None else stats}
-        arguments |= {"SCREEN": screen is not None, "BLOCK_T": MERGE_ROWS, "BLOCK_S": MERGE_SPLITS}
-        grid = (ceil_div(self._rows.numel(), MERGE_ROWS),)
-        launch(_merge_splits_kernel, grid, logps, **self._arguments, **arguments)
+        merge_splits(self._results, self._rows.numel(), self._weight.shape[0], self.splits, self._arguments)
 
 
 Scan = Callable[[Tensor, Tensor, Tensor, LMHead, Results, float, int], None]

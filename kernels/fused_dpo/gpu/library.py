@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from fused_dpo.gpu.backward import DLogits
+from fused_dpo.gpu.configs import library_config
+from fused_dpo.gpu.forward import Partials
+from fused_dpo.gpu.launch import Product, WeightSlice, architecture, padded, weight_slices
+from fused_dpo.gpu.merge import Results
 from fused_dpo.head import LMHead
 from fused_dpo.linalg.matmul import matmul_fp32
 from fused_dpo.linalg.sizes import ceil_div
-from fused_dpo.triton_backward import DLogits
-from fused_dpo.triton_configs import library_config
-from fused_dpo.triton_forward import Partials, Results
-from fused_dpo.triton_tile import Product, WeightSlice, architecture, padded, weight_slices
 
 
 def products(h: Tensor, weight: WeightSlice, values: Tensor) -> Iterator[Product]:
@@ -42,7 +43,7 @@ def library_scan(
     filter_eps: float,
     workspace_mib: int,
 ) -> None:
-    """`fused_dpo.triton_forward.Scan` by given products; the first slice bounds the log-sum-exp for a screen.
+    """`fused_dpo.gpu.forward.Scan` by given products; the first slice bounds the log-sum-exp for a screen.
 
     A slice of the weight is converted, and read from memory, once for as many chunks as fit into the workspace.
 
@@ -85,7 +86,7 @@ def _scan_product(partials: Partials, product: Product, split: int, *, screening
 def library_dlogits(
     hidden: Tensor, target: Tensor, state: Tensor, upstream: Tensor, head: LMHead, lora_h: Tensor | None
 ) -> Callable[[Tensor, WeightSlice], None]:
-    """`fused_dpo.triton_backward.FormDLogits` by given products.
+    """`fused_dpo.gpu.backward.FormDLogits` by given products.
 
     Memory: 4 bytes for each entry of a product, and the last chunk's hidden states.
     """

@@ -1,4 +1,4 @@
-"""The tail of `fused_dpo.streaming.dropped_means` on CUDA, for all blocks of rows and all columns in one launch."""
+"""What stands for dropped columns, as in `fused_dpo.streaming.dropped_means`: all blocks and columns in one launch."""
 
 from typing import Any, NamedTuple
 
@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_dpo import triton_configs
+from fused_dpo.gpu import configs as triton_configs
+from fused_dpo.gpu.launch import launch
 from fused_dpo.linalg.operands import Operands
 from fused_dpo.linalg.sizes import round_up
-from fused_dpo.triton_tile import launch
 
 TAIL_SCALE = 4096.0
 """Factor on mean probabilities, and divisor of what they are multiplied with: fp16 ends at 6e-8."""
@@ -82,7 +82,7 @@ class DroppedMeans(NamedTuple):
 
 
 def dropped_means(operands: Operands, means: Tensor, keep: Tensor, offset: Tensor) -> DroppedMeans:
-    """The tail of `fused_dpo.streaming.dropped_means.Tail`, which has the arguments, in half precision where the hidden states are."""
+    """Compute what `fused_dpo.streaming.dropped_means.Tail` does, in half precision where the hidden states are."""
     (blocks, V), head = keep.shape, operands.head
     whole = round_up(V, triton_configs.NARROW_COLUMNS)  # rows begin at multiples of 16 bytes, too
     values = means.new_empty(blocks, whole, dtype=operands.dtype)[:, :V]

@@ -13,29 +13,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fused_dpo.gpu.adapter import through_adapter
+from fused_dpo.gpu.autotune import choose_config
+from fused_dpo.gpu.configs import TileConfig
+from fused_dpo.gpu.launch import OF_BATCH, Product, Tiles, WeightSlice, architecture, launch, scored, weight_slices
+from fused_dpo.gpu.tile import exp, grouped_block, grouped_other, logits_tile, through_softcap
 from fused_dpo.head import HeadGrads, LMHead
 from fused_dpo.linalg.gradient_sums import GradientSums
 from fused_dpo.linalg.matmul import fp32_sums, in_range, matmul_fp32, matmul_precision
 from fused_dpo.linalg.operands import Operands
 from fused_dpo.linalg.sizes import ceil_div
-from fused_dpo.triton_adapter import through_adapter
-from fused_dpo.triton_autotune import choose_config
-from fused_dpo.triton_configs import TileConfig
-from fused_dpo.triton_tile import (
-    OF_BATCH,
-    Product,
-    Tiles,
-    WeightSlice,
-    architecture,
-    exp,
-    grouped_block,
-    grouped_other,
-    launch,
-    logits_tile,
-    scored,
-    through_softcap,
-    weight_slices,
-)
 
 
 @triton.jit(do_not_specialize=OF_BATCH)

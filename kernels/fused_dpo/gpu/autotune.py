@@ -13,9 +13,9 @@ import torch
 import triton
 from torch import Tensor
 
+from fused_dpo.gpu.configs import TileConfig, epilogue_of, tile_config
+from fused_dpo.gpu.launch import on_device
 from fused_dpo.head import LMHead
-from fused_dpo.triton_configs import TileConfig, epilogue_of, tile_config
-from fused_dpo.triton_tile import on_device
 
 TUNING_ROWS = 4096
 """Rows of the timed forward: fixed, so that the choice does not depend on the first batch."""
@@ -55,7 +55,7 @@ def choose_config(architecture: int, hidden: Tensor, head: LMHead, *, want_stats
 
 def fastest(hidden: Tensor, head: LMHead, *, want_stats: bool) -> TileConfig:
     """Time the forward with every candidate on random rows; one that does not compile or fit is passed over."""
-    from fused_dpo.triton_forward import fused_scan, triton_forward
+    from fused_dpo.gpu.forward import fused_scan, triton_forward
 
     V, D = head.weight.shape
     generator = torch.Generator(hidden.device).manual_seed(0)  # the caller's seeded stream stays as it is

@@ -1,0 +1,1 @@
+"""`impl="triton"` and `"library"`: the only room that imports triton."""

@@ -1,0 +1,68 @@
+"""Exponentials of the logits that the exact forward leaves for the backward, in memory that is needed there anyway.
+
+The backward forms the logits again, one pass over the head of four. What would spare it that is as large as the logits;
+but the weight's gradient is large too, and is written last: column v of the vocabulary is read for dz before row v of
+the gradient is written. So the forward allocates the gradient, and its row v begins with the exponentials of column v,
+for as many scored rows as fit: D, or 2·D where the hidden states are half as wide as the weight. dz of those rows takes
+a read in place of a product; the other rows go the usual way.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_dpo.gpu.configs import SPLIT_COLUMNS, TileConfig, epilogue_of, tile_config
+from fused_dpo.gpu.launch import architecture
+from fused_dpo.head import LMHead
+from fused_dpo.linalg.sizes import ceil_div
+
+SIDE = 64
+"""Rows, and columns, that a program turns from one order into the other: 128 bytes of half-precision numbers."""
+
+
+class Exponentials(NamedTuple):
+    """Of the first scored rows, as the forward's tiles have them; of none where no backward will come."""
+
+    gradient: Tensor
+    """The weight's gradient to be [V, D]: each row begins with the column's exponentials, in the hidden states' dtype.
+    Empty if no rows are kept."""
+    shifts: Tensor
+    """fp32 [splits, tiles of a split, rows]: what was subtracted from the tile's logits."""
+
+    @property
+    def rows(self) -> int:
+        """How many are kept."""
+        return self.shifts.shape[2]
+
+    @property
+    def tile_columns(self) -> int:
+        """Columns of one of the forward's tiles."""
+        return SPLIT_COLUMNS // self.shifts.shape[1]
+
+    @classmethod
+    def empty(cls, hidden: Tensor, rows: Tensor, head: LMHead, *, hold: bool) -> "Exponentials":
+        """Memory for as many of the scored rows as fit, in whole blocks; for none unless they are to be held."""
+        config, (V, D) = forward_config(hidden, head), head.weight.shape
+        fits = D * head.weight.element_size() // hidden.element_size() if hold else 0
+        block = max(config.block_t, min(SIDE, config.block_v))
+        kept = min(fits, rows.numel()) // block * block
+        shifts = ceil_div(V, SPLIT_COLUMNS), SPLIT_COLUMNS // config.block_v, kept
+        contiguous = torch.contiguous_format
+        gradient = torch.empty_like(head.weight, memory_format=contiguous) if kept else head.weight.new_empty(0, D)
+        return cls(gradient, torch.empty(shifts, dtype=torch.float32, device=hidden.device))
+
+    def arguments(self, dtype: torch.dtype) -> dict[str, Any]:
+        """Of kernels that write or read them, for hidden states of `dtype`."""
+        values = self.gradient.view(dtype)
+        return {
+            "exponentials_ptr": values,
+            "shift_ptr": self.shifts,
+            "kept_rows": self.rows,
+            "stride_ev": values.stride(0),
+        }
+
+
+def forward_config(hidden: Tensor, head: LMHead) -> TileConfig:
+    """The reviewed tile shape, never a tuned one: the same whether rows are kept or not."""
+    return tile_config(architecture(hidden.device), hidden.dtype, epilogue_of(head))

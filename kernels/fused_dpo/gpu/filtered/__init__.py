@@ -1,0 +1,1 @@
+"""Filtered gradients on CUDA."""

@@ -1,0 +1,109 @@
+"""Screen, keep, correct on CUDA: the algorithm and error budget of `fused_dpo.filtering`, without a synchronisation.
+
+The forward is the exact one, and notes from its tiles how large a probability each column reaches in a block of rows.
+It runs the first split of the vocabulary, where byte-pair tokenizers have their most frequent tokens, once before: its
+log-sum-exp bounds the whole one from below well enough to know a probability from above.
+
+Once the upstream gradients are known, the backward lists the columns that each block of rows keeps, computes dz there,
+and marks the rows that have something above the threshold in each narrow block of columns. dz is computed again for
+those, so that either gradient is a product with gathered rows, in a fixed order, with one writer for each entry. What
+lies in a kept column but in a row that is not marked, below the threshold, is left out of the weight's gradient.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fused_dpo.filtering import EVERYTHING, Judgement
+from fused_dpo.gpu.filtered.blocks import block_sizes, of_blocks
+from fused_dpo.gpu.filtered.dropped_means import TAIL_SCALE, DroppedMeans, dropped_means
+from fused_dpo.gpu.filtered.lists import KeptLists
+from fused_dpo.gpu.launch import weight_slices
+from fused_dpo.head import HeadGrads, LMHead
+from fused_dpo.linalg.gradient_sums import GradientSums
+from fused_dpo.linalg.matmul import in_range
+from fused_dpo.linalg.operands import Operands
+from fused_dpo.linalg.sizes import ceil_div
+
+
+def triton_filtered_backward(
+    dlogps: Tensor,
+    hidden: Tensor,
+    target: Tensor,
+    rows: Tensor,
+    state: Tensor,
+    head: LMHead,
+    workspace_mib: int,
+    *,
+    cu_seqlens: Tensor,
+    screen: Tensor,
+    filter_eps: float,
+    needs: tuple[bool, bool, bool, bool, bool],
+) -> HeadGrads:
+    """Gradients of `sum(dlogps * logps)`, only those asked for: `filtered_backward` on CUDA.
+
+    Numerics: dz is held in the hidden states' dtype (fp16: scaled so that its largest upstream gradient is 1); both
+        products accumulate in fp32. No atomics.
+    Memory: `workspace_mib`, 4·D bytes a scored row for the hidden states' gradient, 5·V bytes a block of rows for its
+        kept columns, V/64 bytes a row, and a copy of 1024 hidden states. No synchronisation with the host.
+    """
+    del cu_seqlens
+    sums = GradientSums(Operands(hidden, rows, head), 0, needs, empty=not rows.numel())
+    if rows.numel():
+        _add_kept(sums, dlogps[rows].float(), target, state, screen, workspace_mib, filter_eps)
+    return sums.finish()
+
+
+def _add_kept(
+    sums: GradientSums,
+    upstream: Tensor,
+    target: Tensor,
+    state: Tensor,
+    screen: Tensor,
+    workspace_mib: int,
+    filter_eps: float,
+) -> None:
+    """Add what is kept, and what stands for the rest, to the hidden states' sums; write the other gradients."""
+    operands, device = sums.operands, upstream.device
+    rows, R, V = operands.rows, operands.rows.numel(), operands.V
+    upstream, unit = in_range(upstream, operands.dtype)
+    kept = KeptLists(operands, target, state, upstream, workspace_mib)
+    blocks, config = kept.blocks, kept.config
+    block_of_row = torch.arange(R, device=device) // config.block_t
+    judgement = Judgement(block_of_row, blocks, upstream, state[2, rows], target[rows], filter_eps)
+    flat = (screen[:blocks, 0, 0] == EVERYTHING)[block_of_row] & (judgement.magnitude > judgement.negligible)
+    marks = F.pad(flat, (0, kept.slots - R)).expand(ceil_div(V, config.narrow), -1).contiguous()
+    keep = judgement.columns(screen[:blocks, 0])
+    residual = kept.add_hidden_gradient(keep, judgement.smallest[block_of_row], marks, sums)
+    offset = of_blocks((state[0, rows] + state[1, rows].log()), blocks, config.block_t).sum(1)
+    means = dropped_means(operands, screen[:blocks, 1], keep, offset / block_sizes(R, blocks, config, device))
+    if sums.hidden.shape[1]:
+        _subtract_spread(sums.hidden, residual, _spread_of_blocks(sums, means, workspace_mib), config.block_t)
+        if unit is not None:
+            sums.hidden *= unit
+    if sums.dweight is not None or sums.dbias is not None or sums.dlora_b is not None:
+        judged = torch.where(judgement.magnitude > judgement.negligible, upstream, 0.0)
+        unit = upstream.new_ones(()) if unit is None else unit
+        kept.write_weight_gradients(marks, keep, sums, means.values, of_blocks(judged, blocks, config.block_t), unit)
+
+
+def _spread_of_blocks(sums: GradientSums, means: DroppedMeans, workspace_mib: int) -> Tensor:
+    """`q @ [weight | b]` of every block, the columns that the sums have; q what it drops over what that sums to."""
+    head, dtype = sums.operands.head, means.values.dtype
+    spread = means.mass.new_zeros(len(means.mass), sums.hidden.shape[1])
+    # In one piece, unless the weight has to be converted.
+    fits = max(workspace_mib * 2**18 // (sums.operands.D * dtype.itemsize), 1)
+    for weight in weight_slices(head.weight, dtype, sums.operands.V if head.weight.dtype == dtype else fits):
+        start, stop = weight.first, weight.first + weight.values.shape[0]
+        sums.add_hidden(spread, means.values[:, start:stop], weight.values, start, stop)
+    factor = head.logit_scale / head.temperature / TAIL_SCALE
+    return spread * (factor / torch.where(means.mass > 0, means.mass, 1.0))[:, None]
+
+
+def _subtract_spread(sums: Tensor, residual: Tensor, spread: Tensor, block_t: int) -> None:
+    """Take `residual * spread` of each row's block from `sums` [R, columns], without a copy of their size."""
+    R, full = residual.numel(), residual.numel() // block_t
+    of_blocks = sums[: full * block_t].view(full, block_t, sums.shape[1])
+    of_blocks.addcmul_(residual[: full * block_t].view(full, block_t, 1), spread[:full, None], value=-1.0)
+    if full * block_t < R:
+        sums[full * block_t :].addr_(residual[full * block_t :], spread[full], alpha=-1.0)

@@ -31,9 +31,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from benchmarks.measure import console
+from fused_dpo.filtering import Filtering
 from fused_dpo.gpu.configs import PLAIN, TILE_CONFIGS
 from fused_dpo.head import LMHead
-from fused_dpo.ops.dispatch import Filtering
 from fused_dpo.ops.token_logps import token_logps
 
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
@@ -160,9 +160,9 @@ def call(
     target[3::7] = target[3::7] if all_rows else -1
     offsets = torch.tensor([0, rows // 3, rows])
     filtering, want_stats = Filtering(eps, 1 / 16), bool(options.get("stats"))
-    keep = bool(options.get("keep_exponentials"))
+    keep = bool(options.get("reuse_exponentials"))
     logps, *_ = token_logps(
-        leaf(rows, D), target, offsets, None, head, impl, 1, filtering, want_stats=want_stats, keep_exponentials=keep
+        leaf(rows, D), target, offsets, None, head, impl, 1, filtering, want_stats=want_stats, reuse_exponentials=keep
     )
     logps.sum().backward()
 
@@ -178,10 +178,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "large lora": {"rank": 512},
     "stats": {"stats": True},
     "autocast": {"autocast": True},
-    "kept": {"keep_exponentials": True},
-    "kept, bias": {"keep_exponentials": True, "bias": True},
-    "kept, lora": {"keep_exponentials": True, "rank": 16},
-    "kept, autocast": {"keep_exponentials": True, "autocast": True},
+    "kept": {"reuse_exponentials": True},
+    "kept, bias": {"reuse_exponentials": True, "bias": True},
+    "kept, lora": {"reuse_exponentials": True, "rank": 16},
+    "kept, autocast": {"reuse_exponentials": True, "autocast": True},
     "all": EVERYTHING,
 }
 
@@ -207,7 +207,7 @@ def compile_all() -> Iterator[Compiled]:
             for form, (eps, keep) in product(forms, ((0.0, False), (0.0, True), (2**-12, False))):
                 with mock.patch.dict(TILE_CONFIGS, {(90, 2, PLAIN): forms[form]}):
                     name = form + ", filtered" * bool(eps) + ", kept" * keep
-                    yield from compiled(seen, name, architecture, dtype, "triton", eps, keep_exponentials=keep)
+                    yield from compiled(seen, name, architecture, dtype, "triton", eps, reuse_exponentials=keep)
 
 
 def compiled(

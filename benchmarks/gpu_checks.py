@@ -62,9 +62,18 @@ class Case(NamedTuple):
     cu_seqlens: Tensor
     upstream: Tensor
 
-    def logps(self, impl: str, grad_mode: str = "exact", *, shift: bool = False, **options: Any) -> Tensor:
-        """By the package."""
+    def logps(
+        self,
+        impl: str,
+        grad_mode: str = "exact",
+        *,
+        shift: bool = False,
+        row_index: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Compute the log-probs by the package."""
         arguments: Any = {"cu_seqlens": self.cu_seqlens, "shift": shift, "grad_mode": grad_mode}
+        arguments["row_index"] = row_index
         arguments["options"] = KernelOptions(impl=impl, **options)
         return fused_dpo_logps(self.hidden, self.head, self.labels, **arguments)
 
@@ -137,7 +146,7 @@ WAYS: dict[str, Callable[..., Tensor]] = {
     f"{impl}, {mode}": partial(Case.logps, impl=impl, grad_mode=mode)
     for impl, mode in product(IMPLS, ("exact", "filtered"))
 }
-WAYS["triton, exact, kept"] = partial(Case.logps, impl="triton", grad_mode="exact", keep_exponentials=True)
+WAYS["triton, exact, kept"] = partial(Case.logps, impl="triton", grad_mode="exact", reuse_exponentials=True)
 
 
 def cases_of(
@@ -331,12 +340,13 @@ def check_memory(scale: Scale) -> dict[str, Any]:
             for impl, (mode, stated) in product(IMPLS, (("exact", exact), ("filtered", filtered)))]  # fmt: skip
     ways.append(("triton", "exact", exact + 4 * D * (V // 256 + 16), True))  # a number a kept row and tile
     for impl, mode, stated, keep in ways:
-        options = KernelOptions(impl=impl, row_index=torch.arange(T, device="cuda"), keep_exponentials=keep)
+        options = KernelOptions(impl=impl, reuse_exponentials=keep)
         hidden.grad = weight.grad = None
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         arguments: Any = {"cu_seqlens": offsets, "shift": False, "grad_mode": mode, "options": options}
+        arguments["row_index"] = torch.arange(T, device="cuda")
         logps = fused_dpo_logps(hidden, weight, problem.target, **arguments)
         forward = torch.cuda.max_memory_allocated() - before
         logps.sum().backward()

@@ -142,14 +142,21 @@ def cut_cross_entropy(**settings: Any) -> Logps:
     return per_sequence(logps)
 
 
-def ours(grad_mode: str, impl: str | None = None, *, keep_exponentials: bool = False) -> Logps:
+def ours(grad_mode: str, impl: str | None = None, *, reuse_exponentials: bool = False) -> Logps:
     """`fused_dpo_logps` with its defaults and the scored rows given, as a trainer that packs has them."""
 
     def logps(problem: Replay, hidden: Tensor, weight: Tensor) -> Tensor:
         rows = torch.arange(len(hidden), device=hidden.device)
-        options = KernelOptions(impl=impl, row_index=rows, keep_exponentials=keep_exponentials)
-        settings: Any = {"cu_seqlens": problem.cu_seqlens, "shift": False, "grad_mode": grad_mode, "options": options}
-        return fused_dpo_logps(hidden, weight, problem.target, **settings)
+        return fused_dpo_logps(
+            hidden,
+            weight,
+            problem.target,
+            cu_seqlens=problem.cu_seqlens,
+            shift=False,
+            row_index=rows,
+            grad_mode=grad_mode,
+            options=KernelOptions(impl=impl, reuse_exponentials=reuse_exponentials),
+        )
 
     return logps
 
@@ -163,7 +170,7 @@ IMPLEMENTATIONS = {
         Implementation("fused exact", ours("exact"), EXACT),
         Implementation("fused filtered, library", ours("filtered", "library"), FILTERED, missing=NO_CUDA),
         Implementation("fused exact, library", ours("exact", "library"), EXACT, missing=NO_CUDA),
-        Implementation("fused exact, kept", ours("exact", keep_exponentials=True), EXACT, missing=NO_CUDA),
+        Implementation("fused exact, kept", ours("exact", reuse_exponentials=True), EXACT, missing=NO_CUDA),
         Implementation("naive fp32-upcast", per_sequence(naive_upcast), BF16_LOGITS),
         Implementation("naive bf16", per_sequence(naive_bf16), BF16_LOGITS, bf16_alone=True),
         Implementation("torch.compile naive", per_sequence(compiled_naive), BF16_LOGITS),

@@ -1,21 +1,42 @@
 """The command `fused-dpo`."""
 
 import difflib
+import importlib
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
-USAGE = """usage: fused-dpo COMMAND [options]
 
-commands:
-  train    train a model on preference pairs; `fused-dpo train --help` explains every option
-  plan     print what the forward passes over a data set take, before any training
-  env      print versions, devices and what the kernels can use here
-"""
-COMMANDS = ("train", "plan", "env")
+class Command(NamedTuple):
+    """What `fused-dpo NAME` is; its function has that name in `fused_dpo_engine.commands.NAME`."""
+
+    summary: str
+    """A line of the usage."""
+    config: str | None = None
+    """The class of its settings in `fused_dpo_engine.config.commands`; None for a command without options."""
+    description: str = ""
+    """The first paragraph of its --help."""
+
+
+COMMANDS = {
+    "train": Command(
+        "train a model on preference pairs; `fused-dpo train --help` explains every option",
+        "TrainConfig",
+        "Train a language model on preference pairs by Direct Preference Optimization.",
+    ),
+    "plan": Command(
+        "print what the forward passes over a data set take, before any training",
+        "PlanConfig",
+        "Plan the forward passes over preference pairs, and print what they take, without loading a model.",
+    ),
+    "env": Command("print versions, devices and what the kernels can use here"),
+}
+USAGE = "usage: fused-dpo COMMAND [options]\n\ncommands:\n" + "".join(
+    f"  {name:<7}  {command.summary}\n" for name, command in COMMANDS.items()
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,39 +63,31 @@ def _sigterm_as_interrupt() -> Iterator[None]:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
-    command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    if command in ("-h", "--help") or (command == "env" and rest in (["-h"], ["--help"])):
+    name, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if name in ("-h", "--help"):
         print(USAGE)
         return 0
-    if command not in COMMANDS:
-        close = difflib.get_close_matches(command, COMMANDS, n=1)
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        print(f"fused-dpo: unknown command {command!r}{hint}\n\n{USAGE}", file=sys.stderr)
+        print(f"fused-dpo: unknown command {name!r}{hint}\n\n{USAGE}", file=sys.stderr)
         return 2
-    if command == "env" and rest:
-        print(f"fused-dpo: env takes no options, got {' '.join(rest)}\n\n{USAGE}", file=sys.stderr)
+    if COMMANDS[name].config is None and rest:
+        if rest in (["-h"], ["--help"]):
+            print(USAGE)
+            return 0
+        print(f"fused-dpo: {name} takes no options, got {' '.join(rest)}\n\n{USAGE}", file=sys.stderr)
         return 2
     try:
         from fused_dpo_engine.errors import TrainingDivergedError, UserError
 
-        if command == "env":
-            from fused_dpo_engine.commands.env import describe
-
-            print(describe())
-            return 0
-        if command == "plan":
-            from fused_dpo_engine.commands.plan import plan as work
-
-            parse = parse_plan
-        else:
-            from fused_dpo_engine.commands.train import train as work
-
-            parse = parse_train
+        work = getattr(importlib.import_module(f"fused_dpo_engine.commands.{name}"), name)
+        importlib.import_module("fused_dpo_engine.config.commands")
     except ModuleNotFoundError as error:
         print(f"fused-dpo: {error}. The trainer needs: pip install 'fused-dpo[train]'", file=sys.stderr)
         return 2
     try:
-        work(parse(rest))
+        work(*([] if COMMANDS[name].config is None else [parse(name, rest)]))
     except UserError as error:
         print(f"fused-dpo: {error}", file=sys.stderr)
         return 2
@@ -84,45 +97,27 @@ def _run(arguments: Sequence[str] | None) -> int:
     return 0
 
 
-def parse_train(arguments: Sequence[str]) -> Any:
-    """Options of `fused-dpo train` as a `TrainConfig`; those of a `--config` file come first, so others win.
+def parse(name: str, arguments: Sequence[str]) -> Any:
+    """Read the options of a command into its configuration.
+
+    Options of a `--config` file come first, so that others win; those of the file that the command lacks are left out.
+
+    Args:
+        name: a key of COMMANDS, of a command that has options.
+        arguments: what follows the name.
 
     Raises:
         UserError: a config file that is missing, is no mapping or names unknown options, or settings that contradict
             each other.
         SystemExit: unknown or malformed options, after a message (status 2), and --help (status 0).
     """
-    from fused_dpo_engine.config.commands import TrainConfig
-
-    return _parse(
-        TrainConfig,
-        "fused-dpo train",
-        "Train a language model on preference pairs by Direct Preference Optimization.",
-        arguments,
-    )
-
-
-def parse_plan(arguments: Sequence[str]) -> Any:
-    """Options of `fused-dpo plan` as a `PlanConfig`; of a `--config` file those that it knows.
-
-    Raises:
-        UserError, SystemExit: as in `parse_train`.
-    """
-    from fused_dpo_engine.config.commands import PlanConfig
-
-    return _parse(
-        PlanConfig,
-        "fused-dpo plan",
-        "Plan the forward passes over preference pairs, and print what they take, without loading a model.",
-        arguments,
-    )
-
-
-def _parse(config: type, program: str, description: str, arguments: Sequence[str]) -> Any:
     import tyro
 
+    from fused_dpo_engine.config import commands
     from fused_dpo_engine.config.files import arguments_of_file
 
+    command = COMMANDS[name]
+    config = getattr(commands, str(command.config))
     rest: list[str] = []
     from_files: list[str] = []
     remaining = iter(arguments)
@@ -134,9 +129,9 @@ def _parse(config: type, program: str, description: str, arguments: Sequence[str
             rest.append(argument)
     return tyro.cli(
         config,
-        prog=program,
+        prog=f"fused-dpo {name}",
         description=(
-            f"{description}\n\n"
+            f"{command.description}\n\n"
             "--config FILE.yaml reads options from a YAML or JSON file of `name: value` lines, such as the config.json "
             "of an earlier run; options given on the command line win."
         ),

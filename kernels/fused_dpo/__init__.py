@@ -9,6 +9,7 @@ from fused_dpo.full_logits import get_batch_logps
 from fused_dpo.head import LMHead, LowRankAdapter
 from fused_dpo.integrations.hugging_face import head_of
 from fused_dpo.losses.module import DPOLoss, LossOutput
+from fused_dpo.ops.sequence_sum import sequence_sum
 from fused_dpo.options import KernelOptions
 
 __version__ = "0.1.0"
@@ -24,4 +25,5 @@ __all__ = [
     "fused_token_logps",
     "get_batch_logps",
     "head_of",
+    "sequence_sum",
 ]

@@ -6,14 +6,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fused_dpo.filtering import Filtering
 from fused_dpo.head import LMHead
-from fused_dpo.ops.dispatch import Filtering
 from fused_dpo.ops.sequence_sum import sequence_sum
 from fused_dpo.ops.token_logps import nothing_filtered, token_logps
 from fused_dpo.options import KernelOptions
 from fused_dpo.oracle import reference_token_logps
 from fused_dpo.stats import FilterStats, TokenStats
-from fused_dpo.validation import Scoring, check_scoring, choose_implementation, filter_eps
+from fused_dpo.validation import Scoring, check_scoring, choose_filter_eps, choose_implementation
 
 _SOFTMAX_STATS = frozenset(TokenStats._fields)
 """Stats that cost work in the pass over the head."""
@@ -45,6 +45,7 @@ def fused_dpo_logps(
     shift: bool = True,
     average: bool = False,
     ignore_index: int = -100,
+    row_index: Tensor | None = None,
     grad_mode: str | None = None,
     options: KernelOptions | None = None,
 ) -> Tensor:
@@ -68,6 +69,8 @@ def fused_dpo_logps(
             one sequence to the next), False where row i already stands beside the label it predicts.
         average: divide by the number of scored tokens (at least 1).
         ignore_index: the label that is not scored, also when it lies within `[0, V)`.
+        row_index: int64 `[R]`, ascending: the rows (of the flattened hidden states) that predict a scored label, for
+            callers who know them on the host. Saves a device synchronisation on CUDA. Rows left out are not scored.
         grad_mode: `"exact"`; `"filtered"`, which computes the gradient of each block of rows from the tokens that
             matter to it, within `options.filter_eps` and `options.tail_guard` (screen, keep, correct: the algorithm and
             its error bound are in `fused_dpo.filtering`); or None: filtered for bf16 and fp16, exact for fp32, float64
@@ -96,7 +99,7 @@ def fused_dpo_logps(
 
     Memory:
         Saved for backward: the inputs and 12 bytes a row; with filtered gradients 20 bytes a row, and 2·V bytes a
-        block of up to 128 rows of one sequence, scored or not; with `options.keep_exponentials` the memory of the
+        block of up to 128 rows of one sequence, scored or not; with `options.reuse_exponentials` the memory of the
         weight's gradient, and 4 bytes a kept row and tile of 128 or 256 columns. Peak beyond inputs and gradients:
         `options.workspace_mib`, a few numbers a row, and in the backward 4·D bytes a scored row (8·D for float64); with
         filtered gradients another V bytes a block, on CUDA 5·V bytes a block and V/64 bytes a row.
@@ -105,7 +108,7 @@ def fused_dpo_logps(
         Rafailov et al., 2023, Direct Preference Optimization, arXiv 2305.18290, equation 7 takes these log-probs.
     """
     scoring, logps, _, _ = _score(
-        hidden_states, lm_head, labels, cu_seqlens, shift, ignore_index, grad_mode, options, want_stats=False
+        hidden_states, lm_head, labels, cu_seqlens, shift, ignore_index, row_index, grad_mode, options, want_stats=False
     )
     sums = sequence_sum(logps, scoring.cu_seqlens)
     if not average:
@@ -122,6 +125,7 @@ def fused_token_logps(
     cu_seqlens: Tensor | None = None,
     shift: bool = True,
     ignore_index: int = -100,
+    row_index: Tensor | None = None,
     with_stats: Collection[str] = (),
     grad_mode: str | None = None,
     options: KernelOptions | None = None,
@@ -149,6 +153,7 @@ def fused_token_logps(
         cu_seqlens,
         shift,
         ignore_index,
+        row_index,
         grad_mode,
         options,
         want_stats=not _SOFTMAX_STATS.isdisjoint(with_stats),
@@ -167,6 +172,7 @@ def _score(
     cu_seqlens: Tensor | None,
     shift: bool,
     ignore_index: int,
+    row_index: Tensor | None,
     grad_mode: str | None,
     options: KernelOptions | None,
     *,
@@ -181,24 +187,24 @@ def _score(
         cu_seqlens=cu_seqlens,
         shift=shift,
         ignore_index=ignore_index,
-        options=options,
+        row_index=row_index,
     )
     impl = choose_implementation(options.impl, scoring.hidden)
-    filtering = Filtering(filter_eps(grad_mode, impl, scoring.hidden.dtype, options), options.tail_guard)
+    filtering = Filtering(choose_filter_eps(grad_mode, impl, scoring.hidden.dtype, options), options.tail_guard)
     if impl == "reference":
         with torch.autocast(scoring.hidden.device.type, enabled=False):
-            logps, stats = reference_token_logps(scoring.hidden, scoring.target, options.row_index, scoring.head)
+            logps, stats = reference_token_logps(scoring.hidden, scoring.target, row_index, scoring.head)
         return scoring, logps, stats, nothing_filtered(scoring.target, logps.dtype)
     logps, stats, filter_stats = token_logps(
         scoring.hidden,
         scoring.target,
         scoring.cu_seqlens,
-        options.row_index,
+        row_index,
         scoring.head,
         impl,
         options.workspace_mib,
         filtering,
         want_stats=want_stats,
-        keep_exponentials=options.keep_exponentials,
+        reuse_exponentials=options.reuse_exponentials,
     )
     return scoring, logps, stats, filter_stats

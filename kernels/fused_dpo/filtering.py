@@ -38,8 +38,19 @@ Source of the idea to skip small softmax entries in the backward: Wijmans et al.
 Vocabulary Language Models, arXiv 2411.09009, section 4.3 (whole tiles, threshold 2^-12, no correction).
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class Filtering(NamedTuple):
+    """How much the gradients may leave out; see `KernelOptions` for both numbers."""
+
+    eps: float
+    """0 leaves nothing out, and is the exact path."""
+    tail_guard: float
+
 
 EVERYTHING = 255
 """The exponent of a column that no threshold drops."""
@@ -57,31 +68,32 @@ def means_of_blocks(values: Tensor, block_of_row: Tensor, blocks: int) -> Tensor
 
 
 class Judgement:
-    """What is dropped, now that the upstream gradients are known.
+    """Judge what is dropped, now that the upstream gradients are known.
 
-    With G the largest |upstream| in a block, s the root mean square of its rows' surprise, and S that of
-    |upstream| * surprise over all rows, an entry of the logits' gradient is dropped if for sure, that is by the upper
-    end of its exponent, it is at most `eps * max(G s, S)`. Targets are kept, unless `|upstream| * surprise <= eps * S`.
+    With G the largest |upstream| in a block, s the root mean square of its rows' 1 - p of the target, and S that of
+    |upstream| (1 - p) over all rows, an entry of the logits' gradient is dropped if for sure, that is by the upper end
+    of its exponent, it is at most `eps * max(G s, S)`. Targets are kept, unless `|upstream| (1 - p) <= eps * S`.
 
     Args:
         block_of_row: int64 [R], ascending.
         blocks: how many there are.
-        upstream, surprise: [R], the latter 1 - p of the target: the size of the row's gradient is about their product.
-            Where they are not finite nothing is dropped.
+        upstream: [R] gradients of the rows' log-probs.
+        one_minus_p: [R] of the targets: the size of a row's gradient is about `upstream * one_minus_p`. Where that is
+            not finite nothing is dropped.
         target: int64 [R], V where there is none.
         eps: the filter's threshold.
     """
 
     def __init__(
-        self, block_of_row: Tensor, blocks: int, upstream: Tensor, surprise: Tensor, target: Tensor, eps: float
+        self, block_of_row: Tensor, blocks: int, upstream: Tensor, one_minus_p: Tensor, target: Tensor, eps: float
     ) -> None:
         self.block_of_row, self.target = block_of_row, target
         self.magnitude = upstream.abs()
         # Rows without gradient are out of it, whatever their hidden states are.
-        size = torch.where(upstream == 0, 0.0, (upstream * surprise).abs())
+        size = torch.where(upstream == 0, 0.0, (upstream * one_minus_p).abs())
         zeros = upstream.new_zeros(blocks)
         self.largest = zeros.scatter_reduce(0, block_of_row, self.magnitude, "amax")
-        known = torch.where((upstream == 0) & ~surprise.isfinite(), 0.0, surprise)
+        known = torch.where((upstream == 0) & ~one_minus_p.isfinite(), 0.0, one_minus_p)
         squares = means_of_blocks(known.square(), block_of_row, blocks)
         scale = size.square().mean().sqrt() if size.numel() else zeros.sum()
         scale = torch.where(scale.isfinite(), scale, torch.nan)  # and NaN is below no limit
@@ -89,13 +101,13 @@ class Judgement:
         self.smallest = torch.maximum(eps * self.largest * squares.sqrt(), self.negligible)
         self.judged = size > self.negligible
 
-    def columns(self, levels: Tensor) -> Tensor:
-        """Columns that each block keeps, bool [blocks, V], by the exponents of its largest [blocks, V].
+    def columns(self, screen: Tensor) -> Tensor:
+        """Choose the columns that each block keeps, bool [blocks, V], by a screen's exponents of the largest.
 
         Of more than half of the columns all are kept: gathering them would cost more.
         """
         limit = ((self.smallest / self.largest).log2() + (BIAS - 1)).floor().clamp(min=-1, max=BIAS)
-        keep = levels >= (limit.nan_to_num(nan=-1.0) + 1).to(torch.uint8)[:, None]
+        keep = screen >= (limit.nan_to_num(nan=-1.0) + 1).to(torch.uint8)[:, None]
         keep &= ~(self.largest <= self.negligible)[:, None]
         _keep_targets(keep, self.block_of_row, self.target, self.judged)
         for part in keep.split(16):  # sums of bool are taken in int64, eight times their size

@@ -41,6 +41,31 @@ class LMHead:
     """Reserved for a head whose vocabulary is split over ranks; anything but None is refused."""
 
 
+class HeadInputs(NamedTuple):
+    """What every forward takes, and its backward again."""
+
+    hidden: Tensor
+    """[T, D] in the compute dtype."""
+    target: Tensor
+    """int64 [T]: the token that a row predicts, V where the label was invalid."""
+    rows: Tensor
+    """int64 [R], ascending and contiguous: the scored rows."""
+    head: LMHead
+    """Its tensors are used in the compute dtype."""
+    workspace_mib: int
+    """See `KernelOptions`."""
+
+
+class Needs(NamedTuple):
+    """Which gradients a backward is to compute."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+    lora_a: bool
+    lora_b: bool
+
+
 class HeadGrads(NamedTuple):
     """Gradients of the differentiable inputs, None where not asked for."""
 

@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 IMPLEMENTATIONS = ("reference", "streaming", "triton", "library")
 
 
@@ -34,16 +32,13 @@ class KernelOptions:
     tail_guard: float = 2**-4
     """With `grad_mode="filtered"`: rows whose probabilities below `filter_eps` sum to more than this on the average of
     their block are computed exactly."""
-    keep_exponentials: bool = False
-    """With exact gradients by `"triton"`: allocate the weight's gradient in the forward already, and keep exponentials
+    reuse_exponentials: bool = False
+    """With exact gradients by `"triton"`: allocate the weight's gradient in the forward already, and save exponentials
     of the logits there until it is written, of as many scored rows as fit: D, or 2·D where the weight is in fp32 under
     autocast. The backward does not compute the logits of these rows again, one pass over the head in four. The peak
     stays as it is, but the gradient's V·D numbers are held from the forward to the backward, by every call that waits
     for its own. The exponentials are rounded to the dtype of the hidden states, as dz is. Without effect where the
     weight is frozen, with a softcap or the softmax's stats, under `torch.compile`, and in a second backward."""
-    row_index: Tensor | None = None
-    """int64 [R], ascending: the rows (of the flattened hidden states) that predict a scored label, when the caller
-    knows them on the host. Saves a device synchronisation on CUDA. Rows left out count as not scored."""
 
     def __post_init__(self) -> None:
         if self.impl is not None and self.impl not in IMPLEMENTATIONS:

@@ -1,5 +1,6 @@
 """Per-token quantities beside the log-prob."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
@@ -14,6 +15,47 @@ class TokenStats(NamedTuple):
     """Mean of the row's V logits."""
     is_top1: Tensor
     """1.0 where no token is likelier than the target, else 0.0."""
+
+
+@dataclass(frozen=True)
+class SoftmaxState:
+    """What a forward leaves for the backward, and for the stats, of each row's softmax; 0 where a row is not scored.
+
+    A largest logit and a sum, instead of their log-sum-exp: beside an offset that all logits share, one number would
+    lose the digits in which they differ.
+    """
+
+    values: Tensor
+    """[3, T] in the accumulation dtype, or [5, T] with a filter: the properties, in their order."""
+
+    @property
+    def peak(self) -> Tensor:
+        """Largest logit [T]."""
+        return self.values[0]
+
+    @property
+    def total(self) -> Tensor:
+        """Sum of `exp(logit - peak)` over the vocabulary [T]."""
+        return self.values[1]
+
+    @property
+    def one_minus_p(self) -> Tensor:
+        """1 - p of the target [T]: from p itself it would lose its relative precision where p is close to 1."""
+        return self.values[2]
+
+    @property
+    def tail(self) -> Tensor:
+        """As in `FilterStats` [T]."""
+        return self.values[3]
+
+    @property
+    def kept_fraction(self) -> Tensor:
+        """As in `FilterStats` [T]."""
+        return self.values[4]
+
+    def of(self, rows: slice | Tensor) -> "SoftmaxState":
+        """Take the state of some rows."""
+        return SoftmaxState(self.values[:, rows])
 
 
 class FilterStats(NamedTuple):

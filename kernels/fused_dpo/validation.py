@@ -12,7 +12,7 @@ from fused_dpo.options import KernelOptions
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """What can be computed in, on every device."""
-IGNORED = -1
+NOT_SCORED = -1
 """Target of a row that is not scored."""
 
 
@@ -23,7 +23,7 @@ class Scoring:
     hidden: Tensor
     """[T, D] in the compute dtype."""
     target: Tensor
-    """int64 [T]: the token that row i predicts, IGNORED where nothing is scored, V where the label was invalid (the
+    """int64 [T]: the token that row i predicts, NOT_SCORED where nothing is scored, V where the label was invalid (the
     implementations answer NaN there)."""
     cu_seqlens: Tensor
     """int64 [N+1]: row offsets of the sequences."""
@@ -41,7 +41,7 @@ def check_scoring(
     cu_seqlens: Tensor | None,
     shift: bool,
     ignore_index: int,
-    options: KernelOptions,
+    row_index: Tensor | None,
 ) -> Scoring:
     """Validate a call of `fused_dpo_logps` or `fused_token_logps` and align its labels.
 
@@ -64,10 +64,10 @@ def check_scoring(
     if shift:
         aligned = _shift(aligned, offsets, ignore_index)
     target = _check_targets(aligned, V, ignore_index)
-    if options.row_index is not None:
-        _check_row_index(options.row_index, target)
-        chosen = target[options.row_index]
-        target = torch.full_like(target, IGNORED).index_copy(0, options.row_index, chosen)
+    if row_index is not None:
+        _check_row_index(row_index, target)
+        chosen = target[row_index]
+        target = torch.full_like(target, NOT_SCORED).index_copy(0, row_index, chosen)
     return Scoring(hidden.reshape(T, hidden.shape[-1]), target, offsets, labels.shape, _check_head(head, hidden.device))
 
 
@@ -98,7 +98,7 @@ def choose_implementation(impl: str | None, hidden: Tensor) -> str:
     return impl
 
 
-def filter_eps(grad_mode: str | None, impl: str, dtype: torch.dtype, options: KernelOptions) -> float:
+def choose_filter_eps(grad_mode: str | None, impl: str, dtype: torch.dtype, options: KernelOptions) -> float:
     """The threshold of the filtered gradients, 0 for exact ones: by what is asked for, else by the compute dtype.
 
     Raises:
@@ -250,18 +250,18 @@ def _check_targets(aligned: Tensor, V: int, ignore_index: int) -> Tensor:
             f"labels must lie in [0, V) = [0, {V}) or be ignore_index = {ignore_index}, got {int(aligned[row])} for "
             f"row {row}; a tokenizer larger than the head, or another padding label, is the usual cause."
         )
-    return aligned.masked_fill(invalid, V).masked_fill(ignored, IGNORED)
+    return aligned.masked_fill(invalid, V).masked_fill(ignored, NOT_SCORED)
 
 
 def _check_row_index(row_index: Tensor, target: Tensor) -> None:
     if row_index.ndim != 1 or row_index.dtype != torch.int64 or row_index.device != target.device:
         raise ValueError(
-            f"options.row_index must be int64 [R] on {target.device}, got {row_index.dtype} {list(row_index.shape)} on "
+            f"row_index must be int64 [R] on {target.device}, got {row_index.dtype} {list(row_index.shape)} on "
             f"{row_index.device}."
         )
     if _values_are_free(row_index) and row_index.numel():
         low, high = int(row_index.min()), int(row_index.max())
         if low < 0 or high >= target.numel() or bool((row_index.diff() <= 0).any()):
-            raise ValueError(f"options.row_index must ascend within [0, T) = [0, {target.numel()}), got {low}..{high}.")
-        if bool((target[row_index] == IGNORED).any()):
-            raise ValueError("options.row_index names rows whose label is ignored; rebuild it from these labels.")
+            raise ValueError(f"row_index must ascend within [0, T) = [0, {target.numel()}), got {low}..{high}.")
+        if bool((target[row_index] == NOT_SCORED).any()):
+            raise ValueError("row_index names rows whose label is ignored; rebuild it from these labels.")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fused_dpo_engine.cli import main, parse_train
+from fused_dpo_engine.cli import main, parse
 from fused_dpo_engine.commands.train import train
 from tests.engine.helpers import Outcome, Run, options, save_folder, toy_rows, write_rows
 
@@ -46,7 +46,7 @@ def train_tiny(tmp_path: Path, toy_settings: dict[str, Any]) -> Callable[..., Ru
 
     def run(name: str = "run", **settings: Any) -> Run:
         output = tmp_path / name
-        summary = train(parse_train(options(**{**toy_settings, "output": output, **settings})))
+        summary = train(parse("train", options(**{**toy_settings, "output": output, **settings})))
         return Run(output, summary)
 
     return run

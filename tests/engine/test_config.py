@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fused_dpo.losses import LOSS_TYPES
-from fused_dpo_engine.cli import parse_plan, parse_train
+from fused_dpo_engine.cli import parse
 from fused_dpo_engine.config.commands import TrainConfig
 from fused_dpo_engine.config.options import LossOptions
 from fused_dpo_engine.errors import UserError
@@ -18,9 +18,9 @@ REQUIRED = {"model": "a/model", "data": "pairs.jsonl", "output": "out"}
 FIELDS = [field for group in dataclasses.fields(TrainConfig) for field in dataclasses.fields(group.type)]  # pyright: ignore[reportArgumentType]
 
 
-def parse(*arguments: str, **settings: Any) -> TrainConfig:
+def with_required(*arguments: str, **settings: Any) -> TrainConfig:
     """With the required options, unless they are set to None."""
-    return parse_train([*options(**{**REQUIRED, **settings}), *arguments])
+    return parse("train", [*options(**{**REQUIRED, **settings}), *arguments])
 
 
 def config_file(tmp_path: Path, text: str, name: str = "run.yaml") -> Path:
@@ -31,7 +31,7 @@ def config_file(tmp_path: Path, text: str, name: str = "run.yaml") -> Path:
 
 class TestCommandLine:
     def test_defaults(self):
-        config = parse()
+        config = with_required()
         assert (config.model.model, config.data.data, config.run.output) == ("a/model", "pairs.jsonl", "out")
         flat = config.flat()
         expected = {
@@ -79,7 +79,7 @@ class TestCommandLine:
         ],
     )
     def test_documented_names(self, name, value):
-        before, after = parse().flat(), parse(**{name: value}).flat()
+        before, after = with_required().flat(), with_required(**{name: value}).flat()
         assert before[name] != value
         assert {key for key in before if before[key] != after[key]} == {name}
         assert after[name] == value
@@ -87,7 +87,7 @@ class TestCommandLine:
     @pytest.mark.parametrize("missing", REQUIRED)
     def test_required(self, missing, capsys):
         with pytest.raises(SystemExit) as caught:
-            parse(**{missing: None})
+            with_required(**{missing: None})
         assert caught.value.code == 2
         assert f"--{missing}" in capsys.readouterr().err
 
@@ -95,7 +95,7 @@ class TestCommandLine:
         names = [field.name for field in FIELDS]
         assert len(names) == len(set(names))
         with pytest.raises(SystemExit) as caught:
-            parse_train(["--help"])
+            parse("train", ["--help"])
         assert caught.value.code == 0
         shown = capsys.readouterr().out
         words = set(shown.replace("|", " ").replace(",", " ").split())
@@ -128,8 +128,8 @@ class TestConfigFile:
             lora-target-modules: [q_proj, v_proj]
             """,
         )
-        config = parse_train(["--config", str(path)])
-        expected = parse(
+        config = parse("train", ["--config", str(path)])
+        expected = with_required(
             learning_rate=5e-7,
             tokens_per_batch=4096,
             max_steps=12,
@@ -139,7 +139,7 @@ class TestConfigFile:
         )
         assert config == expected
         assert config.optimizer.learning_rate == 5e-7
-        assert parse_train([f"--config={path}"]) == expected
+        assert parse("train", [f"--config={path}"]) == expected
 
     @pytest.mark.parametrize(
         "settings",
@@ -152,9 +152,9 @@ class TestConfigFile:
         ids=str,
     )
     def test_a_saved_config_reads_back(self, tmp_path, settings):
-        config = parse(**settings)
+        config = with_required(**settings)
         config.save(tmp_path / "config.json")
-        assert parse_train(["--config", str(tmp_path / "config.json")]) == config
+        assert parse("train", ["--config", str(tmp_path / "config.json")]) == config
         assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8")).keys() == {f.name for f in FIELDS}
 
     @pytest.mark.parametrize("first", [True, False])
@@ -162,14 +162,14 @@ class TestConfigFile:
         path = config_file(tmp_path, "beta: 0.5\nseed: 3\noverwrite: true\nlora_target_modules: [a, b]\n")
         given = ["--beta", "0.2", "--no-overwrite", "--lora-target-modules", "c"]
         from_file = ["--config", str(path)]
-        config = parse(*(from_file + given if first else given + from_file))
+        config = with_required(*(from_file + given if first else given + from_file))
         assert (config.loss.beta, config.run.seed, config.run.overwrite) == (0.2, 3, False)
         assert config.lora.lora_target_modules == ("c",)
 
     def test_later_files_win(self, tmp_path):
         one = config_file(tmp_path, "beta: 0.5\nseed: 3\n", "one.yaml")
         two = config_file(tmp_path, "beta: 0.6\n", "two.yaml")
-        config = parse("--config", str(one), "--config", str(two))
+        config = with_required("--config", str(one), "--config", str(two))
         assert (config.loss.beta, config.run.seed) == (0.6, 3)
 
     @pytest.mark.parametrize(
@@ -188,18 +188,18 @@ class TestConfigFile:
     def test_bad_files(self, tmp_path, text, message):
         path = config_file(tmp_path, text)
         with pytest.raises(UserError, match=rf"{path}.*{message}"):
-            parse("--config", str(path))
+            with_required("--config", str(path))
 
     @pytest.mark.parametrize("arguments", [["--config", "nowhere.yaml"], ["--config"], ["--config="]])
     def test_missing_files(self, arguments):
         with pytest.raises(UserError, match="--config needs an existing YAML file"):
-            parse(*arguments)
+            with_required(*arguments)
 
     def test_bytes_that_are_no_text(self, tmp_path):
         path = tmp_path / "run.yaml"
         path.write_bytes(b"seed: 1 # \xff\n")
         with pytest.raises(UserError, match=str(path)):
-            parse("--config", str(path))
+            with_required("--config", str(path))
 
     @pytest.mark.parametrize(
         ("text", "message"),
@@ -221,11 +221,11 @@ class TestConfigFile:
     def test_values_of_another_type(self, tmp_path, text, message):
         path = config_file(tmp_path, text)
         with pytest.raises(UserError, match=rf"{path}: {message}"):
-            parse("--config", str(path))
+            with_required("--config", str(path))
 
     def test_values_as_people_write_them(self, tmp_path):
         text = "beta: 1\nlearning_rate: 5e-7\nseed: '3'\noutput: 7\npacking: null\nlora_target_modules: q_proj\n"
-        config = parse("--config", str(config_file(tmp_path, text)), output=None)
+        config = with_required("--config", str(config_file(tmp_path, text)), output=None)
         assert (config.loss.beta, config.optimizer.learning_rate, config.run.seed) == (1.0, 5e-7, 3)
         assert (config.run.output, config.packing.packing, config.lora.lora_target_modules) == ("7", True, ("q_proj",))
 
@@ -236,19 +236,19 @@ class TestHomeFolder:
     def test_expanded_on_the_command_line_and_in_files(self, tmp_path, monkeypatch):
         monkeypatch.setenv("HOME", "/home/someone")
         expected = {name: f"/home/someone/{name}" for name in ("model", "ref_model", "chat_template")}
-        config = parse(**{name: f"~/{name}" for name in expected})
+        config = with_required(**{name: f"~/{name}" for name in expected})
         assert {name: config.flat()[name] for name in expected} == expected
         lines = "".join(f"{name}: ~/{name}\n" for name in expected)
-        again = parse_train(["--config", str(config_file(tmp_path, lines + "data: pairs.jsonl\noutput: out\n"))])
+        again = parse("train", ["--config", str(config_file(tmp_path, lines + "data: pairs.jsonl\noutput: out\n"))])
         assert again == config
 
     def test_plan(self, monkeypatch):
         monkeypatch.setenv("HOME", "/home/someone")
-        config = parse_plan(options(model="~/m", data="x.jsonl", chat_template="~/t"))
+        config = parse("plan", options(model="~/m", data="x.jsonl", chat_template="~/t"))
         assert (config.model_options.model, config.data.chat_template) == ("/home/someone/m", "/home/someone/t")
 
     def test_names_are_left_alone(self):
-        config = parse(model="org/name~1")
+        config = with_required(model="org/name~1")
         assert config.model.model == "org/name~1"
         assert config.model.ref_model is None
 
@@ -324,7 +324,7 @@ class TestContradictions:
     )
     def test_refused(self, settings, message, capsys):
         with pytest.raises((SystemExit, UserError)) as caught:
-            parse(**settings)
+            with_required(**settings)
         if isinstance(caught.value, SystemExit):
             assert caught.value.code == 2
         shown = " ".join((capsys.readouterr().err + str(caught.value)).replace("│", " ").split())
@@ -351,5 +351,5 @@ class TestContradictions:
         ids=str,
     )
     def test_accepted(self, settings):
-        flat = parse(**settings).flat()
+        flat = with_required(**settings).flat()
         assert {name: flat[name] for name in settings} == settings

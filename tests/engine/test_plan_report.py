@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from fused_dpo_engine.batching.packing import pack
 from fused_dpo_engine.batching.padding import pad
-from fused_dpo_engine.cli import main, parse_plan, parse_train
+from fused_dpo_engine.cli import main
 from fused_dpo_engine.config.options import PackingOptions, RunOptions
 from fused_dpo_engine.data.pairs import TokenPair
 from fused_dpo_engine.data.sources import read_rows
@@ -128,9 +128,9 @@ class TestCommand:
     def test_unknown_names_in_a_config_file(self, tmp_path):
         path = tmp_path / "run.yaml"
         path.write_text("tokens_per_bach: 8\n", encoding="utf-8")
-        for parse in (parse_plan, parse_train):
+        for command in ("plan", "train"):
             with pytest.raises(UserError, match="did you mean tokens_per_batch"):
-                parse(["--config", str(path)])
+                parse(command, ["--config", str(path)])
 
     def test_help(self, plan):
         status, out, _ = plan("--help")

@@ -115,17 +115,16 @@ class TestScoredRows:
         """Finding them by itself, it would wait for the device in forward and backward."""
         seen = []
 
-        def record(*arguments, options, **settings):
-            seen.append(options)
-            return fused_token_logps(*arguments, options=options, **settings)
+        def record(*arguments, **settings):
+            seen.append(settings)
+            return fused_token_logps(*arguments, **settings)
 
         monkeypatch.setattr("fused_dpo_engine.model.policy.fused_token_logps", record)
         policy, batch = policy_of(tiny_model(), workspace_mib=7), LAYOUTS[layout]
         policy(batch)
-        (options,) = seen
-        assert options.row_index.tolist() == list(range(len(batch.targets)))
-        assert options.workspace_mib == 7
-        assert policy.options.row_index is None  # of one batch, not of the next
+        (settings,) = seen
+        assert settings["row_index"].tolist() == list(range(len(batch.targets)))
+        assert settings["options"].workspace_mib == 7
 
 
 def with_lora(model: Any, *targets: str) -> Any:

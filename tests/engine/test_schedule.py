@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fused_dpo_engine.batching.schedule import Schedule
-from fused_dpo_engine.cli import parse_train
+from fused_dpo_engine.cli import parse
 from fused_dpo_engine.config.options import PackingOptions, RunOptions
 from fused_dpo_engine.data.pairs import TokenPair
 from tests.engine.helpers import make_pairs, options
@@ -16,7 +16,7 @@ from tests.engine.helpers import make_pairs, options
 
 def schedule(pairs: list[TokenPair], *, num_ranks: int = 1, rank: int = 0, **settings: Any) -> Schedule:
     """With options by name."""
-    config = parse_train(options(model="m", data="d", output="o", max_length=2, **settings))
+    config = parse("train", options(model="m", data="d", output="o", max_length=2, **settings))
     return Schedule(pairs, config.run, config.packing, num_ranks=num_ranks, rank=rank)
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from fused_dpo_engine.cli import parse_train
+from fused_dpo_engine.cli import parse
 from fused_dpo_engine.commands.train import train
 from fused_dpo_engine.errors import UserError
 from fused_dpo_engine.model.policy import Policy
@@ -76,7 +76,7 @@ class TestLayouts:
         for name, layout in LAYOUTS.items():
             output = tmp_path_factory.mktemp("layouts") / name
             settings = {**toy_settings, "eval_fraction": 0.25, "adam_epsilon": 1e-2, "learning_rate": 3e-2, **layout}
-            made[name] = Run(output, train(parse_train(options(**{**settings, "output": output}))))
+            made[name] = Run(output, train(parse("train", options(**{**settings, "output": output}))))
         return made
 
     @pytest.mark.parametrize("layout", ["packed", "padded"])

@@ -9,7 +9,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fused_dpo_engine.cli import parse_train
+from fused_dpo_engine.cli import parse
 from fused_dpo_engine.commands.train import train
 from fused_dpo_engine.training.trainer import Trainer
 from tests.engine.helpers import Run, byte_tokenizer, largest_difference, options, read_weights
@@ -39,7 +39,7 @@ class TestFiles:
     def run(tmp_path_factory, toy_settings) -> Run:
         output = tmp_path_factory.mktemp("runs") / "new" / "run"
         settings = {**toy_settings, "output": output, "tensorboard": True, "eval_fraction": 0.25, "eval_steps": 2}
-        return Run(output, train(parse_train(options(**settings))))
+        return Run(output, train(parse("train", options(**settings))))
 
     def test_what_is_there(self, run):
         names = {path.name for path in run.output.iterdir()}
@@ -47,12 +47,12 @@ class TestFiles:
 
     def test_config_is_resolved_and_readable_again(self, run):
         path = run.output / "config.json"
-        again = parse_train(["--config", str(path)])
+        again = parse("train", ["--config", str(path)])
         assert json.loads(json.dumps(again.flat())) == json.loads(path.read_text(encoding="utf-8"))
         assert again.model.device in ("cpu", "cuda")
         assert again.model.dtype == "float32"
         assert again.optimizer.learning_rate == 1e-3
-        assert parse_train(["--config", str(path), "--output", "elsewhere"]).run.output == "elsewhere"
+        assert parse("train", ["--config", str(path), "--output", "elsewhere"]).run.output == "elsewhere"
 
     @pytest.mark.cpu_units
     def test_automatic_choices_are_in_the_config(self, train_tiny):

@@ -74,8 +74,8 @@ def judgements() -> Iterator[list[Judged]]:
     seen: list[Judged] = []
 
     class Recorder(Judgement):
-        def columns(self, levels: Tensor) -> Tensor:
-            keep = super().columns(levels)
+        def columns(self, screen: Tensor) -> Tensor:
+            keep = super().columns(screen)
             seen.append(Judged(keep, self.block_of_row))
             return keep
 

@@ -54,7 +54,7 @@ class Probe(NamedTuple):
     """[R, V]."""
     p: Tensor
     """[R, V]."""
-    surprise: Tensor
+    one_minus_p: Tensor
     """1 - p of the target."""
     of_weight: Tensor
     """dz as the head's gradient has it [R, V]."""
@@ -103,13 +103,13 @@ def probe(
         dhidden, dweight = torch.autograd.grad((logps * upstream.to(logps.dtype)).sum(), (hidden, weight))
     (judgement,) = seen
     log_p = logits.log_softmax(1)
-    surprise = -torch.expm1(log_p.gather(1, target[:, None]).squeeze(1))
+    one_minus_p = -torch.expm1(log_p.gather(1, target[:, None]).squeeze(1))
     dz = -log_p.exp() * upstream[:, None]
-    dz[torch.arange(R), target] = upstream * surprise
+    dz[torch.arange(R), target] = upstream * one_minus_p
     return Probe(
         dz,
         log_p.exp(),
-        surprise,
+        one_minus_p,
         dweight[:, V * len(parts) :].double().T,
         dhidden[:, :V].double(),
         dweight.double() - dz.T @ hidden.detach().double(),
@@ -153,13 +153,13 @@ def assert_within_theorem(got: Probe, target: Tensor, upstream: Tensor, eps: flo
     g, rows = upstream.abs(), torch.arange(R)
     blocks = int(got.block.max()) + 1
     G = torch.zeros(blocks, dtype=torch.float64).scatter_reduce(0, got.block, g, "amax")[got.block]
-    s = means_of_blocks(got.surprise.square()[:, None], got.block).sqrt().squeeze(1)
-    S = (g * got.surprise).square().mean().sqrt()
+    s = means_of_blocks(got.one_minus_p.square()[:, None], got.block).sqrt().squeeze(1)
+    S = (g * got.one_minus_p).square().mean().sqrt()
     slack = known * torch.maximum(G, g.square().mean().sqrt())
     logarithm = 1 + 1e-5  # thresholds are compared as logarithms in fp32, of up to 100
     largest = factor * eps * (torch.maximum(G * s, S) + slack) * logarithm
     keeps_target = got.keep[rows, target]
-    small = g * got.surprise
+    small = g * got.one_minus_p
     assert (small[~keeps_target] <= factor * (eps * S + slack[~keeps_target])).all(), "dropped targets are negligible"
 
     assert (got.dropped.abs() <= largest[:, None])[keeps_target].all(), "1"

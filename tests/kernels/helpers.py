@@ -172,7 +172,13 @@ def naive_logps(problem: Problem) -> Tensor:
     return torch.stack(logps)
 
 
-def fused(problem: Problem, impl: str | None = "streaming", grad_mode: str | None = None, **options) -> Tensor:
+def fused(
+    problem: Problem,
+    impl: str | None = "streaming",
+    grad_mode: str | None = None,
+    row_index: Tensor | None = None,
+    **options,
+) -> Tensor:
     """The call under test."""
     return fused_dpo_logps(
         problem.hidden,
@@ -182,6 +188,7 @@ def fused(problem: Problem, impl: str | None = "streaming", grad_mode: str | Non
         shift=problem.shift,
         average=problem.average,
         ignore_index=problem.ignore_index,
+        row_index=row_index,
         grad_mode=grad_mode,
         options=KernelOptions(impl=impl, **options),
     )
@@ -192,6 +199,7 @@ def tokens(
     with_stats: Collection[str] = (),
     impl: str | None = None,
     grad_mode: str | None = None,
+    row_index: Tensor | None = None,
     **options,
 ) -> TokenLogps:
     """The same per token, with statistics."""
@@ -202,6 +210,7 @@ def tokens(
         cu_seqlens=problem.cu_seqlens,
         shift=problem.shift,
         ignore_index=problem.ignore_index,
+        row_index=row_index,
         with_stats=with_stats,
         grad_mode=grad_mode,
         options=KernelOptions(impl=impl, **options),

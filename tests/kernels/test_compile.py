@@ -160,10 +160,11 @@ def test_opcheck_token_logps(
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_opcheck_token_logps_backward(dtype: torch.dtype, needs: str, eps: float) -> None:
     inputs = arguments(dtype, lora=True, requires_grad=False)
-    _, state, screen, *_ = OPS.token_logps.default(*inputs, None, *SETTINGS, eps, 0.5, False, False, False)
+    call = (*inputs, None, *SETTINGS, eps, 0.5, False, False, False)
+    _, state, screen, *_ = OPS.token_logps.default(*call)
     dlogps = torch.randn(9, dtype=state.dtype)
     wanted = [name in needs.split() for name in DIFFERENTIABLE]
-    check(OPS.token_logps_backward.default, dlogps, *inputs, None, state, screen, *SETTINGS, eps, wanted)
+    check(OPS.token_logps_backward.default, dlogps, state, screen, wanted, *call)
 
 
 @pytest.mark.parametrize("lengths", [[2, 0, 3], [5], [0, 5, 0]], ids=str)

@@ -11,7 +11,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
 from typing import Any
 from unittest import mock
@@ -24,15 +23,21 @@ from torch.utils._pytree import tree_iter
 
 import fused_dpo
 from fused_dpo import KernelOptions, LMHead
+from fused_dpo.filtering import Filtering
 from fused_dpo.gpu import tile as triton_tile
-from fused_dpo.gpu.backward_from_exponentials import DLogitsOfExponentials
 from fused_dpo.gpu.exponentials import Exponentials
 from fused_dpo.gpu.filtered import dropped_means as triton_tail
-from fused_dpo.gpu.forward import _logps_forward_kernel, fused_scan
+from fused_dpo.gpu.forward import _logps_forward_kernel
 from fused_dpo.gpu.library import library_scan
 from fused_dpo.gpu.merge import empty_results
-from fused_dpo.head import HeadGrads
-from fused_dpo.ops.dispatch import exact, filtered, shape_of_screen
+from fused_dpo.head import HeadGrads, HeadInputs, Needs
+from fused_dpo.ops.dispatch import (
+    run_exact_backward,
+    run_exact_forward,
+    run_filtered_backward,
+    run_filtered_forward,
+    shape_of_screen,
+)
 from fused_dpo.validation import check_scoring
 from tests.kernels.allocations import MIB
 
@@ -79,27 +84,20 @@ class Call:
         lora = (self.leaf(self.rank, self.D), self.leaf(self.V, self.rank), 2.0) if self.rank else None
         head = LMHead(weight, self.leaf(self.V) if self.bias else None, lora=lora)
         parts = [hidden, weight, target, index, offsets, head.bias, *(lora or ())[:2]]
-        needs = not self.frozen, self.bias and not self.frozen, bool(lora), bool(lora)
-        filtering: dict[str, Any] = {"cu_seqlens": offsets, "filter_eps": 2**-12}
+        trained = not self.frozen
+        needs = Needs(True, trained, self.bias and trained, bool(lora), bool(lora))
+        inputs, filtering = HeadInputs(hidden, target, index, head, self.workspace_mib), Filtering(2**-12, 1 / 16)
         with as_on_cuda(), Alive([part for part in parts if part is not None]) as alive:
-            forward, backward = (exact if mode == "exact" else filtered)(impl)
-            arguments = hidden, target, index
-            if self.keep:
-                kept = Exponentials.empty(hidden, index, head, hold=True)
-                form_dlogits = partial(DLogitsOfExponentials, kept)
-                forward = partial(forward, scan=partial(fused_scan, exponentials=kept))
-                backward = partial(backward, form_dlogits=form_dlogits, dweight=kept.gradient)
             if mode == "exact":
-                logps, state, _ = forward(*arguments, head, self.workspace_mib, want_stats=self.stats)
-                filtering = {}
+                saved = Exponentials.empty(inputs, save=True) if self.keep else None
+                logps, state, _ = run_exact_forward(impl, inputs, want_stats=self.stats, exponentials=saved)
+                grads = run_exact_backward(impl, logps, inputs, state, needs=needs, exponentials=saved)
             else:
-                shape = shape_of_screen(hidden, head, index, offsets, impl, self.workspace_mib)
-                logps, state, _, screen = forward(
-                    *arguments, head, self.workspace_mib, **filtering, tail_guard=1 / 16, screen_shape=shape,
-                    want_stats=self.stats,
-                )  # fmt: skip
-                filtering["screen"] = screen
-            grads = backward(logps, *arguments, state, head, self.workspace_mib, **filtering, needs=(True, *needs))
+                shape = shape_of_screen(impl, inputs, rows, offsets)
+                logps, state, _, screen = run_filtered_forward(
+                    impl, inputs, filtering, offsets, shape, want_stats=self.stats
+                )
+                grads = run_filtered_backward(impl, logps, inputs, state, screen, filtering, offsets, needs=needs)
         return logps, grads, alive
 
     def extra_mib(self, impl: str, mode: str) -> float:
@@ -206,7 +204,7 @@ def test_memory_of_the_librarys_forward(call: Call, screen: bool) -> None:
         shape = (call.T // 128, 2, call.V) if screen else None
         results = empty_results(hidden, want_stats=False, screen_shape=shape)
         before = alive.now
-        library_scan(hidden, target, rows, LMHead(weight), results, 2**-12, call.workspace_mib)
+        library_scan(HeadInputs(hidden, target, rows, LMHead(weight), call.workspace_mib), results, 2**-12)
     product_and_slice = 4 * 1024 * 8192 + (2 * 8192 * call.D if call.weight_dtype else 0)
     last_rows = 1024 * (2 * call.D + 100)  # padded, and a few numbers a row of a chunk
     assert (alive.peak - before - product_and_slice - last_rows) / MIB < call.workspace_mib
@@ -315,9 +313,7 @@ def test_arguments_are_checked_on_the_device(packed: bool, shift: bool) -> None:
     arguments: Any = {"cu_seqlens": offsets if packed else None, "shift": shift, "ignore_index": -100}
     no_autocast = mock.patch.object(torch, "is_autocast_enabled", return_value=False)  # knows no meta device
     with as_on_cuda(), no_autocast, Fixed():
-        scoring = check_scoring(
-            call.leaf(*shape, 8), call.leaf(50, 8), labels, **arguments, options=KernelOptions(row_index=rows)
-        )
+        scoring = check_scoring(call.leaf(*shape, 8), call.leaf(50, 8), labels, **arguments, row_index=rows)
     assert scoring.target.shape == (60,)
     assert scoring.cu_seqlens.shape == (4,)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_dpo.streaming import filtered
-from fused_dpo.streaming.kept_products import Kept
+from fused_dpo.streaming.kept_products import KeptProducts
 from tests.kernels.filtered_helpers import (
     EPS,
     exact_of,
@@ -267,9 +267,9 @@ def test_saturated_pairs_cost_next_to_nothing() -> None:
     """
     problem = vocabulary_problem((128, 128, 128, 128), 64, 20000)
     multiplied: list[int] = []
-    columns = Kept.columns
+    columns = KeptProducts.columns
 
-    def spy(self: Kept, keep: Tensor, first: int) -> Iterator[slice | Tensor]:
+    def spy(self: KeptProducts, keep: Tensor, first: int) -> Iterator[slice | Tensor]:
         multiplied.append(int(keep.sum()))
         return columns(self, keep, first)
 
@@ -278,7 +278,7 @@ def test_saturated_pairs_cost_next_to_nothing() -> None:
         fresh = leaves(problem)
         logps = filtered_tokens(fresh).logps
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Kept, "columns", spy)
+            patch.setattr(KeptProducts, "columns", spy)
             multiplied.clear()
             got = torch.autograd.grad(logps, (fresh.hidden, fresh.weight), weights)
         return list(multiplied), list(got), gradients(problem, weights, "exact")

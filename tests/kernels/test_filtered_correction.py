@@ -25,7 +25,7 @@ def test_correction_is_the_mean_of_the_block(upstream: str) -> None:
     assert (residual.abs() > 1e-6).all()
     mean = screened(means_of_blocks(got.p, got.block)).masked_fill(got.keep, 0.0)
     of_hidden = torch.where(dropped, -residual[:, None] * mean / mean.sum(1, keepdim=True), got.kept)
-    S = (drawn.upstream * got.surprise).square().mean().sqrt()
+    S = (drawn.upstream * got.one_minus_p).square().mean().sqrt()
     heard = torch.where(drawn.upstream.abs() > 2.0**-6 * S, drawn.upstream, 0.0)
     of_weight = torch.where(dropped, -heard[:, None] * mean, got.kept)
     # Sums of 300 terms in float64; the sum of the means, powers of two in 24 bits, in fp32.

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from fused_dpo.filtering import Filtering
+from fused_dpo.head import HeadInputs
 from fused_dpo.streaming import filtered
 from fused_dpo.streaming.screener import BLOCK_ROWS, block_spans, exponents, screen_shape, screens_coarsely
 from tests.kernels.filtered_helpers import (
@@ -33,22 +35,22 @@ def test_screen_of_the_forward(dtype: torch.dtype) -> None:
     problem = make_problem(lengths, 3000, 64, shift=False).to(dtype)
     problem = replace(problem, weight=3 * problem.weight)
     rows, shape = torch.arange(232), screen_shape(problem.hidden, problem.head, 232, 4, 128)
-    options: dict[str, Any] = {"filter_eps": EPS, "tail_guard": 1.0, "screen_shape": shape, "want_stats": False}
+    options: Any = {"screen_shape": shape, "want_stats": False}
     offsets = present(problem.cu_seqlens)
-    arguments = problem.hidden, problem.labels.clamp(min=0), rows, problem.head, 128
-    levels = filtered.filtered_forward(*arguments, cu_seqlens=offsets, **options)[3]
+    inputs = HeadInputs(problem.hidden, problem.labels.clamp(min=0), rows, problem.head, 128)
+    screen = filtered.filtered_forward(inputs, Filtering(EPS, 1.0), cu_seqlens=offsets, **options)[3]
     spans = block_spans(rows, offsets, BLOCK_ROWS)
     assert spans == [(0, 128), (128, 200), (200, 201), (201, 232)]
     in_fp32 = dtype != torch.float64 and not screens_coarsely(problem.hidden, problem.head)
     p = naive_logits(problem.hidden.double(), problem.to(torch.float64)).softmax(1)
     for block, (start, stop) in enumerate(spans):
         part = p[start:stop]
-        for got, truth in zip(levels[block], (part.amax(0), part.mean(0)), strict=True):
+        for got, truth in zip(screen[block], (part.amax(0), part.mean(0)), strict=True):
             faint = (truth < 2e-26) & (got == 0) & in_fp32
             off = (got.int() - exponents(truth).int()).masked_fill(faint, 0)
             assert (off == 0).double().mean() > (0.85 if dtype == torch.bfloat16 else 0.9999)
             assert off.abs().max() <= 1
-    assert (levels[len(spans) :] == 0).all()
+    assert (screen[len(spans) :] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)

@@ -1,4 +1,4 @@
-"""What the backward of the filtered gradients keeps: thresholds by upstream gradient and surprise, and targets."""
+"""What the backward of the filtered gradients keeps: thresholds by upstream gradient and one_minus_p, and targets."""
 
 import math
 from typing import Any
@@ -12,23 +12,23 @@ from fused_dpo.streaming.screener import exponents
 from tests.kernels.filtered_helpers import EPS
 
 
-def judge(levels: Tensor, block_of_row: Tensor, *rest: Any) -> Tensor:
-    return Judgement(block_of_row, len(levels), *rest).columns(levels)
+def judge(screen: Tensor, block_of_row: Tensor, *rest: Any) -> Tensor:
+    return Judgement(block_of_row, len(screen), *rest).columns(screen)
 
 
 def judged(
     largest: Tensor,
     block_of_row: list[int],
     upstream: list[float],
-    surprise: list[float],
+    one_minus_p: list[float],
     target: list[int] | None = None,
     eps: float = EPS,
 ) -> Tensor:
     """`judge` of blocks whose columns' largest probabilities are given; targets out of the way by default."""
     target = [largest.shape[1]] * len(upstream) if target is None else target
-    rows = torch.tensor(block_of_row), torch.tensor(upstream), torch.tensor(surprise), torch.tensor(target)
-    levels = torch.stack([exponents(row) for row in largest])
-    return judge(levels, *rows, eps)
+    rows = torch.tensor(block_of_row), torch.tensor(upstream), torch.tensor(one_minus_p), torch.tensor(target)
+    screen = torch.stack([exponents(row) for row in largest])
+    return judge(screen, *rows, eps)
 
 
 def columns(*values: float, V: int = 64) -> Tensor:
@@ -37,17 +37,17 @@ def columns(*values: float, V: int = 64) -> Tensor:
 
 
 def test_threshold_is_eps_of_what_is_left_over() -> None:
-    """By the upper end of a column's binade [2^k, 2^(k+1)): dropped where that is at most eps times the surprise."""
+    """By the upper end of a column's binade [2^k, 2^(k+1)): dropped where that is at most eps times the one_minus_p."""
     values = [2.0**-11, 2.0**-12, 2.0**-12 * 0.999, 2.0**-13, 2.0**-13 * 0.999, 2.0**-14]
-    for surprise, expected in (
+    for one_minus_p, expected in (
         (1.0, [True, True, False, False, False, False]),
         (0.99, [True, True, True, True, False, False]),
         (0.5, [True, True, True, True, False, False]),
         (0.49, [True, True, True, True, True, True]),
         (0.25, [True, True, True, True, True, True]),
     ):
-        kept = judged(columns(*values), [0], [1.0], [surprise])[0, : len(values)]
-        assert kept.tolist() == expected, surprise
+        kept = judged(columns(*values), [0], [1.0], [one_minus_p])[0, : len(values)]
+        assert kept.tolist() == expected, one_minus_p
 
 
 @pytest.mark.parametrize("exponent", [-1, -4, -12, -30, -60])
@@ -65,11 +65,11 @@ def test_no_dropped_column_is_above_the_threshold(exponent: int) -> None:
 
 def test_threshold_of_a_block_is_by_its_largest_upstream_and_mean_square_surprise() -> None:
     """Root mean square 0.526, where the mean is 0.475 and the mean square 0.276: what is below 2^-13 is dropped."""
-    surprise = [0.7, 0.25]
+    one_minus_p = [0.7, 0.25]
     values = columns(2.0**-13 * 1.42, 2.0**-13 * 0.99, 2.0**-14)
     # A row with no gradient counts in s but not in S, which is 0.495 here; G is 1 whatever the sign.
     for upstream in ([1.0, 1.0], [-1.0, 0.0], [-1.0, 1.0]):
-        kept = judged(values, [0, 0], upstream, surprise)[0, :3]
+        kept = judged(values, [0, 0], upstream, one_minus_p)[0, :3]
         assert kept.tolist() == [True, False, False], upstream
 
 
@@ -95,7 +95,7 @@ def test_negligible_block_drops_everything() -> None:
 
 
 def test_target_is_kept_unless_negligible() -> None:
-    """However small its probability, where `|upstream| surprise > eps S`."""
+    """However small its probability, where `|upstream| one_minus_p > eps S`."""
     values = columns(2.0**-3)
     assert judged(values, [0], [1.0], [1.0], [40])[0].nonzero().squeeze(1).tolist() == [0, 40]
     kept = judged(values, [0, 0], [1.0, 1e-5], [1.0, 1.0], [40, 41])  # one block: 1e-5 < eps S
@@ -126,9 +126,9 @@ def test_more_than_half_is_all() -> None:
 
 def test_everything_stays_everything() -> None:
     """Of a block that is to be computed exactly no column is dropped, by the largest of thresholds."""
-    levels = torch.full((2, 64), EVERYTHING, dtype=torch.uint8)
+    screen = torch.full((2, 64), EVERYTHING, dtype=torch.uint8)
     rows = torch.tensor([0, 1]), torch.tensor([1.0, 0.4]), torch.ones(2), torch.tensor([3, 3])
-    assert judge(levels, *rows, 0.49).all()  # thresholds of 0.37 and 0.93
+    assert judge(screen, *rows, 0.49).all()  # thresholds of 0.37 and 0.93
 
 
 @pytest.mark.parametrize("upstream", [1e-30, 1e-20, 1e20, 1e30])
@@ -152,12 +152,12 @@ def test_no_upstream_in_one_block() -> None:
 
 
 def test_certain_rows_keep_everything() -> None:
-    """No surprise at all, but an upstream: the threshold is 0, and no probability is known to be below it."""
+    """No one_minus_p at all, but an upstream: the threshold is 0, and no probability is known to be below it."""
     assert judged(columns(1.0), [0], [1.0], [0.0]).all()
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("of", ["upstream", "surprise"])
+@pytest.mark.parametrize("of", ["upstream", "one_minus_p"])
 def test_nothing_is_dropped_where_numbers_are_not_finite(of: str, bad: float) -> None:
     """In no block: the scale S is that of all."""
     good, broken = [1.0, 1.0, 1.0], [1.0, bad, 1.0]

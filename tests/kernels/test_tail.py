@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fused_dpo.linalg.operands import Operands
-from fused_dpo.streaming.dropped_means import Tail
+from fused_dpo.streaming.dropped_means import DroppedMeans
 from fused_dpo.streaming.screener import exponents
 from tests.kernels.filtered_probe import screened
 from tests.kernels.helpers import make_problem, uninitialized_memory_is_nan
@@ -15,15 +15,15 @@ from tests.kernels.helpers import make_problem, uninitialized_memory_is_nan
 
 def tail_of(
     means: Tensor, keep: Tensor, offset: Tensor | None = None, dtype: torch.dtype = torch.float64, **settings: Any
-) -> tuple[Tail, Tensor]:
+) -> tuple[DroppedMeans, Tensor]:
     """The tail of blocks with these mean probabilities [blocks, V], and the factor it is multiplied with [V, K]."""
     blocks, V = means.shape
     problem = make_problem((4,), V, 33, **settings).to(dtype)
     operands = Operands(problem.hidden, torch.arange(4), problem.head)
-    levels = torch.stack([exponents(row) for row in means])
+    screen = torch.stack([exponents(row) for row in means])
     offset = torch.zeros(blocks, dtype=operands.acc_dtype) if offset is None else offset.to(operands.acc_dtype)
     weight = operands.read_weight(slice(0, V), operands.buffer(V)).double()
-    return Tail(operands, levels, keep, offset), weight
+    return DroppedMeans(operands, screen, keep, offset), weight
 
 
 def some_means(blocks: int = 37, V: int = 301) -> Tensor:
@@ -97,9 +97,9 @@ def test_tail_of_what_is_not_a_number() -> None:
 
 
 def test_tail_of_no_blocks() -> None:
-    levels, keep = torch.zeros(0, 6, dtype=torch.uint8), torch.zeros(0, 6, dtype=torch.bool)
+    screen, keep = torch.zeros(0, 6, dtype=torch.uint8), torch.zeros(0, 6, dtype=torch.bool)
     problem = make_problem((4,), 6, 33)
     operands = Operands(problem.hidden, torch.arange(4), problem.head)
-    tail = Tail(operands, levels, keep, torch.zeros(0, dtype=torch.float64))
+    tail = DroppedMeans(operands, screen, keep, torch.zeros(0, dtype=torch.float64))
     assert tail.columns(2, 5)[0].shape == (0, 3)
     assert tail.spread(6, operands.buffer(6)).shape == (0, operands.width)

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from fused_dpo import KernelOptions, LMHead, fused_dpo_logps
+from fused_dpo.filtering import Filtering
 from fused_dpo.gpu import forward as triton_forward
 from fused_dpo.gpu import library as triton_library
 from fused_dpo.gpu import tile as triton_tile
 from fused_dpo.gpu.backward import slice_width
 from fused_dpo.gpu.configs import SPLIT_COLUMNS, library_config
 from fused_dpo.gpu.launch import architecture
-from fused_dpo.ops.dispatch import Filtering
 from fused_dpo.ops.token_logps import token_logps
 from tests.kernels.helpers import (
     DIFFERENTIABLE,

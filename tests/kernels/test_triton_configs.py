@@ -2,6 +2,7 @@
 
 import itertools
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -62,7 +63,8 @@ class TestAutotune:
 
     def choose(self, architecture: int = 90) -> TileConfig:
         head = LMHead(torch.randn(40, 9, device=DEVICE))
-        return triton_autotune.choose_config(architecture, torch.randn(3, 9, device=DEVICE), head, want_stats=False)
+        with mock.patch.object(triton_autotune, "architecture", return_value=architecture):
+            return triton_autotune.choose_config(torch.randn(3, 9, device=DEVICE), head, want_stats=False)
 
     def test_off(self, times: dict[int, float], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("FUSED_DPO_AUTOTUNE", raising=False)
@@ -113,7 +115,8 @@ class TestAutotune:
         hidden, head = torch.randn(3, 9, device=DEVICE), LMHead(torch.randn(40, 9, device=DEVICE))
         generator = torch.cuda.default_generators[hidden.get_device()] if hidden.is_cuda else torch.default_generator
         before = generator.get_state()
-        triton_autotune.choose_config(90, hidden, head, want_stats=False)
+        with mock.patch.object(triton_autotune, "architecture", return_value=90):
+            triton_autotune.choose_config(hidden, head, want_stats=False)
         assert torch.equal(generator.get_state(), before)
 
     def test_nothing_fits(self, times: dict[int, float], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""`keep_exponentials=True`: what the exact forward leaves in the memory of the weight's gradient for the backward."""
+"""`reuse_exponentials=True`: what the exact forward leaves in the memory of the weight's gradient for the backward."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from fused_dpo import LMHead
+from fused_dpo.filtering import Filtering
 from fused_dpo.gpu import backward as triton_backward
-from fused_dpo.gpu import exponentials as triton_exponentials
+from fused_dpo.gpu import backward_from_exponentials
 from fused_dpo.gpu.backward import slice_width
 from fused_dpo.gpu.configs import SPLIT_COLUMNS
-from fused_dpo.gpu.exponentials import Exponentials, forward_config
-from fused_dpo.ops.dispatch import Filtering
+from fused_dpo.gpu.exponentials import SIDE, Exponentials, forward_config
 from fused_dpo.ops.token_logps import token_logps
 from tests.kernels.helpers import (
     DIFFERENTIABLE,
@@ -39,7 +39,7 @@ PLAIN_HEAD = {name: value for name, value in EVERY_FEATURE.items() if name != "s
 
 
 def keeping(problem: Problem, **options: Any) -> Tensor:
-    return fused(problem, impl="triton", grad_mode="exact", keep_exponentials=True, **options)
+    return fused(problem, impl="triton", grad_mode="exact", reuse_exponentials=True, **options)
 
 
 def computing(problem: Problem, **options: Any) -> Tensor:
@@ -63,7 +63,7 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> list[Exponentials]:
 def rows_that_fit(problem: Problem) -> int:
     """Of those that are scored, in whole blocks."""
     config = forward_config(problem.hidden, problem.head)
-    block = max(config.block_t, min(triton_exponentials.SIDE, config.block_v))
+    block = max(config.block_t, min(SIDE, config.block_v))
     scored = int((problem.aligned != IGNORE).sum())
     return min(problem.hidden.shape[-1], scored) // block * block
 
@@ -155,11 +155,11 @@ def test_fewer_rows_are_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     computed: list[int] = []
 
     class Noted(triton_backward.DLogits):
-        def __init__(self, hidden: Tensor, *arguments: Any, **named: Any) -> None:
-            computed.append(len(hidden))
-            super().__init__(hidden, *arguments, **named)
+        def __init__(self, scored_rows: triton_backward.ScoredRows, *arguments: Any, **named: Any) -> None:
+            computed.append(len(scored_rows.hidden))
+            super().__init__(scored_rows, *arguments, **named)
 
-    monkeypatch.setattr(triton_exponentials, "DLogits", Noted)
+    monkeypatch.setattr(backward_from_exponentials, "DLogits", Noted)
     problem = on_device(make_problem((200,), V=40, D=150, shift=False).to(torch.float32))
     problem = replace(problem, labels=problem.labels.clamp(min=0))
     evaluate(keeping, problem)
@@ -184,7 +184,7 @@ def test_a_weight_in_fp32_holds_twice_as_many_rows(kept: list[Exponentials]) -> 
     )
     results = []
     for keep in (True, False):
-        logps, *_ = token_logps(*arguments, want_stats=False, keep_exponentials=keep)
+        logps, *_ = token_logps(*arguments, want_stats=False, reuse_exponentials=keep)
         results.append((logps.detach(), *torch.autograd.grad(logps.sum(), (hidden, weight))))
     assert 2 * D - 64 < kept[0].rows <= 2 * D
     (logps, dhidden, dweight), expected = results
@@ -249,7 +249,7 @@ def test_elsewhere_it_has_no_effect(instead: str, kept: list[Exponentials]) -> N
         stats = ("entropy",) if instead == "stats" else ()
         return tokens(p, stats, impl, grad_mode=mode, **options).logps
 
-    assert_same_bits(evaluate(lambda p: by(p, keep_exponentials=True), problem), evaluate(by, problem), instead)
+    assert_same_bits(evaluate(lambda p: by(p, reuse_exponentials=True), problem), evaluate(by, problem), instead)
     assert not kept
 
 
@@ -268,7 +268,7 @@ def test_upstream_that_is_no_number_stays_in_its_row(dtype: torch.dtype, bad: fl
     fresh = leaves(replace(problem, labels=problem.labels.clamp(min=0)))
     upstream = torch.ones(72, device=DEVICE)
     upstream[3] = bad
-    logps = tokens(fresh, [], "triton", grad_mode="exact", keep_exponentials=True).logps
+    logps = tokens(fresh, [], "triton", grad_mode="exact", reuse_exponentials=True).logps
     dhidden, _ = torch.autograd.grad(logps, (fresh.hidden, fresh.weight), upstream)
     odd = dhidden.isfinite().all(1).logical_not() if bad else (dhidden == 0).all(1)
     assert odd.nonzero().tolist() == [[3]]

@@ -8,20 +8,23 @@ held to a stricter figure on one kind of them.
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
 from fused_dpo import KernelOptions, LMHead, fused_dpo_logps
-from fused_dpo.filtering import BIAS, EVERYTHING
+from fused_dpo.filtering import BIAS, EVERYTHING, Filtering
 from fused_dpo.gpu.configs import HOT_SPLITS, NARROW_COLUMNS, SPLIT_COLUMNS, library_config
-from fused_dpo.gpu.filtered.blocks import triton_screen_shape
+from fused_dpo.gpu.filtered.blocks import screening_config, triton_screen_shape
 from fused_dpo.gpu.filtered.forward import triton_filtered_forward
-from fused_dpo.gpu.filtered.lists import _KeptLists
-from fused_dpo.gpu.forward import Scan, fused_scan, triton_forward
+from fused_dpo.gpu.filtered.lists import KeptLists
+from fused_dpo.gpu.forward import fused_scan
 from fused_dpo.gpu.launch import architecture
 from fused_dpo.gpu.library import library_scan
+from fused_dpo.head import HeadInputs
+from fused_dpo.ops.dispatch import run_exact_forward
 from tests.kernels.helpers import (
     DIFFERENTIABLE,
     IGNORE,
@@ -168,8 +171,8 @@ def test_correction_of_the_gradients_of_the_head(dtype: torch.dtype, monkeypatch
     assert kept_fraction(problem, **options) < 0.02
     exact = evaluate(by_triton("exact"), problem).grads
     got = evaluate(by_triton("filtered", **options), problem).grads
-    block_sums = _KeptLists._block_sums
-    monkeypatch.setattr(_KeptLists, "_block_sums", lambda *arguments: block_sums(*arguments).zero_())
+    block_sums = KeptLists._block_sums
+    monkeypatch.setattr(KeptLists, "_block_sums", lambda *arguments: block_sums(*arguments).zero_())
     without = evaluate(by_triton("filtered", **options), problem).grads
     for name in ("weight", "bias", "lora_b"):
         assert relative_error(without[name], exact[name]) > 0.01, name
@@ -205,23 +208,25 @@ def test_what_is_dropped_is_corrected_once() -> None:
 
 
 @pytest.mark.parametrize("want_stats", [False, True])
-@pytest.mark.parametrize("scan", [fused_scan, library_scan])
-def test_screen_bounds_the_probabilities(scan: Scan, want_stats: bool) -> None:
+@pytest.mark.parametrize("by", ["triton", "library"])
+def test_screen_bounds_the_probabilities(by: str, want_stats: bool) -> None:
     """Several splits, first and later ones: every exponent is that of its block's largest probability or above."""
     config = library_config(architecture(torch.device(DEVICE)), torch.float32)
-    hot = HOT_SPLITS * SPLIT_COLUMNS if scan is fused_scan else config.slice_columns
+    hot = HOT_SPLITS * SPLIT_COLUMNS if by == "triton" else config.slice_columns
     eps = 2**-12 if hot > 1000 else 2**-5
-    V = hot + (SPLIT_COLUMNS + 100 if scan is fused_scan else hot // 2 - 4)
+    V = hot + (SPLIT_COLUMNS + 100 if by == "triton" else hot // 2 - 4)
     problem = on_device(make_problem((37,), V=V, D=4, shift=False).to(torch.float32))
     problem = replace(problem, weight=problem.weight * 2)
     target = problem.labels.masked_fill(problem.labels == IGNORE, -1)
     rows = (target >= 0).nonzero().squeeze(1)
     head = LMHead(problem.weight)
     shape = triton_screen_shape(problem.hidden, head, len(rows))
-    options: Any = {"filter_eps": eps, "screen_shape": shape, "cu_seqlens": present(problem.cu_seqlens), "scan": scan}
-    logps, state, stats, screen = triton_filtered_forward(
-        problem.hidden, target, rows, head, 64, tail_guard=1.0, want_stats=want_stats, **options
-    )
+    inputs = HeadInputs(problem.hidden, target, rows, head, 64)
+    scan = library_scan
+    if by == "triton":
+        scan = partial(fused_scan, config=screening_config(problem.hidden, head, want_stats=want_stats))
+    settings: Any = {"screen_shape": shape, "want_stats": want_stats}
+    logps, state, stats, screen = triton_filtered_forward(inputs, Filtering(eps, 1.0), scan, **settings)
     p = (problem.hidden[rows].double() @ problem.weight.double().T).softmax(-1)
     blocks = p.split(BLOCK)
     largest, mean = torch.stack([part.amax(0) for part in blocks]), torch.stack([part.mean(0) for part in blocks])
@@ -239,31 +244,32 @@ def test_screen_bounds_the_probabilities(scan: Scan, want_stats: bool) -> None:
     own_tail = torch.where(p <= eps, p, 0.0).sum(1)
     dropped = (screen[:, 0].int() < BIAS + math.log2(eps)).repeat_interleave(BLOCK, 0)[: len(rows)]
     # 1e-5: fp32 sums of V probabilities.
-    assert (state[3, rows] <= own_tail + 1e-5).all()  # what the bound lifts over eps is not in the tail
-    assert (state[3, rows] >= torch.where(dropped, p, 0.0).sum(1) - 1e-5).all()  # but all that is dropped is
-    torch.testing.assert_close(state[2, rows], 1 - logps[rows].exp(), rtol=2.5e-7, atol=0)  # of improbable targets
+    assert (state.tail[rows] <= own_tail + 1e-5).all()  # what the bound lifts over eps is not in the tail
+    assert (state.tail[rows] >= torch.where(dropped, p, 0.0).sum(1) - 1e-5).all()  # but all that is dropped is
+    torch.testing.assert_close(
+        state.one_minus_p[rows], 1 - logps[rows].exp(), rtol=2.5e-7, atol=0
+    )  # of improbable targets
 
-    flat = triton_filtered_forward(
-        problem.hidden, target, rows, head, 64, tail_guard=0.0, want_stats=want_stats, **options
-    )
+    flat = triton_filtered_forward(inputs, Filtering(eps, 0.0), scan, **settings)
     assert (flat[3][:, 0] == EVERYTHING).all()
     assert torch.equal(flat[3][:, 1], screen[:, 1])
     assert bits_equal(flat[0], logps)
-    assert (flat[1][4, rows] == 1).all()
+    assert (flat[1].kept_fraction[rows] == 1).all()
 
 
-@pytest.mark.parametrize("scan", [fused_scan, library_scan])
-def test_surprise_keeps_its_digits(scan: Scan) -> None:
+@pytest.mark.parametrize("impl", ["triton", "library"])
+def test_one_minus_p_keeps_its_digits(impl: str) -> None:
     """1 - p of targets from p = 1/8 to 1 - 1e-7, against float64: of what is small no digit is lost."""
     hidden = torch.linspace(0.0, 18.0, 60, device=DEVICE)[:, None]
     weight = torch.full((8, 1), -1.0, device=DEVICE)
     weight[3] = 0.0  # log p = -log(1 + 7 exp(-h))
     target, rows = torch.full((60,), 3, device=DEVICE), torch.arange(60, device=DEVICE)
-    logps, state, _ = triton_forward(hidden, target, rows, LMHead(weight), 64, want_stats=False, scan=scan)
+    inputs = HeadInputs(hidden, target, rows, LMHead(weight), 64)
+    logps, state, _ = run_exact_forward(impl, inputs, want_stats=False)
     assert -logps.max() < 2e-7 < 2 < -logps.min()
     expected = -torch.expm1(logps.double())
     # Six fp32 operations of the series; where exp(logp) is taken from 1, its last bit beside 1 - exp(-0.1).
-    torch.testing.assert_close(state[2].double(), expected, rtol=2e-6, atol=0)
+    torch.testing.assert_close(state.one_minus_p.double(), expected, rtol=2e-6, atol=0)
     plain = (1 - logps.exp()).double()
     assert ((plain - expected).abs() / expected).max() > 1e-4, "without the series digits are lost"
 

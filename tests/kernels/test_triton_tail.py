@@ -8,9 +8,10 @@ import torch
 
 from fused_dpo.gpu.filtered.backward import _spread_of_blocks
 from fused_dpo.gpu.filtered.dropped_means import TAIL_BLOCK, TAIL_SCALE, dropped_means
+from fused_dpo.head import Needs
 from fused_dpo.linalg.gradient_sums import GradientSums
 from fused_dpo.linalg.operands import Operands
-from fused_dpo.streaming.dropped_means import Tail
+from fused_dpo.streaming.dropped_means import DroppedMeans
 from fused_dpo.streaming.screener import exponents
 from tests.kernels.helpers import make_problem
 from tests.kernels.triton_helpers import DEVICE, TRITON_DTYPES, on_device
@@ -18,7 +19,7 @@ from tests.kernels.triton_helpers import DEVICE, TRITON_DTYPES, on_device
 EVERYTHING = {"logit_scale": 0.7, "softcap": 30.0, "temperature": 0.8, "lora_rank": 3}
 
 
-def a_tail(dtype: torch.dtype, V: int = 301, blocks: int = 5, **settings: Any) -> tuple[Operands, Tail]:
+def a_tail(dtype: torch.dtype, V: int = 301, blocks: int = 5, **settings: Any) -> tuple[Operands, DroppedMeans]:
     """Of blocks from flat to sure, a third of the columns kept."""
     problem = on_device(make_problem((4,), V, 33, **settings).to(dtype))
     operands = Operands(problem.hidden, torch.arange(4, device=DEVICE), problem.head)
@@ -26,7 +27,7 @@ def a_tail(dtype: torch.dtype, V: int = 301, blocks: int = 5, **settings: Any) -
     means = (sureness * torch.randn(blocks, V, dtype=torch.float64)).softmax(1)
     screen = torch.stack([torch.zeros(blocks, V, dtype=torch.uint8), torch.stack([exponents(row) for row in means])], 1)
     keep = (torch.rand(blocks, V) < 0.3).to(DEVICE)
-    return operands, Tail(operands, screen.to(DEVICE)[:, 1], keep, torch.linspace(-1, 3, blocks, device=DEVICE))
+    return operands, DroppedMeans(operands, screen.to(DEVICE)[:, 1], keep, torch.linspace(-1, 3, blocks, device=DEVICE))
 
 
 @pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
@@ -65,7 +66,7 @@ def test_spread_of_blocks(settings: dict[str, Any], needs: str, weight_dtype: to
     operands, tail = a_tail(torch.float16, V=5000, **settings)
     head = replace(operands.head, weight=operands.head.weight.to(weight_dtype))
     operands = Operands(operands.hidden, operands.rows, head)
-    sums = GradientSums(operands, 0, (needs == "hidden", False, False, needs == "lora_a", False), empty=False)
+    sums = GradientSums(operands, 0, Needs(needs == "hidden", False, False, needs == "lora_a", False), empty=False)
     tail.keep[1] = True  # drops nothing
     means = dropped_means(operands, tail.means, tail.keep, tail.offset)
     got = _spread_of_blocks(sums, means, workspace_mib=1)

@@ -28,7 +28,7 @@ def headed(**parts: Any) -> dict[str, Any]:
 
 
 def rows(*index: int, dtype: torch.dtype = torch.int64, **changes: Any) -> dict[str, Any]:
-    return packed(shift=False, options=KernelOptions(row_index=torch.tensor(index, dtype=dtype)), **changes)
+    return packed(shift=False, row_index=torch.tensor(index, dtype=dtype), **changes)
 
 
 def ds_partitioned() -> Tensor:
@@ -215,30 +215,30 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "row_index dtype": (
         rows(0, 1, dtype=torch.int32),
         ValueError,
-        r"options.row_index must be int64 \[R\] on cpu, got",
+        r"row_index must be int64 \[R\] on cpu, got",
     ),
     "row_index shape": (
-        packed(options=KernelOptions(row_index=torch.zeros(1, 1).long())),
+        packed(row_index=torch.zeros(1, 1).long()),
         ValueError,
-        r"options.row_index must be int64 \[R\] on cpu, got torch.int64 \[1, 1\]",
+        r"row_index must be int64 \[R\] on cpu, got torch.int64 \[1, 1\]",
     ),
     "row_index elsewhere": (
-        packed(options=KernelOptions(row_index=torch.zeros(1, device=META).long())),
+        packed(row_index=torch.zeros(1, device=META).long()),
         ValueError,
-        r"options.row_index must be int64 \[R\] on cpu, got torch.int64 \[1\] on meta",
+        r"row_index must be int64 \[R\] on cpu, got torch.int64 \[1\] on meta",
     ),
     "row_index descends": (
         rows(1, 0),
         ValueError,
-        r"options.row_index must ascend within \[0, T\) = \[0, 6\), got 0..1",
+        r"row_index must ascend within \[0, T\) = \[0, 6\), got 0..1",
     ),
-    "row_index repeats": (rows(1, 1), ValueError, r"options.row_index must ascend"),
-    "row_index negative": (rows(-1, 0), ValueError, r"options.row_index must ascend.* got -1..0"),
-    "row_index beyond T": (rows(0, 6), ValueError, r"options.row_index must ascend.* got 0..6"),
+    "row_index repeats": (rows(1, 1), ValueError, r"row_index must ascend"),
+    "row_index negative": (rows(-1, 0), ValueError, r"row_index must ascend.* got -1..0"),
+    "row_index beyond T": (rows(0, 6), ValueError, r"row_index must ascend.* got 0..6"),
     "row_index ignored": (
         rows(0, 1, labels=torch.tensor([1, IGNORE, 1, 1, 1, 1])),
         ValueError,
-        r"options.row_index names rows whose label is ignored; rebuild it",
+        r"row_index names rows whose label is ignored; rebuild it",
     ),
     "grad_mode": (packed(grad_mode="fast"), ValueError, r"grad_mode must be None, 'exact' or 'filtered', got 'fast'"),
     "filtering oracle": (

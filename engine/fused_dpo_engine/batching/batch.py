@@ -13,7 +13,7 @@ from fused_dpo_engine.attention.call import Backend
 Batch = TypeVar("Batch", bound="PairBatch")
 
 
-class ScoredRows(NamedTuple):
+class HeadCall(NamedTuple):
     """What the head is asked: the first arguments of `fused_dpo.fused_token_logps`, and those that go by name."""
 
     hidden_states: Tensor
@@ -60,7 +60,7 @@ class PairBatch(ABC):
         """Give the arguments of the model's backbone; `attention` computes packed rows."""
 
     @abstractmethod
-    def scored_rows_of(self, hidden: Tensor) -> ScoredRows:
+    def head_call(self, hidden: Tensor) -> HeadCall:
         """Take what the head scores from the backbone's hidden states, [2B, S, D] or [1, T, D]."""
 
     @abstractmethod

@@ -11,7 +11,7 @@ from torch import Tensor
 from fused_dpo_engine.attention.call import Backend
 from fused_dpo_engine.attention.gather import gather_rows
 from fused_dpo_engine.attention.interface.plan import AttentionPlan, Segment, offsets_of, plan_attention
-from fused_dpo_engine.batching.batch import PairBatch, ScoredRows
+from fused_dpo_engine.batching.batch import HeadCall, PairBatch
 from fused_dpo_engine.batching.sharing import place_sequences
 from fused_dpo_engine.data.pairs import TokenPair
 
@@ -49,12 +49,12 @@ class PackedBatch(PairBatch):
             "fused_dpo_backend": attention,
         }
 
-    def scored_rows_of(self, hidden: Tensor) -> ScoredRows:
+    def head_call(self, hidden: Tensor) -> HeadCall:
         """Gather the rows that predict a response, which are known on the host: nothing else reaches the head."""
         # All of them are scored; the head would wait for the device to find that out.
         every_row = torch.arange(len(self.targets), device=self.targets.device)
         settings = {"cu_seqlens": self.cu_scored, "shift": False, "row_index": every_row}
-        return ScoredRows(gather_rows(hidden[0], self.scored_rows), self.targets, settings)
+        return HeadCall(gather_rows(hidden[0], self.scored_rows), self.targets, settings)
 
     def lay_out(self, values: Tensor, token_logps: Tensor) -> Tensor:
         """Return the values themselves: the scored tokens are all that there is."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_dpo_engine.attention.call import Backend
-from fused_dpo_engine.batching.batch import PairBatch, ScoredRows
+from fused_dpo_engine.batching.batch import HeadCall, PairBatch
 from fused_dpo_engine.data.pairs import TokenPair
 
 IGNORE_INDEX = -100
@@ -35,9 +35,9 @@ class PaddedBatch(PairBatch):
         """Give tokens and mask; the model's own attention reads them."""
         return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
 
-    def scored_rows_of(self, hidden: Tensor) -> ScoredRows:
+    def head_call(self, hidden: Tensor) -> HeadCall:
         """Return all rows, with the labels that tell which are scored."""
-        return ScoredRows(hidden, self.labels, {})
+        return HeadCall(hidden, self.labels, {})
 
     def lay_out(self, values: Tensor, token_logps: Tensor) -> Tensor:
         """Put each value at the row that predicts its token, 0 elsewhere."""

@@ -24,6 +24,11 @@ PACKAGES = (
 )
 
 
+def env() -> None:
+    """Print what `describe` says."""
+    print(describe())
+
+
 def describe() -> str:
     """Versions, devices and the paths they lead to, as lines of `name: value`."""
     lines = [("python", platform.python_version()), ("platform", platform.platform())]

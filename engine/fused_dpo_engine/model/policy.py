@@ -6,10 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fused_dpo import KernelOptions, fused_token_logps, head_of
+from fused_dpo import KernelOptions, fused_token_logps, head_of, sequence_sum
 from fused_dpo.hardware import tag_compiled_code
 from fused_dpo.losses import desensitized_weights
-from fused_dpo.ops.sequence_sum import sequence_sum
 from fused_dpo_engine.attention.call import Backend
 from fused_dpo_engine.attention.choice import load_backend
 from fused_dpo_engine.batching.batch import PairBatch
@@ -86,12 +85,12 @@ class Policy(nn.Module):
         """Compute the log-probs of the batch's sequences, and what the head saw on the way."""
         with self.autocast():
             hidden = self._hidden(**batch.model_inputs(self.attention))
-            rows = batch.scored_rows_of(hidden)
+            call = batch.head_call(hidden)
             tokens = fused_token_logps(
-                rows.hidden_states,
+                call.hidden_states,
                 head_of(self.causal_lm),
-                rows.labels,
-                **rows.settings,
+                call.labels,
+                **call.settings,
                 with_stats=("tail", "kept_fraction"),
                 grad_mode=self.grad_mode,
                 options=self.options,

@@ -14,8 +14,9 @@ import triton
 from torch import Tensor
 
 from fused_dpo.gpu.configs import TileConfig, epilogue_of, tile_config
-from fused_dpo.gpu.launch import on_device
-from fused_dpo.head import LMHead
+from fused_dpo.gpu.forward import fused_scan, triton_forward
+from fused_dpo.gpu.launch import architecture, on_device
+from fused_dpo.head import HeadInputs, LMHead
 
 TUNING_ROWS = 4096
 """Rows of the timed forward: fixed, so that the choice does not depend on the first batch."""
@@ -42,11 +43,11 @@ CANDIDATES: dict[int, tuple[TileConfig, ...]] = {
 _tuned: dict[tuple[object, ...], TileConfig] = {}
 
 
-def choose_config(architecture: int, hidden: Tensor, head: LMHead, *, want_stats: bool) -> TileConfig:
-    """The reviewed configuration, or the fastest candidate if tuning is asked for and there is a device to time."""
-    epilogue = epilogue_of(head, want_stats=want_stats)
-    if architecture == 0 or os.environ.get("FUSED_DPO_AUTOTUNE") != "1":
-        return tile_config(architecture, hidden.dtype, epilogue)
+def choose_config(hidden: Tensor, head: LMHead, *, want_stats: bool) -> TileConfig:
+    """Return the reviewed configuration, or the fastest candidate if tuning is asked for and there is a device."""
+    epilogue, capability = epilogue_of(head, want_stats=want_stats), architecture(hidden.device)
+    if capability == 0 or os.environ.get("FUSED_DPO_AUTOTUNE") != "1":
+        return tile_config(capability, hidden.dtype, epilogue)
     key = (hidden.device, hidden.dtype, tuple(head.weight.shape), epilogue)
     if key not in _tuned:
         _tuned[key] = fastest(hidden, head, want_stats=want_stats)
@@ -55,19 +56,17 @@ def choose_config(architecture: int, hidden: Tensor, head: LMHead, *, want_stats
 
 def fastest(hidden: Tensor, head: LMHead, *, want_stats: bool) -> TileConfig:
     """Time the forward with every candidate on random rows; one that does not compile or fit is passed over."""
-    from fused_dpo.gpu.forward import fused_scan, triton_forward
-
     V, D = head.weight.shape
     generator = torch.Generator(hidden.device).manual_seed(0)  # the caller's seeded stream stays as it is
     states = torch.randn(TUNING_ROWS, D, generator=generator, device=hidden.device).to(hidden.dtype)
     target = torch.arange(TUNING_ROWS, device=hidden.device) % V
     rows = torch.arange(TUNING_ROWS, device=hidden.device)
+    inputs = HeadInputs(states, target, rows, head, 0)
     times: dict[TileConfig, float] = {}
     for config in CANDIDATES[hidden.dtype.itemsize]:
 
         def forward(config: TileConfig = config) -> object:
-            scan = partial(fused_scan, config=config)
-            return triton_forward(states, target, rows, head, 0, want_stats=want_stats, scan=scan)
+            return triton_forward(inputs, partial(fused_scan, config=config), want_stats=want_stats)
 
         try:
             with on_device(hidden):  # whose clock is read

@@ -6,7 +6,7 @@ cannot hold an `[rows, D]` accumulator in registers, and recomputing dz for each
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -14,15 +14,15 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_dpo.gpu.adapter import through_adapter
-from fused_dpo.gpu.autotune import choose_config
 from fused_dpo.gpu.configs import TileConfig
-from fused_dpo.gpu.launch import OF_BATCH, Product, Tiles, WeightSlice, architecture, launch, scored, weight_slices
+from fused_dpo.gpu.launch import OF_BATCH, Product, Tiles, WeightSlice, launch, scored, weight_slices
 from fused_dpo.gpu.tile import exp, grouped_block, grouped_other, logits_tile, through_softcap
-from fused_dpo.head import HeadGrads, LMHead
+from fused_dpo.head import HeadGrads, HeadInputs, LMHead, Needs
 from fused_dpo.linalg.gradient_sums import GradientSums
 from fused_dpo.linalg.matmul import fp32_sums, in_range, matmul_fp32, matmul_precision
 from fused_dpo.linalg.operands import Operands
 from fused_dpo.linalg.sizes import ceil_div
+from fused_dpo.stats import SoftmaxState
 
 
 @triton.jit(do_not_specialize=OF_BATCH)
@@ -83,9 +83,9 @@ def _dlogits_kernel(
         )
         peak = tl.load(state_ptr + rows, mask=mask_t, other=float("inf"))
         total = tl.load(state_ptr + T + rows, mask=mask_t, other=1.0)
-        surprise = tl.load(state_ptr + 2 * T + rows, mask=mask_t, other=0.0)
+        one_minus_p = tl.load(state_ptr + 2 * T + rows, mask=mask_t, other=0.0)
         hit = offs_v[None, :] == target[:, None]
-        dz = tl.where(hit, surprise[:, None], exp(z - peak[:, None]) * (-1.0 / total)[:, None])
+        dz = tl.where(hit, one_minus_p[:, None], exp(z - peak[:, None]) * (-1.0 / total)[:, None])
         dz = through_softcap(dz, z, inputs, OPTIONS)
         dz *= (upstream * (inputs.logit_scale * inputs.inverse_temperature))[:, None]
         dz = tl.where((upstream == 0.0)[:, None], 0.0, dz)  # of an invalid label it is NaN until here
@@ -93,45 +93,56 @@ def _dlogits_kernel(
     tl.store(out, dz.to(dz_ptr.dtype.element_ty), mask=mask_t[:, None] & (columns < width)[None, :])
 
 
-class DLogits:
-    """Launches of the kernel for some rows, all of them scored: `hidden` [R, D], `target` and `upstream` [R], `state`
-    [3, R], `lora_h` the adapter's inner product [R, rank] if there is an adapter."""
+class ScoredRows(NamedTuple):
+    """What dz is formed from, beside the head: R rows, all of them scored."""
 
-    def __init__(
-        self,
-        hidden: Tensor,
-        target: Tensor,
-        state: Tensor,
-        upstream: Tensor,
-        head: LMHead,
-        lora_h: Tensor | None,
-        config: TileConfig | None = None,
-    ) -> None:
+    hidden: Tensor
+    """[R, D]."""
+    target: Tensor
+    """int64 [R]."""
+    state: SoftmaxState
+    """[3 or more, R]."""
+    upstream: Tensor
+    """fp32 [R], gradients of their log-probs."""
+    lora_h: Tensor | None
+    """The adapter's inner product [R, rank], if there is an adapter."""
+
+    def part(self, span: slice) -> "ScoredRows":
+        """Take some of the rows."""
+        lora_h = None if self.lora_h is None else self.lora_h[span]
+        return ScoredRows(self.hidden[span], self.target[span], self.state.of(span), self.upstream[span], lora_h)
+
+
+class DLogits:
+    """Launches of the kernel for some rows."""
+
+    def __init__(self, scored_rows: ScoredRows, head: LMHead, *, config: TileConfig) -> None:
+        hidden, target, state, upstream, lora_h = scored_rows
         R, D = hidden.shape
         rows = torch.arange(R, device=hidden.device)
-        self._config = config or choose_config(architecture(hidden.device), hidden, head, want_stats=False)
+        self._config = config
         self._tiles = Tiles(hidden, rows, head, lora_h, self._config)
         self._arguments: dict[str, Any] = {
             **self._config.constants,
             "row_index_ptr": rows,
             "target_ptr": target,
-            "state_ptr": state.contiguous(),
+            "state_ptr": state.values.contiguous(),
             "upstream_ptr": upstream,
             "T": R,
             "R": R,
             "group": self._config.blocks_in_cache(D * hidden.element_size()),
         }
 
-    def __call__(self, dz: Tensor, operand: WeightSlice | Product) -> None:
-        """Fill `dz` [R, columns] for the columns from the operand's first on; see `Tiles.arguments`."""
-        arguments = {**self._tiles.arguments(operand), **self._arguments}
-        arguments |= {"dz_ptr": dz, "first_v": operand.first, "width": dz.shape[1], "stride_z": dz.stride(0)}
+    def __call__(self, dz: Tensor, source: WeightSlice | Product) -> None:
+        """Fill `dz` [R, columns] for the columns from the source's first on; see `Tiles.arguments`."""
+        arguments = {**self._tiles.arguments(source), **self._arguments}
+        arguments |= {"dz_ptr": dz, "first_v": source.first, "width": dz.shape[1], "stride_z": dz.stride(0)}
         grid = ceil_div(dz.shape[0], self._config.block_t) * ceil_div(dz.shape[1], self._config.block_v)
         launch(_dlogits_kernel, (grid,), dz, **arguments)
 
 
-FormDLogits = Callable[[Tensor, Tensor, Tensor, Tensor, LMHead, Tensor | None], Callable[[Tensor, WeightSlice], None]]
-"""What fills dz, for the arguments of `DLogits`."""
+FormDLogits = Callable[[ScoredRows, LMHead], Callable[[Tensor, WeightSlice], None]]
+"""Makes what fills dz [R, columns] for a slice of the head's weight."""
 
 
 def slice_width(R: int, V: int, itemsize: int, size: int) -> int:
@@ -144,18 +155,14 @@ def slice_width(R: int, V: int, itemsize: int, size: int) -> int:
 
 def triton_backward(
     dlogps: Tensor,
-    hidden: Tensor,
-    target: Tensor,
-    rows: Tensor,
-    state: Tensor,
-    head: LMHead,
-    workspace_mib: int,
+    inputs: HeadInputs,
+    state: SoftmaxState,
+    form_dlogits: FormDLogits,
     *,
-    needs: tuple[bool, bool, bool, bool, bool],
-    form_dlogits: FormDLogits = DLogits,
+    needs: Needs,
     dweight: Tensor | None = None,
 ) -> HeadGrads:
-    """Exact gradients of `sum(dlogps * logps)`, only those asked for: `streaming_backward` on CUDA.
+    """Compute the exact gradients of `sum(dlogps * logps)`, only those asked for: `streaming_backward` on CUDA.
 
     Numerics: dz is held in the hidden states' dtype (fp16: scaled so that its largest upstream gradient is 1, as its
         range ends at 6e-8); both products accumulate in fp32 and are rounded once.
@@ -163,6 +170,7 @@ def triton_backward(
         states if not all rows are scored. The weight's gradient is written to `dweight` where that is given, a slice
         once its dz has been formed. No synchronisation with the host.
     """
+    hidden, target, rows, head, workspace_mib = inputs
     R = rows.numel()
     sums = GradientSums(Operands(hidden, rows, head), 0, needs, empty=not R, dweight=dweight)
     if not R:
@@ -170,10 +178,10 @@ def triton_backward(
     upstream, unit = in_range(dlogps[rows].float(), hidden.dtype)
     h = scored(hidden, rows)
     lora_h = None if head.lora is None else through_adapter(hidden, rows, head.lora)
-    fill = form_dlogits(h, target[rows], state[:, rows], upstream, head, lora_h)
+    fill = form_dlogits(ScoredRows(h, target[rows], state.of(rows), upstream, lora_h), head)
     _add_slices(sums, h, lora_h, fill, unit, workspace_mib)
     if unit is not None:
-        sums.hidden *= unit
+        sums.dhidden_sum *= unit
     return sums.finish()
 
 
@@ -198,7 +206,7 @@ def _add_slices(
         start, stop = weight.first, weight.first + weight.values.shape[0]
         dz = workspace[:, : stop - start]
         fill(dz, weight)
-        sums.add_hidden(sums.hidden, dz, weight.values, start, stop)
+        sums.add_hidden(sums.dhidden_sum, dz, weight.values, start, stop)
         if sums.dweight is not None:
             write_product(dz.T, h, unit, at_once, out=sums.dweight[start:stop])
         if sums.dlora_b is not None and lora_h is not None:

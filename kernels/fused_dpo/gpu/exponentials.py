@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fused_dpo.gpu.configs import SPLIT_COLUMNS, TileConfig, epilogue_of, tile_config
 from fused_dpo.gpu.launch import architecture
-from fused_dpo.head import LMHead
+from fused_dpo.head import HeadInputs, LMHead
 from fused_dpo.linalg.sizes import ceil_div
 
 SIDE = 64
@@ -26,13 +26,13 @@ class Exponentials(NamedTuple):
 
     gradient: Tensor
     """The weight's gradient to be [V, D]: each row begins with the column's exponentials, in the hidden states' dtype.
-    Empty if no rows are kept."""
+    Empty if no rows are saved."""
     shifts: Tensor
     """fp32 [splits, tiles of a split, rows]: what was subtracted from the tile's logits."""
 
     @property
     def rows(self) -> int:
-        """How many are kept."""
+        """How many are saved."""
         return self.shifts.shape[2]
 
     @property
@@ -41,15 +41,16 @@ class Exponentials(NamedTuple):
         return SPLIT_COLUMNS // self.shifts.shape[1]
 
     @classmethod
-    def empty(cls, hidden: Tensor, rows: Tensor, head: LMHead, *, hold: bool) -> "Exponentials":
-        """Memory for as many of the scored rows as fit, in whole blocks; for none unless they are to be held."""
+    def empty(cls, inputs: HeadInputs, *, save: bool) -> "Exponentials":
+        """Allocate room for as many scored rows as fit, in whole blocks; for none unless they are to be saved."""
+        hidden, _, rows, head, _ = inputs
         config, (V, D) = forward_config(hidden, head), head.weight.shape
-        fits = D * head.weight.element_size() // hidden.element_size() if hold else 0
+        fits = D * head.weight.element_size() // hidden.element_size() if save else 0
         block = max(config.block_t, min(SIDE, config.block_v))
-        kept = min(fits, rows.numel()) // block * block
-        shifts = ceil_div(V, SPLIT_COLUMNS), SPLIT_COLUMNS // config.block_v, kept
+        saved = min(fits, rows.numel()) // block * block
+        shifts = ceil_div(V, SPLIT_COLUMNS), SPLIT_COLUMNS // config.block_v, saved
         contiguous = torch.contiguous_format
-        gradient = torch.empty_like(head.weight, memory_format=contiguous) if kept else head.weight.new_empty(0, D)
+        gradient = torch.empty_like(head.weight, memory_format=contiguous) if saved else head.weight.new_empty(0, D)
         return cls(gradient, torch.empty(shifts, dtype=torch.float32, device=hidden.device))
 
     def arguments(self, dtype: torch.dtype) -> dict[str, Any]:
@@ -58,11 +59,11 @@ class Exponentials(NamedTuple):
         return {
             "exponentials_ptr": values,
             "shift_ptr": self.shifts,
-            "kept_rows": self.rows,
+            "saved_rows": self.rows,
             "stride_ev": values.stride(0),
         }
 
 
 def forward_config(hidden: Tensor, head: LMHead) -> TileConfig:
-    """The reviewed tile shape, never a tuned one: the same whether rows are kept or not."""
+    """The reviewed tile shape, never a tuned one: the same whether rows are saved or not."""
     return tile_config(architecture(hidden.device), hidden.dtype, epilogue_of(head))

@@ -9,15 +9,14 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_dpo.gpu.adapter import through_adapter
-from fused_dpo.gpu.autotune import choose_config
-from fused_dpo.gpu.configs import HOT_SPLITS, SPLIT_COLUMNS, TileConfig, epilogue_of, tile_config
-from fused_dpo.gpu.exponentials import Exponentials, forward_config
-from fused_dpo.gpu.launch import OF_BATCH, Product, Tiles, WeightSlice, architecture, launch, named, weight_slices
+from fused_dpo.gpu.configs import HOT_SPLITS, SPLIT_COLUMNS, TileConfig
+from fused_dpo.gpu.exponentials import Exponentials
+from fused_dpo.gpu.launch import OF_BATCH, Product, Tiles, WeightSlice, launch, named, weight_slices
 from fused_dpo.gpu.merge import Results, empty_results, merge_splits
 from fused_dpo.gpu.tile import exp, grouped_block, grouped_other, logits_tile
-from fused_dpo.head import LMHead
+from fused_dpo.head import HeadInputs
 from fused_dpo.linalg.sizes import ceil_div
-from fused_dpo.stats import TokenStats
+from fused_dpo.stats import SoftmaxState, TokenStats
 
 
 @triton.jit(do_not_specialize=OF_BATCH, repr=named("_logps_forward_kernel", SCREEN=("screen", "")))
@@ -42,13 +41,13 @@ def _logps_forward_kernel(
     first_split,
     group,
     stride_ev,
-    kept_rows,
+    saved_rows,
     R,
     SPLIT_COLUMNS: tl.constexpr,
     OPTIONS: tl.constexpr,
     WANT_STATS: tl.constexpr,
     SCREEN: tl.constexpr,
-    KEEP: tl.constexpr,
+    SAVE: tl.constexpr,
     FLATTENED: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -67,7 +66,7 @@ def _logps_forward_kernel(
     column's largest and mean in the block (see `fused_dpo.filtering`), `tail`, like `total`, the sum of what is at most
     `filter_eps` in its own row.
 
-    KEEP leaves the exponentials of whole row blocks, `kept_rows` in all, for the backward, see
+    SAVE leaves the exponentials of whole row blocks, `saved_rows` in all, for the backward, see
     `fused_dpo.gpu.exponentials`.
 
     Roofline: 2·R·D·V FLOP; bytes from memory are the weight once a group of row blocks (V·D) and the hidden states once
@@ -117,14 +116,14 @@ def _logps_forward_kernel(
         weights = exp(z - shift[:, None])
         rescale = exp(peak - shift)
         total = total * rescale + tl.sum(weights, axis=1)
-        if KEEP:
+        if SAVE:
             # The same for all rows of the block, so that stores stay wide; triton 3.9's interpreter takes no scalars.
-            mask_kept = tl.zeros([BLOCK_T], dtype=tl.int32) + pid_t * BLOCK_T < kept_rows
-            mask = (offs_v < V)[None, :] & mask_kept[:, None]
-            kept = exponentials_ptr + offs_v.to(tl.int64)[None, :] * stride_ev + offs_t[:, None]
-            tl.store(kept, weights.to(exponentials_ptr.dtype.element_ty), mask=mask)
-            of_tile = shift_ptr + start_v // BLOCK_V * kept_rows + offs_t
-            tl.store(of_tile, shift, mask=mask_kept)
+            mask_saved = tl.zeros([BLOCK_T], dtype=tl.int32) + pid_t * BLOCK_T < saved_rows
+            mask = (offs_v < V)[None, :] & mask_saved[:, None]
+            saved = exponentials_ptr + offs_v.to(tl.int64)[None, :] * stride_ev + offs_t[:, None]
+            tl.store(saved, weights.to(exponentials_ptr.dtype.element_ty), mask=mask)
+            of_tile = shift_ptr + start_v // BLOCK_V * saved_rows + offs_t
+            tl.store(of_tile, shift, mask=mask_saved)
         if WANT_STATS:
             finite = tl.where(z == float("-inf"), 0.0, z)
             weighted = weighted * rescale + tl.sum(weights * finite, axis=1)
@@ -158,16 +157,14 @@ class Partials:
 
     def __init__(
         self,
-        hidden: Tensor,
-        target: Tensor,
-        rows: Tensor,
-        head: LMHead,
+        inputs: HeadInputs,
         results: Results,
         filter_eps: float,
         config: TileConfig,
         split_columns: int,
         exponentials: Exponentials | None = None,
     ) -> None:
+        hidden, target, rows, head, _ = inputs
         self.splits = ceil_div(head.weight.shape[0], split_columns)
         self._rows, self._weight, self._results = rows, head.weight, results
         self._row_bytes = hidden.shape[1] * hidden.element_size()
@@ -189,10 +186,10 @@ class Partials:
             "R": R,
             "WANT_STATS": with_stats,
         }
-        self._keeping: dict[str, Any] = {"KEEP": exponentials is not None}
-        self._keeping |= {"exponentials_ptr": self._peak, "shift_ptr": self._peak, "kept_rows": 0, "stride_ev": 0}
+        self._saving: dict[str, Any] = {"SAVE": exponentials is not None}
+        self._saving |= {"exponentials_ptr": self._peak, "shift_ptr": self._peak, "saved_rows": 0, "stride_ev": 0}
         if exponentials is not None:
-            self._keeping |= exponentials.arguments(hidden.dtype)
+            self._saving |= exponentials.arguments(hidden.dtype)
         lora_h = None if head.lora is None else through_adapter(hidden, rows, head.lora)
         self._tiles = Tiles(hidden, rows, head, lora_h, config)
         self._bound: tuple[Tensor, int] | None = None
@@ -202,18 +199,18 @@ class Partials:
         log_sum_exp = (self._peak[:hot_splits] + self._total[:hot_splits].log()).logsumexp(0)
         self._bound = log_sum_exp, hot_splits
 
-    def forward(self, first_split: int, splits: int, operand: WeightSlice | Product | None = None) -> None:
-        """Run some splits of the vocabulary, for `operand` see `Tiles.arguments`; screen them if bounded."""
+    def forward(self, first_split: int, splits: int, source: WeightSlice | Product | None = None) -> None:
+        """Run some splits of the vocabulary, for `source` see `Tiles.arguments`; screen them if bounded."""
         weight, R, config = self._weight, self._rows.numel(), self._config
         screening: dict[str, Any] = {"screen_ptr": self._peak, "bound_ptr": self._peak, "hot_splits": 0}
         if self._bound is not None:
             bound, hot_splits = self._bound
             screening = {"screen_ptr": self._results.screen, "bound_ptr": bound, "hot_splits": hot_splits}
         arguments: dict[str, Any] = {
-            **self._tiles.arguments(operand),
+            **self._tiles.arguments(source),
             **self._arguments,
             **screening,
-            **self._keeping,
+            **self._saving,
             **config.constants,
             "FLATTENED": config.flattened,
             "SCREEN": self._bound is not None,
@@ -229,37 +226,28 @@ class Partials:
         merge_splits(self._results, self._rows.numel(), self._weight.shape[0], self.splits, self._arguments)
 
 
-Scan = Callable[[Tensor, Tensor, Tensor, LMHead, Results, float, int], None]
-"""Fills the results of scored rows (one at least): hidden states, target, rows, head, results, threshold, workspace."""
+Scan = Callable[[HeadInputs, Results, float], None]
+"""Fills the results of scored rows, of one at least, with what is above a threshold in a screen."""
 
 
 def fused_scan(
-    hidden: Tensor,
-    target: Tensor,
-    rows: Tensor,
-    head: LMHead,
+    inputs: HeadInputs,
     results: Results,
     filter_eps: float,
-    workspace_mib: int,
-    config: TileConfig | None = None,
+    *,
+    config: TileConfig,
     exponentials: Exponentials | None = None,
 ) -> None:
-    """All rows at once, by kernels that multiply; the logits never leave the registers."""
-    want_stats, screening = results.stats is not None, results.screen is not None
-    if exponentials is not None:
-        config = forward_config(hidden, head)
-    if screening:  # never tuned: the rows of a tile are the blocks of the screen
-        epilogue = epilogue_of(head, want_stats=want_stats, screen=True)
-        config = tile_config(architecture(hidden.device), hidden.dtype, epilogue)
-    config = config or choose_config(architecture(hidden.device), hidden, head, want_stats=want_stats)
-    partials = Partials(hidden, target, rows, head, results, filter_eps, config, SPLIT_COLUMNS, exponentials)
+    """Fill the results of all rows at once, by kernels that multiply; the logits never leave the registers."""
+    hidden, _, _, head, workspace_mib = inputs
+    partials = Partials(inputs, results, filter_eps, config, SPLIT_COLUMNS, exponentials)
     V, D = head.weight.shape
     rows_at_once = V  # of the weight, in whole splits
     if head.weight.dtype != hidden.dtype:
         fits = workspace_mib * 2**20 // (SPLIT_COLUMNS * D * hidden.element_size())
         rows_at_once = max(fits, HOT_SPLITS) * SPLIT_COLUMNS
     for part in weight_slices(head.weight, hidden.dtype, rows_at_once):
-        if screening and part.first == 0:
+        if results.screen is not None and part.first == 0:
             hot = min(HOT_SPLITS, partials.splits)
             partials.forward(0, hot, part)
             partials.bound(hot)
@@ -268,21 +256,14 @@ def fused_scan(
 
 
 def triton_forward(
-    hidden: Tensor,
-    target: Tensor,
-    rows: Tensor,
-    head: LMHead,
-    workspace_mib: int,
-    *,
-    want_stats: bool,
-    scan: Scan = fused_scan,
-) -> tuple[Tensor, Tensor, TokenStats | None]:
-    """Log-prob and softmax state of every row, and the stats if wanted: `streaming_forward` on CUDA.
+    inputs: HeadInputs, scan: Scan, *, want_stats: bool
+) -> tuple[Tensor, SoftmaxState, TokenStats | None]:
+    """Compute log-prob and softmax state of every row, and the stats if wanted: `streaming_forward` on CUDA.
 
     Memory: log-prob and state, 16 bytes a row, and what the scan takes: 8 bytes (16 with stats) a scored row and split
     of SPLIT_COLUMNS columns; `workspace_mib` where the weight has another dtype. No synchronisation with the host.
     """
-    results = empty_results(hidden, want_stats=want_stats)
-    if rows.numel():
-        scan(hidden, target, rows, head, results, 0.0, workspace_mib)
+    results = empty_results(inputs.hidden, want_stats=want_stats)
+    if inputs.rows.numel():
+        scan(inputs, results, 0.0)
     return results.logps, results.state, results.token_stats

@@ -16,7 +16,7 @@ from fused_dpo.head import LMHead
 OF_BATCH = (
     *("row_index_ptr", "target_ptr", "index_ptr", "picked_ptr", "logps_ptr", "state_ptr", "stats_ptr", "upstream_ptr"),
     *("peak_ptr", "total_ptr", "weighted_ptr", "sum_ptr", "tail_ptr", "bound_ptr", "residual_ptr", "smallest_ptr"),
-    *("T", "R", "M", "blocks", "first_split", "kept_rows"),
+    *("T", "R", "M", "blocks", "first_split", "saved_rows"),
 )
 """Parameters of kernels that hang on the batch, and for whose values nothing is compiled.
 
@@ -202,8 +202,10 @@ class Tiles:
             GIVEN=False,
         )
 
-    def arguments(self, operand: WeightSlice | Product | None = None) -> dict[str, Any]:
-        """By name: of tiles that multiply with the weight or a slice that holds their columns, or read a product.
+    def arguments(self, source: WeightSlice | Product | None = None) -> dict[str, Any]:
+        """Give the arguments of a kernel by name.
+
+        Its tiles multiply with the weight, or with a slice of it that has their columns, or they read a product.
 
         Where the configuration asks for tensor descriptors, they take the places of hidden states and weight: they name
         contiguous rows of one dtype that begin at multiples of 16 bytes, so scored rows are gathered first; other
@@ -212,12 +214,12 @@ class Tiles:
         hidden: Any = self._hidden
         weight: Any = self._weight.values
         inputs, options, config = self._inputs, self._options, self._config
-        if isinstance(operand, Product):
-            stride_pt, stride_pv = operand.values.stride()
-            inputs = inputs._replace(product=operand.values, stride_pt=stride_pt, stride_pv=stride_pv)
-            inputs, options = inputs._replace(product_first=operand.first), options._replace(GIVEN=True)
+        if isinstance(source, Product):
+            stride_pt, stride_pv = source.values.stride()
+            inputs = inputs._replace(product=source.values, stride_pt=stride_pt, stride_pv=stride_pv)
+            inputs, options = inputs._replace(product_first=source.first), options._replace(GIVEN=True)
         else:
-            weight, first = operand or self._weight
+            weight, first = source or self._weight
             inputs = inputs._replace(stride_wv=weight.stride(0), stride_wd=weight.stride(1), weight_first=first)
             if config is not None and describable(self._scored, weight):
                 hidden = TensorDescriptor.from_tensor(self._scored, [config.block_t, config.block_d])

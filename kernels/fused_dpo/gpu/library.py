@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from fused_dpo.gpu.backward import DLogits
+from fused_dpo.gpu.backward import DLogits, ScoredRows
 from fused_dpo.gpu.configs import library_config
 from fused_dpo.gpu.forward import Partials
 from fused_dpo.gpu.launch import Product, WeightSlice, architecture, padded, weight_slices
 from fused_dpo.gpu.merge import Results
-from fused_dpo.head import LMHead
+from fused_dpo.head import HeadInputs, LMHead
 from fused_dpo.linalg.matmul import matmul_fp32
 from fused_dpo.linalg.sizes import ceil_div
 
@@ -34,15 +34,7 @@ def products(h: Tensor, weight: WeightSlice, values: Tensor) -> Iterator[Product
         yield Product(part, weight.first + start)
 
 
-def library_scan(
-    hidden: Tensor,
-    target: Tensor,
-    rows: Tensor,
-    head: LMHead,
-    results: Results,
-    filter_eps: float,
-    workspace_mib: int,
-) -> None:
+def library_scan(inputs: HeadInputs, results: Results, filter_eps: float) -> None:
     """`fused_dpo.gpu.forward.Scan` by given products; the first slice bounds the log-sum-exp for a screen.
 
     A slice of the weight is converted, and read from memory, once for as many chunks as fit into the workspace.
@@ -51,6 +43,7 @@ def library_scan(
         for 8 bytes (16 with stats, and 4 more with a screen) a row and split, and for copies of hidden states where
         not all rows are scored.
     """
+    hidden, _, rows, head, workspace_mib = inputs
     config = library_config(architecture(hidden.device), hidden.dtype)
     (V, D), R, tile, split = head.weight.shape, rows.numel(), config.tile, config.split_columns
     width, all_scored = min(config.slice_columns, V), hidden.shape[0] == R
@@ -65,7 +58,7 @@ def library_scan(
             of_chunk = results
             if results.screen is not None:
                 of_chunk = results._replace(screen=results.screen[first // tile.block_t :])
-            partials = Partials(hidden, target, rows[here], head, of_chunk, filter_eps, tile, split)
+            partials = Partials(inputs._replace(rows=rows[here]), of_chunk, filter_eps, tile, split)
             chunks.append((partials, padded(hidden[here] if all_scored else hidden[rows[here]], config.chunk_rows)))
         for weight in weight_slices(head.weight, hidden.dtype, width):
             for partials, h in chunks:
@@ -83,20 +76,15 @@ def _scan_product(partials: Partials, product: Product, split: int, *, screening
     partials.forward(first_split, splits, product)
 
 
-def library_dlogits(
-    hidden: Tensor, target: Tensor, state: Tensor, upstream: Tensor, head: LMHead, lora_h: Tensor | None
-) -> Callable[[Tensor, WeightSlice], None]:
+def library_dlogits(scored_rows: ScoredRows, head: LMHead) -> Callable[[Tensor, WeightSlice], None]:
     """`fused_dpo.gpu.backward.FormDLogits` by given products.
 
     Memory: 4 bytes for each entry of a product, and the last chunk's hidden states.
     """
+    hidden = scored_rows.hidden
     config = library_config(architecture(hidden.device), hidden.dtype)
     chunks = [slice(first, first + config.chunk_rows) for first in range(0, hidden.shape[0], config.chunk_rows)]
-    inner = [None if lora_h is None else lora_h[c] for c in chunks]
-    launches = [
-        DLogits(hidden[c], target[c], state[:, c], upstream[c], head, of_chunk, config.dz_tile)
-        for c, of_chunk in zip(chunks, inner, strict=True)
-    ]
+    launches = [DLogits(scored_rows.part(chunk), head, config=config.dz_tile) for chunk in chunks]
     operands = [padded(hidden[c], config.chunk_rows) for c in chunks]
     width = min(config.slice_columns, head.weight.shape[0])
     values = torch.empty(config.chunk_rows, width, dtype=torch.float32, device=hidden.device)

@@ -8,9 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_dpo.gpu.launch import OF_BATCH, launch
-from fused_dpo.gpu.tile import exp, surprise_of
+from fused_dpo.gpu.tile import exp, one_minus_p_of
 from fused_dpo.linalg.sizes import ceil_div
-from fused_dpo.stats import TokenStats
+from fused_dpo.stats import SoftmaxState, TokenStats
 
 MERGE_ROWS = 32
 """Rows a program of the merge takes."""
@@ -76,7 +76,7 @@ def _merge_splits_kernel(
     tl.store(logps_ptr + rows, logp, mask=mask_t)
     tl.store(state_ptr + rows, shift, mask=mask_t)
     tl.store(state_ptr + T + rows, total, mask=mask_t)
-    tl.store(state_ptr + 2 * T + rows, surprise_of(logp), mask=mask_t)
+    tl.store(state_ptr + 2 * T + rows, one_minus_p_of(logp), mask=mask_t)
     if SCREEN:
         tl.store(state_ptr + 3 * T + rows, tail / total, mask=mask_t)
     if WANT_STATS:
@@ -90,8 +90,8 @@ class Results(NamedTuple):
 
     logps: Tensor
     """[T]"""
-    state: Tensor
-    """[3, T], see `streaming_forward`; with a screen [5, T], see `filtered_forward`."""
+    state: SoftmaxState
+    """[3, T], with a screen [5, T]."""
     stats: Tensor | None
     """[3, T], see `TokenStats`."""
     screen: Tensor | None
@@ -99,7 +99,7 @@ class Results(NamedTuple):
 
     @property
     def token_stats(self) -> TokenStats | None:
-        """By name."""
+        """The stats by their names, if there are any."""
         return None if self.stats is None else TokenStats(*self.stats.unbind(0))
 
 
@@ -109,7 +109,7 @@ def empty_results(hidden: Tensor, *, want_stats: bool, screen_shape: tuple[int, 
     logps = torch.zeros(T, dtype=torch.float32, device=hidden.device)
     return Results(
         logps,
-        logps.new_zeros(3 if screen_shape is None else 5, T),
+        SoftmaxState(logps.new_zeros(3 if screen_shape is None else 5, T)),
         logps.new_zeros(3, T) if want_stats else None,
         None if screen_shape is None else logps.new_zeros(screen_shape, dtype=torch.uint8),
     )
@@ -127,6 +127,6 @@ def merge_splits(results: Results, R: int, V: int, splits: int, partials: dict[s
     """
     logps, state, stats, screen = results
     arguments: dict[str, Any] = {"splits": splits, "T": logps.shape[0], "V": V}
-    arguments |= {"logps_ptr": logps, "state_ptr": state, "stats_ptr": state if stats is None else stats}
+    arguments |= {"logps_ptr": logps, "state_ptr": state.values, "stats_ptr": logps if stats is None else stats}
     arguments |= {"SCREEN": screen is not None, "BLOCK_T": MERGE_ROWS, "BLOCK_S": MERGE_SPLITS}
     launch(_merge_splits_kernel, (ceil_div(R, MERGE_ROWS),), logps, **partials, **arguments)

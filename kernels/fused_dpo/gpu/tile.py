@@ -47,7 +47,7 @@ def grouped_other(blocks, group):
 
 
 @triton.jit
-def surprise_of(logp):
+def one_minus_p_of(logp):
     """`1 - exp(logp)`, by its series where the difference would lose its digits."""
     series = -logp * (1.0 + logp / 2.0 * (1.0 + logp / 3.0 * (1.0 + logp / 4.0 * (1.0 + logp / 5.0))))
     return tl.where(logp > -0.1, series, 1.0 - exp(logp))

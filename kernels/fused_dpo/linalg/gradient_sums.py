@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fused_dpo.head import HeadGrads
+from fused_dpo.head import HeadGrads, Needs
 from fused_dpo.linalg.matmul import add_matmul_fp32, matmul_precision
 from fused_dpo.linalg.operands import Operands
 
@@ -20,9 +20,9 @@ class GradientSums:
 
     Attributes:
         hidden_columns, weight_columns: which of the operands' K columns the two sums have.
-        hidden: sums [scored rows, columns].
-        weight: sums [slice, columns] of the slice begun last.
-        bias: sums [slice], None if not asked for.
+        dhidden_sum: [scored rows, columns].
+        dweight_sum: [slice, columns], of the slice begun last.
+        dbias_sum: [slice], of the slice begun last; None if not asked for.
         dweight, dbias, dlora_b: the results, None if not asked for; every row is written once, by its slice.
     """
 
@@ -30,7 +30,7 @@ class GradientSums:
         self,
         operands: Operands,
         slice_width: int,
-        needs: tuple[bool, bool, bool, bool, bool],
+        needs: Needs,
         *,
         empty: bool,
         dweight: Tensor | None = None,
@@ -40,28 +40,28 @@ class GradientSums:
         The weight's gradient is written to `dweight`, if there is memory for it already.
         """
         self.operands = operands
-        self.need_hidden, need_weight, need_bias, self.need_a, need_b = needs
+        self.needs = needs
         head, D, rank = operands.head, operands.D, operands.rank
-        self.hidden_columns = slice(0 if self.need_hidden else D, D + rank if self.need_hidden or self.need_a else D)
-        self.weight_columns = slice(0 if need_weight else D, D + rank if need_b else D)
-        self.hidden = self._zeros(operands.rows.numel(), self.hidden_columns.stop - self.hidden_columns.start)
+        self.hidden_columns = slice(0 if needs.hidden else D, D + rank if needs.hidden or needs.lora_a else D)
+        self.weight_columns = slice(0 if needs.weight else D, D + rank if needs.lora_b else D)
+        self.dhidden_sum = self._zeros(operands.rows.numel(), self.hidden_columns.stop - self.hidden_columns.start)
         # Where the gradient is as wide and as precise as its sums, they are the gradient.
         self._in_place = self.weight_columns == slice(0, D) and head.weight.dtype == operands.acc_dtype
         self._weight = self._zeros(
             0 if self._in_place else slice_width, self.weight_columns.stop - self.weight_columns.start
         )
-        self._bias = self._zeros(slice_width) if head.bias is not None and need_bias else None
-        self.weight, self.bias = self._weight, self._bias
+        self._bias = self._zeros(slice_width) if head.bias is not None and needs.bias else None
+        self.dweight_sum, self.dbias_sum = self._weight, self._bias
         allocate = torch.zeros_like if empty else torch.empty_like
         contiguous = torch.contiguous_format
         self.dweight = dweight
-        if dweight is None and need_weight:
+        if dweight is None and needs.weight:
             self.dweight = allocate(head.weight, memory_format=contiguous)
         self.dbias = None
-        if head.bias is not None and need_bias:
+        if head.bias is not None and needs.bias:
             self.dbias = allocate(head.bias, memory_format=contiguous)
         self.dlora_b = None
-        if head.lora is not None and need_b:
+        if head.lora is not None and needs.lora_b:
             self.dlora_b = allocate(head.lora[1], memory_format=contiguous)
 
     def _zeros(self, *shape: int) -> Tensor:
@@ -70,23 +70,23 @@ class GradientSums:
     def begin_slice(self, start: int, stop: int) -> None:
         """Start the sums of vocabulary rows `start:stop`."""
         gradient = self.dweight if self._in_place else None
-        self.weight = (self._weight[: stop - start] if gradient is None else gradient[start:stop]).zero_()
-        self.bias = None if self._bias is None else self._bias[: stop - start].zero_()
+        self.dweight_sum = (self._weight[: stop - start] if gradient is None else gradient[start:stop]).zero_()
+        self.dbias_sum = None if self._bias is None else self._bias[: stop - start].zero_()
 
     def end_slice(self, start: int, stop: int) -> None:
         """Write the sums of vocabulary rows `start:stop` out."""
         D, rank = self.operands.D, self.operands.rank
         if self.dweight is not None and not self._in_place:
-            self.dweight[start:stop] = self.weight[:, :D]
+            self.dweight[start:stop] = self.dweight_sum[:, :D]
         if self.dlora_b is not None:
-            self.dlora_b[start:stop] = self.weight[:, -rank:]
-        if self.dbias is not None and self.bias is not None:
-            self.dbias[start:stop] = self.bias
+            self.dlora_b[start:stop] = self.dweight_sum[:, -rank:]
+        if self.dbias is not None and self.dbias_sum is not None:
+            self.dbias[start:stop] = self.dbias_sum
 
     def add_hidden(self, out: Tensor, dz: Tensor, weight: Tensor, start: int, stop: int) -> None:
         """`out += dz @ [weight | b[start:stop]]`, those columns of it that `hidden` has; `dz` in the compute dtype."""
         D, rank, head = self.operands.D, self.operands.rank, self.operands.head
-        if self.need_hidden:
+        if self.needs.hidden:
             add_matmul_fp32(out[:, :D], dz, weight)
         if head.lora is not None and out.shape[1]:
             add_matmul_fp32(out[:, -rank:], dz, head.lora[1][start:stop])
@@ -95,20 +95,20 @@ class GradientSums:
         """Bring the hidden states' sums through the adapter, and round."""
         operands, hidden, rows = self.operands, self.operands.hidden, self.operands.rows
         head, D, rank = operands.head, operands.D, operands.rank
-        through_b = self.hidden[:, self.hidden.shape[1] - rank :] if rank else None
-        dlora_a = self._zeros(rank, D) if head.lora is not None and self.need_a else None
-        dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if self.need_hidden else None
+        through_b = self.dhidden_sum[:, self.dhidden_sum.shape[1] - rank :] if rank else None
+        dlora_a = self._zeros(rank, D) if head.lora is not None and self.needs.lora_a else None
+        dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if self.needs.hidden else None
         at_once = ROWS_AT_ONCE_ON_CUDA if hidden.is_cuda else ROWS_AT_ONCE
         for start in range(0, rows.numel(), at_once):
             block = rows[start : start + at_once]
-            grad = self.hidden[start : start + at_once, :D]
-            if through_b is not None and head.lora is not None and (self.need_hidden or self.need_a):
+            grad = self.dhidden_sum[start : start + at_once, :D]
+            if through_b is not None and head.lora is not None and (self.needs.hidden or self.needs.lora_a):
                 a, _, scale = head.lora
                 dthrough_a = scale * through_b[start : start + at_once]
                 with matmul_precision(operands.acc_dtype):
                     if dlora_a is not None:
                         dlora_a.addmm_(dthrough_a.T, hidden[block].to(operands.acc_dtype))
-                    if self.need_hidden:
+                    if self.needs.hidden:
                         grad.addmm_(dthrough_a, a.to(operands.dtype).to(operands.acc_dtype))
             if dhidden is not None:
                 dhidden[block] = grad.to(hidden.dtype)

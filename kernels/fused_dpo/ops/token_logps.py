@@ -1,23 +1,98 @@
-"""The two operations as `torch.library` ops: opaque to `torch.compile`, with shapes it can trace and their gradients.
+"""Per-token log-probs as an operator of `torch.library`: opaque to `torch.compile`, with its shapes and gradients.
 
-A fast implementation is chosen by name inside the op, so that autograd, fake tensors and errors are written once.
+The implementation is chosen by name inside the operator, so that autograd, fake tensors and errors are written once.
 """
 
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
 
-from fused_dpo.head import LMHead, LowRankAdapter
+from fused_dpo.filtering import Filtering
+from fused_dpo.head import HeadInputs, LMHead, LowRankAdapter, Needs
 from fused_dpo.linalg.matmul import accumulation_dtype
-from fused_dpo.ops.dispatch import Filtering, exact, filtered, head_of_parts, scored_rows, shape_of_screen
-from fused_dpo.stats import FilterStats, TokenStats
+from fused_dpo.ops.dispatch import (
+    run_exact_backward,
+    run_exact_forward,
+    run_filtered_backward,
+    run_filtered_forward,
+    shape_of_screen,
+)
+from fused_dpo.stats import FilterStats, SoftmaxState, TokenStats
+
+if TYPE_CHECKING:
+    from fused_dpo.gpu.exponentials import Exponentials
 
 _NO_DOUBLE_BACKWARD = (
     "fused_dpo computes first derivatives only, so its backward cannot be differentiated (create_graph=True, "
     "torch.autograd.functional.hessian, gradient penalties); use options=KernelOptions(impl='reference') for those."
 )
+
+
+class Arguments(NamedTuple):
+    """What the operator takes, as operators can take it: tensors first, those with gradients before the others."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    lora_a: Tensor | None
+    lora_b: Tensor | None
+    target: Tensor
+    cu_seqlens: Tensor
+    row_index: Tensor | None
+    lora_scale: float
+    logit_scale: float
+    softcap: float
+    """0 for none."""
+    temperature: float
+    impl: str
+    workspace_mib: int
+    filter_eps: float
+    tail_guard: float
+    want_stats: bool
+    exponentials_kernel: bool
+    """Run the forward that can save exponentials, whether or not it does: another may round otherwise."""
+    save: bool
+    """Save them, as there will be a backward."""
+
+    @property
+    def head(self) -> LMHead:
+        """The head, put together again."""
+        lora = None
+        if self.lora_a is not None and self.lora_b is not None:
+            lora = LowRankAdapter(self.lora_a, self.lora_b, self.lora_scale)
+        return LMHead(self.weight, self.bias, self.logit_scale, self.softcap or None, self.temperature, lora)
+
+    @property
+    def inputs(self) -> HeadInputs:
+        """What an implementation takes; finding the scored rows waits for the device, unless they are given."""
+        rows = (self.target >= 0).nonzero().squeeze(1) if self.row_index is None else self.row_index.contiguous()
+        return HeadInputs(self.hidden, self.target, rows, self.head, self.workspace_mib)
+
+    @property
+    def filtering(self) -> Filtering:
+        """What the gradients may leave out."""
+        return Filtering(self.filter_eps, self.tail_guard)
+
+    @property
+    def screen_shape(self) -> tuple[int, int, int]:
+        """Of the screen, as if all rows that may be scored were."""
+        if not self.filter_eps:
+            return 0, 0, 0
+        may_be_scored = self.target if self.row_index is None else self.row_index
+        inputs = HeadInputs(self.hidden, self.target, may_be_scored, self.head, self.workspace_mib)
+        return shape_of_screen(self.impl, inputs, may_be_scored.shape[0], self.cu_seqlens)
+
+    @property
+    def differentiable(self) -> tuple[Tensor | None, ...]:
+        """The arguments that `Needs` is about."""
+        return self[: len(Needs._fields)]
+
+
+_TENSORS = Arguments._fields.index("lora_scale")
+"""Arguments that are tensors; what follows is settings."""
+_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int: "SymInt", str: "str", bool: "bool"}
+_PARAMETERS = ", ".join(f"{_TYPES[kind]} {name}" for name, kind in get_type_hints(Arguments).items())
 
 
 def token_logps(
@@ -31,205 +106,180 @@ def token_logps(
     filtering: Filtering,
     *,
     want_stats: bool,
-    keep_exponentials: bool = False,
+    reuse_exponentials: bool = False,
 ) -> tuple[Tensor, TokenStats | None, FilterStats]:
     """Differentiable per-token log-probs of canonical inputs (see `fused_dpo.validation.Scoring`)."""
     lora = LowRankAdapter(*head.lora) if head.lora is not None else None
-    # Which kernel runs must not hang on whether there will be a backward: another may round otherwise.
-    keep = keep_exponentials and impl == "triton" and not (filtering.eps or want_stats or head.softcap)
-    hold = keep and torch.is_grad_enabled() and head.weight.requires_grad and not torch.compiler.is_compiling()
-    logps, state, _, stats, *_ = _token_logps_op(
-        hidden,
-        head.weight,
-        head.bias,
-        lora.a if lora else None,
-        lora.b if lora else None,
-        target,
-        cu_seqlens,
-        row_index,
-        lora.scale if lora else 0.0,
-        head.logit_scale,
-        head.softcap or 0.0,
-        head.temperature,
-        impl,
-        workspace_mib,
-        *filtering,
-        want_stats,
-        keep,
-        hold,
+    exponentials_kernel = reuse_exponentials and impl == "triton" and not (filtering.eps or want_stats or head.softcap)
+    will_be_differentiated = torch.is_grad_enabled() and head.weight.requires_grad
+    arguments = Arguments(
+        hidden=hidden,
+        weight=head.weight,
+        bias=head.bias,
+        lora_a=lora.a if lora else None,
+        lora_b=lora.b if lora else None,
+        target=target,
+        cu_seqlens=cu_seqlens,
+        row_index=row_index,
+        lora_scale=lora.scale if lora else 0.0,
+        logit_scale=head.logit_scale,
+        softcap=head.softcap or 0.0,
+        temperature=head.temperature,
+        impl=impl,
+        workspace_mib=workspace_mib,
+        filter_eps=filtering.eps,
+        tail_guard=filtering.tail_guard,
+        want_stats=want_stats,
+        exponentials_kernel=exponentials_kernel,
+        save=exponentials_kernel and will_be_differentiated and not torch.compiler.is_compiling(),
     )
-    filter_stats = FilterStats(state[3], state[4]) if filtering.eps else nothing_filtered(target, logps.dtype)
+    logps, values, _, stats, *_ = _token_logps_op(*arguments)
+    state = SoftmaxState(values)
+    if filtering.eps:
+        filter_stats = FilterStats(state.tail, state.kept_fraction)
+    else:
+        filter_stats = nothing_filtered(target, logps.dtype)
     return logps, TokenStats(*stats.unbind(0)) if want_stats else None, filter_stats
 
 
 def nothing_filtered(target: Tensor, dtype: torch.dtype) -> FilterStats:
-    """The stats of an exact path."""
+    """Give the stats of an exact path."""
     kept = (target >= 0).to(dtype)
     return FilterStats(torch.zeros_like(kept), kept)
 
 
-@torch.library.custom_op("fused_dpo::token_logps", mutates_args=())
-def _token_logps_op(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    target: Tensor,
-    cu_seqlens: Tensor,
-    row_index: Tensor | None,
-    lora_scale: float,
-    logit_scale: float,
-    softcap: float,
-    temperature: float,
-    impl: str,
-    workspace_mib: int,
-    filter_eps: float,
-    tail_guard: float,
-    want_stats: bool,
-    keep: bool,
-    hold: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Log-prob [T], state of the softmax [3 or 5, T], the screen [blocks, 2, V], the stats stacked [3, T], and both
-    parts of `Exponentials`.
+def _forward(*flat: Any) -> tuple[Tensor, ...]:
+    """Compute what the operator returns.
 
-    The screen and the stats are empty where they are not wanted, and the state is 5 rows where there is a screen. With
-    `keep` it is the forward that can keep exponentials, and with `hold` it does; else they are empty.
+    Log-probs [T], the values of the `SoftmaxState`, the screen [blocks, 2, V], the stats stacked [3, T], and both parts
+    of `Exponentials`. What is not wanted, or not saved, is empty.
     """
-    head = head_of_parts(weight, bias, lora_a, lora_b, lora_scale, logit_scale, softcap, temperature)
-    rows = scored_rows(target, row_index)
-    gradient, shifts = weight.new_empty(0), hidden.new_empty(0, dtype=torch.float32)
+    arguments = Arguments(*flat)
+    inputs, hidden = arguments.inputs, arguments.hidden
+    gradient, shifts = arguments.weight.new_empty(0), hidden.new_empty(0, dtype=torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):  # the dtypes here are chosen, not defaults to improve on
-        if filter_eps:
-            forward, _ = filtered(impl)
-            filtering: dict[str, Any] = {"cu_seqlens": cu_seqlens, "filter_eps": filter_eps, "tail_guard": tail_guard}
-            filtering["screen_shape"] = shape_of_screen(hidden, head, row_index, cu_seqlens, impl, workspace_mib)
-            logps, state, stats, screen = forward(
-                hidden, target, rows, head, workspace_mib, **filtering, want_stats=want_stats
+        if arguments.filter_eps:
+            logps, state, stats, screen = run_filtered_forward(
+                arguments.impl,
+                inputs,
+                arguments.filtering,
+                arguments.cu_seqlens,
+                arguments.screen_shape,
+                want_stats=arguments.want_stats,
             )
         else:
-            forward, _ = exact(impl)
-            if keep:
+            exponentials = None
+            if arguments.exponentials_kernel:
                 from fused_dpo.gpu.exponentials import Exponentials
-                from fused_dpo.gpu.forward import fused_scan
 
-                exponentials = Exponentials.empty(hidden, rows, head, hold=hold)
-                forward = partial(forward, scan=partial(fused_scan, exponentials=exponentials))
+                exponentials = Exponentials.empty(inputs, save=arguments.save)
                 if exponentials.rows:
                     gradient, shifts = exponentials
-            logps, state, stats = forward(hidden, target, rows, head, workspace_mib, want_stats=want_stats)
+            logps, state, stats = run_exact_forward(
+                arguments.impl, inputs, want_stats=arguments.want_stats, exponentials=exponentials
+            )
             screen = torch.empty(0, 0, 0, dtype=torch.uint8, device=hidden.device)
     stacked = torch.stack(stats) if stats is not None else logps.new_empty(0)
-    return logps, state, screen, stacked, gradient, shifts
+    return logps, state.values, screen, stacked, gradient, shifts
 
 
-@_token_logps_op.register_fake
-def _(
-    hidden, weight, bias, lora_a, lora_b, target, cu_seqlens, row_index,
-    lora_scale, logit_scale, softcap, temperature, impl, workspace_mib, filter_eps, tail_guard, want_stats, keep, hold,
-):  # fmt: skip
-    del keep, hold  # of tensors without data nothing is kept
-    per_row = hidden.new_empty(target.shape, dtype=accumulation_dtype(hidden.dtype))
-    stats = per_row.new_empty((3, *target.shape) if want_stats else (0,))
-    state = per_row.new_empty((5 if filter_eps else 3, *target.shape))
-    screen = 0, 0, 0
-    if filter_eps:
-        head = head_of_parts(weight, bias, lora_a, lora_b, lora_scale, logit_scale, softcap, temperature)
-        screen = shape_of_screen(hidden, head, row_index, cu_seqlens, impl, workspace_mib)
-    kept = weight.new_empty(0), hidden.new_empty(0, dtype=torch.float32)
-    return per_row, state, hidden.new_empty(screen, dtype=torch.uint8), stats, *kept
-
-
-@torch.library.custom_op("fused_dpo::token_logps_backward", mutates_args=())
-def _token_logps_backward_op(
-    dlogps: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    target: Tensor,
-    cu_seqlens: Tensor,
-    row_index: Tensor | None,
-    state: Tensor,
-    screen: Tensor,
-    lora_scale: float,
-    logit_scale: float,
-    softcap: float,
-    temperature: float,
-    impl: str,
-    workspace_mib: int,
-    filter_eps: float,
-    needs: list[bool],
-) -> list[Tensor]:
-    """The gradients that `needs` (hidden, weight, bias, lora a, lora b) asks for, in that order."""
-    return _gradients(
-        dlogps, hidden, weight, bias, lora_a, lora_b, target, cu_seqlens, row_index, state, screen,
-        lora_scale, logit_scale, softcap, temperature, impl, workspace_mib, filter_eps, needs,
-    )  # fmt: skip
+def _fake_forward(*flat: Any) -> tuple[Tensor, ...]:
+    """Give empty results of the right shapes; of tensors without data no exponentials are saved."""
+    arguments = Arguments(*flat)
+    hidden, T = arguments.hidden, arguments.target.shape[0]
+    per_row = hidden.new_empty(T, dtype=accumulation_dtype(hidden.dtype))
+    state = per_row.new_empty(5 if arguments.filter_eps else 3, T)
+    stats = per_row.new_empty((3, T) if arguments.want_stats else (0,))
+    screen = hidden.new_empty(arguments.screen_shape, dtype=torch.uint8)
+    return per_row, state, screen, stats, arguments.weight.new_empty(0), hidden.new_empty(0, dtype=torch.float32)
 
 
 def _gradients(
-    dlogps, hidden, weight, bias, lora_a, lora_b, target, cu_seqlens, row_index, state, screen,
-    lora_scale, logit_scale, softcap, temperature, impl, workspace_mib, filter_eps, needs, kept=None,
-) -> list[Tensor]:  # fmt: skip
-    """What the operator returns; with `kept`, both parts of `Exponentials`, the weight's gradient is their memory."""
-    head = head_of_parts(weight, bias, lora_a, lora_b, lora_scale, logit_scale, softcap, temperature)
-    rows = scored_rows(target, row_index)
-    wanted = needs[0], needs[1], needs[2], needs[3], needs[4]
-    with torch.autocast(hidden.device.type, enabled=False):
-        arguments = dlogps, hidden, target, rows, state, head, workspace_mib
-        if filter_eps:
-            filtering: dict[str, Any] = {"cu_seqlens": cu_seqlens, "screen": screen, "filter_eps": filter_eps}
-            grads = filtered(impl)[1](*arguments, **filtering, needs=wanted)
+    dlogps: Tensor,
+    state: Tensor,
+    screen: Tensor,
+    needs: Needs,
+    arguments: Arguments,
+    exponentials: "Exponentials | None" = None,
+) -> list[Tensor]:
+    """Compute the gradients that are needed; over `exponentials`, if given, that of the weight is written."""
+    inputs, of_rows = arguments.inputs, SoftmaxState(state)
+    with torch.autocast(arguments.hidden.device.type, enabled=False):
+        if arguments.filter_eps:
+            grads = run_filtered_backward(
+                arguments.impl,
+                dlogps,
+                inputs,
+                of_rows,
+                screen,
+                arguments.filtering,
+                arguments.cu_seqlens,
+                needs=needs,
+            )
         else:
-            backward = exact(impl)[1]
-            if kept is not None:
-                from fused_dpo.gpu.backward_from_exponentials import DLogitsOfExponentials
-                from fused_dpo.gpu.exponentials import Exponentials
-
-                form_dlogits = partial(DLogitsOfExponentials, Exponentials(*kept))
-                backward = partial(backward, form_dlogits=form_dlogits, dweight=kept[0])
-            grads = backward(*arguments, needs=wanted)
+            grads = run_exact_backward(arguments.impl, dlogps, inputs, of_rows, needs=needs, exponentials=exponentials)
     return [grad for grad in grads if grad is not None]
 
 
-@_token_logps_backward_op.register_fake
-def _(
-    dlogps, hidden, weight, bias, lora_a, lora_b, target, cu_seqlens, row_index, state, screen,
-    lora_scale, logit_scale, softcap, temperature, impl, workspace_mib, filter_eps, needs,
-):  # fmt: skip
-    inputs = (hidden, weight, bias, lora_a, lora_b)
+def _backward(dlogps: Tensor, state: Tensor, screen: Tensor, needs: list[bool], *flat: Any) -> list[Tensor]:
+    """Compute what the operator of the backward returns: the gradients that are needed, in the order of `Needs`."""
+    return _gradients(dlogps, state, screen, Needs(*needs), Arguments(*flat))
+
+
+def _fake_backward(_dlogps: Tensor, _state: Tensor, _screen: Tensor, needs: list[bool], *flat: Any) -> list[Tensor]:
+    """Give empty gradients of the right shapes."""
     return [
         torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        for tensor, needed in zip(inputs, needs, strict=True)
-        if needed
+        for tensor, needed in zip(Arguments(*flat).differentiable, needs, strict=True)
+        if needed and tensor is not None
     ]
 
 
-def _setup_token_logps(ctx, inputs, output) -> None:
-    tensors, ctx.settings = inputs[:8], inputs[8:15]  # up to filter_eps
-    _, state, screen, stats, *kept = output
-    ctx.save_for_backward(*tensors, state, screen)
-    ctx.kept = kept if kept[0].numel() else None  # not saved: what is saved must not be written over
-    ctx.mark_non_differentiable(state, screen, stats, *kept)
+_token_logps_op = torch.library.custom_op(
+    "fused_dpo::token_logps",
+    _forward,
+    mutates_args=(),
+    schema=f"({_PARAMETERS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+_token_logps_backward_op = torch.library.custom_op(
+    "fused_dpo::token_logps_backward",
+    _backward,
+    mutates_args=(),
+    schema=f"(Tensor dlogps, Tensor state, Tensor screen, bool[] needs, {_PARAMETERS}) -> Tensor[]",
+)
+_token_logps_op.register_fake(_fake_forward)
+_token_logps_backward_op.register_fake(_fake_backward)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, state, screen, stats, *exponentials = output
+    ctx.settings = inputs[_TENSORS:]
+    ctx.save_for_backward(*inputs[:_TENSORS], state, screen)
+    # Not saved by torch: what it saves must not be written over.
+    ctx.saved_exponentials = exponentials if exponentials[0].numel() else None
+    ctx.mark_non_differentiable(state, screen, stats, *exponentials)
     ctx.set_materialize_grads(False)  # no zeros of the size of the screen for its gradient
 
 
-def _token_logps_gradient(ctx, dlogps: Tensor, *_):
-    needs = list(ctx.needs_input_grad[:5])
-    arguments = dlogps, *ctx.saved_tensors, *ctx.settings, needs
-    kept, ctx.kept = ctx.kept, None  # the gradient is written over it: another backward has to compute everything
-    if kept is None or not needs[1] or torch.is_grad_enabled():
-        grads = iter(_token_logps_backward_op(*arguments))
+def _differentiate(ctx: Any, dlogps: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    *tensors, state, screen = ctx.saved_tensors
+    arguments = Arguments(*tensors, *ctx.settings)
+    needs = Needs(*ctx.needs_input_grad[: len(Needs._fields)])
+    # The gradient is written over the exponentials: another backward has to compute everything.
+    saved, ctx.saved_exponentials = ctx.saved_exponentials, None
+    if saved is None or not needs.weight or torch.is_grad_enabled():
+        grads = iter(_token_logps_backward_op(dlogps, state, screen, list(needs), *arguments))
     else:  # no operator: one must not return what it was given
-        grads = iter(_gradients(*arguments, kept=kept))
-    return (*(next(grads) if needed else None for needed in needs), *[None] * 14)
+        from fused_dpo.gpu.exponentials import Exponentials
+
+        grads = iter(_gradients(dlogps, state, screen, needs, arguments, Exponentials(*saved)))
+    of_inputs = [next(grads) if needed else None for needed in needs]
+    return (*of_inputs, *[None] * (len(arguments) - len(needs)))
 
 
-def _refuse_double_backward(_ctx, *_grads):
+def _refuse_double_backward(_ctx: Any, *_grads: Any) -> None:
     raise NotImplementedError(_NO_DOUBLE_BACKWARD)
 
 
-_token_logps_op.register_autograd(_token_logps_gradient, setup_context=_setup_token_logps)
+_token_logps_op.register_autograd(_differentiate, setup_context=_setup_context)
 _token_logps_backward_op.register_autograd(_refuse_double_backward)

@@ -13,7 +13,7 @@ from fused_dpo.linalg.operands import Operands
 from fused_dpo.linalg.sizes import even_bounds
 
 
-class Tail:
+class DroppedMeans:
     """Mean probabilities of the columns that each block of rows drops.
 
     Args:

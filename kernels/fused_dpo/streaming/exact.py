@@ -11,33 +11,26 @@ rounded once, on the way out. Rows that are not scored are never gathered.
 import torch
 from torch import Tensor
 
-from fused_dpo.head import HeadGrads, LMHead
+from fused_dpo.head import HeadGrads, HeadInputs, Needs
 from fused_dpo.linalg.gradient_sums import GradientSums
 from fused_dpo.linalg.matmul import accumulate_product, accumulation_dtype, matmul_precision
 from fused_dpo.linalg.operands import Operands
-from fused_dpo.stats import TokenStats
+from fused_dpo.stats import SoftmaxState, TokenStats
 from fused_dpo.streaming.online_softmax import OnlineSoftmax, logits_gradient
 from fused_dpo.streaming.tiles import Tiles
 
 
-def streaming_forward(
-    hidden: Tensor, target: Tensor, rows: Tensor, head: LMHead, workspace_mib: int, *, want_stats: bool
-) -> tuple[Tensor, Tensor, TokenStats | None]:
-    """Log-prob and softmax state of every row; 0 where a row is not scored, NaN where its target is not below V.
+def streaming_forward(inputs: HeadInputs, *, want_stats: bool) -> tuple[Tensor, SoftmaxState, TokenStats | None]:
+    """Compute log-prob and softmax state of every row; 0 where it is not scored, NaN where its target is not below V.
 
     Args:
-        hidden: [T, D] in the compute dtype.
-        target: int64 [T].
-        rows: int64 [R], the scored rows.
-        head: the head; its tensors are used in the compute dtype.
-        workspace_mib: see `KernelOptions`.
+        inputs: see `HeadInputs`.
         want_stats: also fill a `TokenStats`.
 
     Returns:
-        `logps` [T], the softmax's state [3, T] (the row's largest logit, the sum of exponentials above it, and 1 - p of
-        the target), both in the accumulation dtype, and the stats. Two numbers instead of their log-sum-exp: beside an
-        offset that all logits share, one number would lose the digits in which they differ.
+        `logps` [T] and the state [3, T], both in the accumulation dtype, and the stats.
     """
+    hidden, target, rows, head, workspace_mib = inputs
     operands = Operands(hidden, rows, head)
     tiles = Tiles(operands, workspace_mib)
     row_target = tiles.of_rows(target, -1)
@@ -51,34 +44,25 @@ def streaming_forward(
         stats = TokenStats(*map(tiles.to_rows, softmax.stats(operands.V)))
     logps = softmax.logps()
     state = torch.stack([tiles.to_rows(values) for values in (softmax.peak, softmax.total, -torch.expm1(logps))])
-    return tiles.to_rows(logps), state, stats
+    return tiles.to_rows(logps), SoftmaxState(state), stats
 
 
-def streaming_backward(
-    dlogps: Tensor,
-    hidden: Tensor,
-    target: Tensor,
-    rows: Tensor,
-    state: Tensor,
-    head: LMHead,
-    workspace_mib: int,
-    *,
-    needs: tuple[bool, bool, bool, bool, bool],
-) -> HeadGrads:
-    """Exact gradients of `sum(dlogps * logps)`, only those asked for.
+def streaming_backward(dlogps: Tensor, inputs: HeadInputs, state: SoftmaxState, *, needs: Needs) -> HeadGrads:
+    """Compute the exact gradients of `sum(dlogps * logps)`, only those asked for.
 
     `dz = dlogps * (onehot(target) - exp(z - peak) / total)`, through softcap, scale and temperature; then
     `dhidden = dz @ weight` and `dweight = dz.T @ hidden`.
 
     Args:
         dlogps: [T] upstream gradient, any strides.
-        hidden, target, rows, head, workspace_mib: as in `streaming_forward`.
+        inputs: those of the forward.
         state: [3, T] from the forward.
-        needs: which of hidden, weight, bias, lora a, lora b to compute.
+        needs: which gradients to compute.
 
     Numerics: for bf16 inputs the two products take dz in bf16 (as matrix units need it; relative error 2^-9 an entry,
         of the size of the rounding of the returned gradient); for fp16, fp32 and float64 inputs in fp32 or float64.
     """
+    hidden, target, rows, head, workspace_mib = inputs
     dlogps = dlogps.to(accumulation_dtype(hidden.dtype))
     if hidden.device.type == "cpu":  # elsewhere the search would be a synchronisation
         rows = rows[dlogps[rows] != 0]
@@ -86,9 +70,9 @@ def streaming_backward(
     tiles = Tiles(operands, workspace_mib)
     sums = GradientSums(operands, tiles.width, needs, empty=not tiles.bounds)
     row_target = tiles.of_rows(target, -1)
-    peak = tiles.of_rows(state[0], torch.inf)  # padded rows: exp(z - inf) is 0 whatever their logits
-    total = tiles.of_rows(state[1], 1.0)
-    surprise = tiles.of_rows(state[2], 0.0)
+    peak = tiles.of_rows(state.peak, torch.inf)  # padded rows: exp(z - inf) is 0 whatever their logits
+    total = tiles.of_rows(state.total, 1.0)
+    one_minus_p = tiles.of_rows(state.one_minus_p, 0.0)
     upstream = tiles.of_rows(dlogps, 0.0)
 
     for cut in tiles.slices():
@@ -97,16 +81,16 @@ def streaming_backward(
             span = block.span
             z = tiles.logits(block, cut)
             at_targets = cut.targets(row_target[span])
-            of_rows = peak[span], total[span], surprise[span], upstream[span]
+            of_rows = peak[span], total[span], one_minus_p[span], upstream[span]
             logits = operands.logits_to_keep(z)
             dz = operands.through_logits(logits_gradient(z, *at_targets, *of_rows), logits)
             with matmul_precision(operands.dtype):
-                if sums.hidden.shape[1]:
-                    real = sums.hidden[span]
+                if sums.dhidden_sum.shape[1]:
+                    real = sums.dhidden_sum[span]
                     accumulate_product(real, dz[: real.shape[0]], cut.weight[:, sums.hidden_columns])
-                if sums.weight.shape[1]:
-                    accumulate_product(sums.weight, dz.T, block.hidden[:, sums.weight_columns])
-            if sums.bias is not None:
-                sums.bias.add_(dz.sum(0))
+                if sums.dweight_sum.shape[1]:
+                    accumulate_product(sums.dweight_sum, dz.T, block.hidden[:, sums.weight_columns])
+            if sums.dbias_sum is not None:
+                sums.dbias_sum.add_(dz.sum(0))
         sums.end_slice(cut.start, cut.stop)
     return sums.finish()

@@ -18,7 +18,7 @@ COLUMNS_AT_ONCE = 4096
 """Kept columns multiplied at a time, at most."""
 
 
-class Kept:
+class KeptProducts:
     """Products of one block of rows with the columns it keeps, a chunk at a time."""
 
     def __init__(self, operands: Operands, workspace_mib: int) -> None:

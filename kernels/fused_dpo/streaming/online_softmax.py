@@ -72,7 +72,7 @@ def logits_gradient(
     inside: Tensor,
     peak: Tensor,
     total: Tensor,
-    surprise: Tensor,
+    one_minus_p: Tensor,
     upstream: Tensor,
 ) -> Tensor:
     """`upstream * (onehot(target) - exp(z - peak) / total)` of some columns, in the place of their logits `z`.
@@ -80,11 +80,11 @@ def logits_gradient(
     Args:
         z: logits [n, columns].
         column, inside: int64 [n, 1] and bool [n, 1]: where a row's target is among the columns, if it is.
-        peak, total, surprise, upstream: [n]; `surprise` is the target's 1 - p, as the forward knows it: from `z` it
-            would lose its relative precision where p is close to 1, and differ from the forward's by the last bits.
+        peak, total, one_minus_p: [n] of the `SoftmaxState`: 1 - p from `z` would differ from it by the last bits.
+        upstream: [n] gradients of the rows' log-probs.
     """
     dz = shifted_exp(z, peak).mul_(-(upstream / total)[:, None])
-    at_target = (surprise * upstream)[:, None]
+    at_target = (one_minus_p * upstream)[:, None]
     return dz.scatter_(1, column, torch.where(inside, at_target, dz.gather(1, column)))
 
 

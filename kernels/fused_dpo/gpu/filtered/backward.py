@@ -14,73 +14,70 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fused_dpo.filtering import EVERYTHING, Judgement
+from fused_dpo.filtering import EVERYTHING, Filtering, Judgement
 from fused_dpo.gpu.filtered.blocks import block_sizes, of_blocks
 from fused_dpo.gpu.filtered.dropped_means import TAIL_SCALE, DroppedMeans, dropped_means
 from fused_dpo.gpu.filtered.lists import KeptLists
 from fused_dpo.gpu.launch import weight_slices
-from fused_dpo.head import HeadGrads, LMHead
+from fused_dpo.head import HeadGrads, HeadInputs, Needs
 from fused_dpo.linalg.gradient_sums import GradientSums
 from fused_dpo.linalg.matmul import in_range
 from fused_dpo.linalg.operands import Operands
 from fused_dpo.linalg.sizes import ceil_div
+from fused_dpo.stats import SoftmaxState
 
 
 def triton_filtered_backward(
     dlogps: Tensor,
-    hidden: Tensor,
-    target: Tensor,
-    rows: Tensor,
-    state: Tensor,
-    head: LMHead,
-    workspace_mib: int,
-    *,
-    cu_seqlens: Tensor,
+    inputs: HeadInputs,
+    state: SoftmaxState,
     screen: Tensor,
-    filter_eps: float,
-    needs: tuple[bool, bool, bool, bool, bool],
+    filtering: Filtering,
+    *,
+    needs: Needs,
 ) -> HeadGrads:
-    """Gradients of `sum(dlogps * logps)`, only those asked for: `filtered_backward` on CUDA.
+    """Compute the gradients of `sum(dlogps * logps)`, only those asked for: `filtered_backward` on CUDA.
 
     Numerics: dz is held in the hidden states' dtype (fp16: scaled so that its largest upstream gradient is 1); both
         products accumulate in fp32. No atomics.
     Memory: `workspace_mib`, 4·D bytes a scored row for the hidden states' gradient, 5·V bytes a block of rows for its
         kept columns, V/64 bytes a row, and a copy of 1024 hidden states. No synchronisation with the host.
     """
-    del cu_seqlens
-    sums = GradientSums(Operands(hidden, rows, head), 0, needs, empty=not rows.numel())
+    rows = inputs.rows
+    sums = GradientSums(Operands(inputs.hidden, rows, inputs.head), 0, needs, empty=not rows.numel())
     if rows.numel():
-        _add_kept(sums, dlogps[rows].float(), target, state, screen, workspace_mib, filter_eps)
+        _add_kept(sums, dlogps[rows].float(), inputs, state, screen, filtering.eps)
     return sums.finish()
 
 
 def _add_kept(
     sums: GradientSums,
     upstream: Tensor,
-    target: Tensor,
-    state: Tensor,
+    inputs: HeadInputs,
+    state: SoftmaxState,
     screen: Tensor,
-    workspace_mib: int,
-    filter_eps: float,
+    eps: float,
 ) -> None:
     """Add what is kept, and what stands for the rest, to the hidden states' sums; write the other gradients."""
     operands, device = sums.operands, upstream.device
     rows, R, V = operands.rows, operands.rows.numel(), operands.V
     upstream, unit = in_range(upstream, operands.dtype)
-    kept = KeptLists(operands, target, state, upstream, workspace_mib)
+    kept = KeptLists(operands, inputs.target, state, upstream, inputs.workspace_mib)
     blocks, config = kept.blocks, kept.config
     block_of_row = torch.arange(R, device=device) // config.block_t
-    judgement = Judgement(block_of_row, blocks, upstream, state[2, rows], target[rows], filter_eps)
+    judgement = Judgement(block_of_row, blocks, upstream, state.one_minus_p[rows], inputs.target[rows], eps)
     flat = (screen[:blocks, 0, 0] == EVERYTHING)[block_of_row] & (judgement.magnitude > judgement.negligible)
     marks = F.pad(flat, (0, kept.slots - R)).expand(ceil_div(V, config.narrow), -1).contiguous()
     keep = judgement.columns(screen[:blocks, 0])
     residual = kept.add_hidden_gradient(keep, judgement.smallest[block_of_row], marks, sums)
-    offset = of_blocks((state[0, rows] + state[1, rows].log()), blocks, config.block_t).sum(1)
+    offset = of_blocks((state.peak[rows] + state.total[rows].log()), blocks, config.block_t).sum(1)
     means = dropped_means(operands, screen[:blocks, 1], keep, offset / block_sizes(R, blocks, config, device))
-    if sums.hidden.shape[1]:
-        _subtract_spread(sums.hidden, residual, _spread_of_blocks(sums, means, workspace_mib), config.block_t)
+    if sums.dhidden_sum.shape[1]:
+        _subtract_spread(
+            sums.dhidden_sum, residual, _spread_of_blocks(sums, means, inputs.workspace_mib), config.block_t
+        )
         if unit is not None:
-            sums.hidden *= unit
+            sums.dhidden_sum *= unit
     if sums.dweight is not None or sums.dbias is not None or sums.dlora_b is not None:
         judged = torch.where(judgement.magnitude > judgement.negligible, upstream, 0.0)
         unit = upstream.new_ones(()) if unit is None else unit
@@ -90,7 +87,7 @@ def _add_kept(
 def _spread_of_blocks(sums: GradientSums, means: DroppedMeans, workspace_mib: int) -> Tensor:
     """`q @ [weight | b]` of every block, the columns that the sums have; q what it drops over what that sums to."""
     head, dtype = sums.operands.head, means.values.dtype
-    spread = means.mass.new_zeros(len(means.mass), sums.hidden.shape[1])
+    spread = means.mass.new_zeros(len(means.mass), sums.dhidden_sum.shape[1])
     # In one piece, unless the weight has to be converted.
     fits = max(workspace_mib * 2**18 // (sums.operands.D * dtype.itemsize), 1)
     for weight in weight_slices(head.weight, dtype, sums.operands.V if head.weight.dtype == dtype else fits):

@@ -11,8 +11,14 @@ from fused_dpo.linalg.sizes import ceil_div
 
 
 def backward_config(hidden: Tensor, head: LMHead) -> TileConfig:
-    """The reviewed tile shape, never a tuned one: its rows are the blocks of the screen."""
+    """Return the reviewed tile shape of the backward, never a tuned one: its rows are the blocks of the screen."""
     epilogue = RICH if epilogue_of(head) == PLAIN else RICHEST
+    return tile_config(architecture(hidden.device), hidden.dtype, epilogue)
+
+
+def screening_config(hidden: Tensor, head: LMHead, *, want_stats: bool) -> TileConfig:
+    """Return the reviewed tile shape of a forward that screens, never a tuned one, for the same reason."""
+    epilogue = epilogue_of(head, want_stats=want_stats, screen=True)
     return tile_config(architecture(hidden.device), hidden.dtype, epilogue)
 
 

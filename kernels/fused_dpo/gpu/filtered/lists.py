@@ -27,6 +27,7 @@ from fused_dpo.linalg.gradient_sums import GradientSums
 from fused_dpo.linalg.matmul import matmul_precision
 from fused_dpo.linalg.operands import Operands
 from fused_dpo.linalg.sizes import ceil_div, round_up
+from fused_dpo.stats import SoftmaxState
 
 
 @triton.jit
@@ -113,10 +114,10 @@ def _kept_dlogits_kernel(
         target = tl.where(target < V, target, -1)  # slots without a column stand at V, and their dz is 0
         peak = tl.load(state_ptr + rows, mask=mask_t, other=float("inf"))
         total = tl.load(state_ptr + T + rows, mask=mask_t, other=1.0)
-        surprise = tl.load(state_ptr + 2 * T + rows, mask=mask_t, other=0.0)
+        one_minus_p = tl.load(state_ptr + 2 * T + rows, mask=mask_t, other=0.0)
         upstream = tl.load(upstream_ptr + offs_t, mask=mask_t, other=0.0)
         hit = offs_v[None, :] == target[:, None]
-        dz = tl.where(hit, (upstream * surprise)[:, None], exp(z - peak[:, None]) * (-upstream / total)[:, None])
+        dz = tl.where(hit, (upstream * one_minus_p)[:, None], exp(z - peak[:, None]) * (-upstream / total)[:, None])
         dz = tl.where((upstream == 0.0)[:, None], 0.0, dz)  # of an invalid label it is NaN until here
         if BY_COLUMNS:
             residual = residual_ptr + tile * R + offs_t
@@ -244,7 +245,9 @@ class KeptLists:
         slots: of a list of rows: R in whole sixteens, for which the kernels are compiled, and flags are read at once.
     """
 
-    def __init__(self, operands: Operands, target: Tensor, state: Tensor, upstream: Tensor, workspace_mib: int) -> None:
+    def __init__(
+        self, operands: Operands, target: Tensor, state: SoftmaxState, upstream: Tensor, workspace_mib: int
+    ) -> None:
         hidden, rows, head = operands.hidden, operands.rows, operands.head
         self.operands, self.device = operands, hidden.device
         self.R, self.V = rows.numel(), operands.V
@@ -261,7 +264,7 @@ class KeptLists:
             **Tiles(hidden, rows, head, self._lora_h).arguments(),
             "row_index_ptr": rows,
             "target_ptr": target,
-            "state_ptr": state,
+            "state_ptr": state.values,
             "T": hidden.shape[0],
             "upstream_ptr": upstream,
             "R": self.R,
@@ -288,8 +291,8 @@ class KeptLists:
         products |= {"stride_ag": config.block_t * self.width, "stride_am": self.width, "stride_ak": 1}
         for first in range(0, self.V, self.width):
             self._dlogits(self.config, lists, self.blocks, tiles, first, residual)
-            out = sums.hidden
-            if sums.need_hidden:
+            out = sums.dhidden_sum
+            if sums.needs.hidden:
                 self._product(head.weight, out[:, : operands.D], products, first, config.block_t)
             if operands.rank and head.lora is not None and out.shape[1]:
                 self._product(head.lora[1], out[:, -operands.rank :], products, first, config.block_t)

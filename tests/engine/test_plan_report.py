@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from fused_dpo_engine.batching.packing import pack
 from fused_dpo_engine.batching.padding import pad
-from fused_dpo_engine.cli import main
+from fused_dpo_engine.cli import main, parse
 from fused_dpo_engine.config.options import PackingOptions, RunOptions
 from fused_dpo_engine.data.pairs import TokenPair
 from fused_dpo_engine.data.sources import read_rows

@@ -8,7 +8,7 @@ import pytest
 
 from fused_dpo_engine.cli import main, parse
 from fused_dpo_engine.commands.train import train
-from tests.engine.helpers import Outcome, Run, options, save_folder, toy_rows, write_rows
+from tests.engine.support.toys import Outcome, Run, options, save_folder, toy_rows, write_rows
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.helpers import options
+from tests.engine.support.toys import options
 from tests.fresh_process import hide, run
 
 CALL = """

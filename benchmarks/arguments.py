@@ -29,7 +29,7 @@ def out_folder(text: str) -> Path:
 
 
 def hidden_file(text: str) -> Path:
-    """A file of hidden states and their head, as `benchmarks.replay` reads it."""
+    """A file of hidden states and their head, as `benchmarks.heads.replay` reads it."""
     path = Path(text)
     if not path.is_file():
         raise argparse.ArgumentTypeError(f"{path} is not there")
@@ -37,7 +37,7 @@ def hidden_file(text: str) -> Path:
         from safetensors import SafetensorError, safe_open
     except ImportError:
         raise argparse.ArgumentTypeError("reading it needs the package safetensors; install it") from None
-    from benchmarks.replay import TENSORS
+    from benchmarks.heads.replay import TENSORS
 
     try:
         with safe_open(path, "pt") as file:
@@ -45,7 +45,9 @@ def hidden_file(text: str) -> Path:
     except (OSError, SafetensorError) as error:
         raise argparse.ArgumentTypeError(f"{path} is no safetensors file: {error}") from None
     if missing:
-        raise argparse.ArgumentTypeError(f"{path} holds no {', '.join(sorted(missing))}; see benchmarks/replay.py")
+        raise argparse.ArgumentTypeError(
+            f"{path} holds no {', '.join(sorted(missing))}; see benchmarks/heads/replay.py"
+        )
     return path
 
 

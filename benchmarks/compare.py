@@ -19,9 +19,9 @@ from rich.table import Table
 
 from benchmarks.arguments import positive
 from benchmarks.measure import console
-from benchmarks.quantities import significant
-from benchmarks.records import Record, read
-from benchmarks.selection import Row, failure
+from benchmarks.reporting.quantities import significant
+from benchmarks.reporting.records import Record, read
+from benchmarks.reporting.selection import Row, failure
 
 MEASURED = {
     "median_s": "time (s)",

@@ -6,11 +6,12 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
-from benchmarks import head, records
 from benchmarks.arguments import hidden_file, out_file
-from benchmarks.cases import BARE, Case
+from benchmarks.heads import run as head
+from benchmarks.heads.cases import BARE, Case
+from benchmarks.heads.peers import IMPLEMENTATIONS
 from benchmarks.measure import compute_dtype, quantiles, timed
-from benchmarks.peers import IMPLEMENTATIONS
+from benchmarks.reporting import records
 
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

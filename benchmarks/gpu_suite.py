@@ -29,14 +29,16 @@ from typing import Any
 
 import torch
 
-from benchmarks import ROOT, head, records
+from benchmarks import ROOT
 from benchmarks.arguments import hidden_file, out_folder, positive
-from benchmarks.cases import AXES, BARE, LOSS, SCALED, STAGED, TRAIN, Case, head_cases, scaling_cases
-from benchmarks.gpu_checks import CHECKS, LATE, OF_DTYPES, SMALL, NotHereError, Scale
+from benchmarks.gpu.checks import CHECKS, LATE, OF_DTYPES, SMALL, NotHereError, Scale
+from benchmarks.gpu.supervise import BEGUN, RECORD, DeviceLostError, device_is_lost, supervised, write_record
+from benchmarks.heads import run as head
+from benchmarks.heads.cases import AXES, BARE, LOSS, SCALED, STAGED, TRAIN, Case, head_cases, scaling_cases
+from benchmarks.heads.peers import IMPLEMENTATIONS
+from benchmarks.heads.stages import stages_of
 from benchmarks.measure import environment, median_seconds, quantiles, seconds_of
-from benchmarks.peers import IMPLEMENTATIONS
-from benchmarks.stages import stages_of
-from benchmarks.supervise import BEGUN, RECORD, DeviceLostError, device_is_lost, supervised, write_record
+from benchmarks.reporting import records
 from benchmarks.tuning import DEVICE, VARIANTS, tuned
 from fused_dpo.gpu.launch import interpreted
 
@@ -125,7 +127,7 @@ def sanitizer(deadline: float = math.inf) -> dict[str, Any]:
         raise NotHereError("compute-sanitizer is not installed")
     code = (
         "import benchmarks.gpu_suite, torch\n"
-        "from benchmarks.gpu_checks import *\n"
+        "from benchmarks.gpu.checks import *\n"
         "scale = Scale(lengths=(1, 63, 130), V=5003, D=200)\n"
         "for dtype in scale.dtypes:\n"
         "    for _, way, case in cases_of(scale, dtype, extras=True):\n"

@@ -13,9 +13,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks import plots
-from benchmarks.records import FOLDER, Record, read
-from benchmarks.tables import Source
+from benchmarks.reporting import plots
+from benchmarks.reporting.records import FOLDER, Record, read
+from benchmarks.reporting.tables import Source
 
 PROJECT = Path(__file__).parents[1]
 BEGIN = "<!-- benchmarks: begin (made by python -m benchmarks.report) -->"

@@ -26,9 +26,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks import records
 from benchmarks.arguments import hidden_file, out_file, positive_int
-from benchmarks.replay import SHARED_HIDDEN, Replay, replay
+from benchmarks.heads.replay import SHARED_HIDDEN, Replay, replay
+from benchmarks.reporting import records
 
 EPS = 2**-12
 ROWS = 128

@@ -12,7 +12,7 @@ slots; on a CPU each in a process of its own:
   ..., exact         the same with the head's exact gradients instead of the filtered ones
   packed logits      as packed, but full logits and a log-softmax in fp32
   padded logits      as padded, but full logits and a log-softmax in fp32
-  TRL                its DPOTrainer's training step, padded, with the head it has (see `benchmarks.trl_step`)
+  TRL                its DPOTrainer's training step, padded, with the head it has (see `benchmarks.steps.trl`)
   TRL, checkpointed  the same with gradient checkpointing, its default
 
 The log-probs of every sequence are compared with those of the model in float32, one sequence at a time, before a way is
@@ -32,12 +32,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import records
 from benchmarks.arguments import out_file, positive_int
 from benchmarks.measure import compute_dtype, console, cuda_growth_mib, isolated, peak_growth_mib, quantiles, timed
-from benchmarks.random_model import MIX, PREFIX
-from benchmarks.step_ways import OURS, Case, Outcome, OwnStep, true_logps
-from benchmarks.trl_step import TRL, TrlStep, absent
+from benchmarks.reporting import records
+from benchmarks.steps.random_model import MIX, PREFIX
+from benchmarks.steps.trl import TRL, TrlStep, absent
+from benchmarks.steps.ways import OURS, Case, Outcome, OwnStep, true_logps
 from fused_dpo_engine.config.options import ModelOptions
 from fused_dpo_engine.errors import first_line
 from fused_dpo_engine.model.loading import choose_device, dtype_warning

@@ -2,9 +2,9 @@
 
 import pytest
 
-from benchmarks.cases import BARE, LOSS, Case, head_cases
 from benchmarks.conftest import DEVICE, DTYPE, MeasureHead
-from benchmarks.peers import IMPLEMENTATIONS
+from benchmarks.heads.cases import BARE, LOSS, Case, head_cases
+from benchmarks.heads.peers import IMPLEMENTATIONS
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

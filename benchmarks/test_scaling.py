@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks import head
-from benchmarks.cases import AXES, SCALED, STAGED, TRAIN, Case, head_cases, scaling_cases
 from benchmarks.conftest import DEVICE, DTYPE, MeasureHead
-from benchmarks.peers import IMPLEMENTATIONS
-from benchmarks.stages import stages_of
+from benchmarks.heads import run as head
+from benchmarks.heads.cases import AXES, SCALED, STAGED, TRAIN, Case, head_cases, scaling_cases
+from benchmarks.heads.peers import IMPLEMENTATIONS
+from benchmarks.heads.stages import stages_of
 
 GPU = DEVICE == "cuda"
 

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.measure import isolated
 from benchmarks.step import WAYS, Logps, build_step, examine, step_cases
-from benchmarks.step_ways import Case, true_logps
+from benchmarks.steps.ways import Case, true_logps
 
 ROUNDS = {"cpu": 2, "cuda": 5}
 

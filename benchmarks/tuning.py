@@ -20,10 +20,11 @@ from unittest import mock
 
 import torch
 
-from benchmarks import head, records
 from benchmarks.arguments import hidden_file, out_file, positive
-from benchmarks.cases import FORWARD, TRAIN, Case, head_cases
+from benchmarks.heads import run as head
+from benchmarks.heads.cases import FORWARD, TRAIN, Case, head_cases
 from benchmarks.measure import median_seconds, quantiles, seconds_of
+from benchmarks.reporting import records
 from fused_dpo.gpu import configs
 from fused_dpo.gpu import forward as triton_forward
 from fused_dpo.gpu.configs import PLAIN, RICH, ProductConfig, TileConfig

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from benchmarks import step, training
 from benchmarks.arguments import hidden_file, out_file, out_folder
-from benchmarks.replay import TENSORS
+from benchmarks.heads.replay import TENSORS
 from tests.benchmarks.command_lines import refusal
 
 ROOT = Path(__file__).parents[2]

@@ -16,7 +16,7 @@ MODES = ("exact", "filtered")
 
 def test_checks_that_only_a_gpu_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of the GPU suite's, on code that passes them without a GPU, and on code that does not."""
-    from benchmarks import gpu_checks
+    from benchmarks.gpu import checks as gpu_checks
 
     scale = replace(gpu_checks.SMALL, device="cpu:0", dtypes=(torch.float32,))
     monkeypatch.setattr(gpu_checks, "WAYS", {"torch": partial(gpu_checks.Case.logps, impl="streaming")})
@@ -33,7 +33,7 @@ def test_checks_that_only_a_gpu_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_checks_notice_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """Results that change from run to run, a filter that keeps everything, gradients a percent off."""
-    from benchmarks import gpu_checks
+    from benchmarks.gpu import checks as gpu_checks
 
     scale = replace(gpu_checks.SMALL, dtypes=(torch.bfloat16,), device="cpu")
     streaming = {f"torch, {mode}": partial(gpu_checks.Case.logps, impl="streaming", grad_mode=mode) for mode in MODES}
@@ -63,7 +63,7 @@ def test_checks_notice_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_gpu_suite_in_the_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The checks of the GPU suite, small; one that fails is recorded and does not stop the next."""
     from benchmarks import gpu_suite
-    from benchmarks.gpu_checks import CHECKS, SMALL
+    from benchmarks.gpu.checks import CHECKS, SMALL
 
     record = gpu_suite.run(tmp_path, minutes=5, scale=SMALL)
     only_on_a_gpu = {"batch invariance", "autocast", "memory", "no synchronisation", "attention backends"}

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import ROOT, gpu_suite, records, supervise
-from benchmarks.cases import BARE, TRAIN, Case
-from benchmarks.peers import IMPLEMENTATIONS, Implementation, per_sequence
-from benchmarks.verify import EXACT
+from benchmarks import ROOT, gpu_suite
+from benchmarks.gpu import supervise
+from benchmarks.heads.cases import BARE, TRAIN, Case
+from benchmarks.heads.peers import IMPLEMENTATIONS, Implementation, per_sequence
+from benchmarks.heads.truth import EXACT
+from benchmarks.reporting import records
 
 SMALL = Case("tiny", 150, 512, 2000)
 """Its hidden size is below that of the shared file of hidden states, so its logits are synthetic."""

@@ -9,12 +9,14 @@ import torch
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import head, records, replay
-from benchmarks.cases import AXES, FORWARD, HEADS, LOSS, PHASES, TRAIN, Case, head_cases, scaling_cases
+from benchmarks.heads import replay
+from benchmarks.heads import run as head
+from benchmarks.heads.cases import AXES, FORWARD, HEADS, LOSS, PHASES, TRAIN, Case, head_cases, scaling_cases
+from benchmarks.heads.peers import IMPLEMENTATIONS, Implementation, per_sequence
+from benchmarks.heads.stages import stages_of
+from benchmarks.heads.truth import BF16_LOGITS, EXACT, FILTERED, IN_FLOAT32, over_budget, truth, upstream
 from benchmarks.measure import compute_dtype, cpu_features, environment, isolated, peak_growth_mib, quantiles, timed
-from benchmarks.peers import IMPLEMENTATIONS, Implementation, per_sequence
-from benchmarks.stages import stages_of
-from benchmarks.verify import BF16_LOGITS, EXACT, FILTERED, IN_FLOAT32, over_budget, truth, upstream
+from benchmarks.reporting import records
 
 SMALL = Case("tiny", 150, 512, 2000)
 """Its hidden size is below that of the shared file of hidden states, so its logits are synthetic."""

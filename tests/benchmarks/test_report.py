@@ -9,11 +9,11 @@ from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks import records
-from benchmarks.quantities import significant
 from benchmarks.report import BEGIN, END, PROJECT, main
-from benchmarks.selection import is_ours
-from benchmarks.tables import sizes
+from benchmarks.reporting import records
+from benchmarks.reporting.quantities import significant
+from benchmarks.reporting.selection import is_ours
+from benchmarks.reporting.tables import sizes
 
 SIZES = {"N": 2048, "D": 576, "V": 49152}
 REASON = "log-probs off by 3 nat | twice\nthe budget"

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from benchmarks import records, screens
-from benchmarks.replay import SHARED_HIDDEN, TENSORS, Replay
+from benchmarks import screens
+from benchmarks.heads.replay import SHARED_HIDDEN, TENSORS, Replay
+from benchmarks.reporting import records
 from benchmarks.screens import Coarse, e4m3, hadamard, int8, prepared, projected, rows_of
 from tests.benchmarks.command_lines import refusal
 

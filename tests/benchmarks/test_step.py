@@ -13,10 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import records, step, step_ways, trl_step
-from benchmarks.random_model import build_random_policy, token_pairs
+from benchmarks import step
+from benchmarks.reporting import records
 from benchmarks.step import WAYS, build_step, compare, examine, gpu_rows, step_cases
-from benchmarks.step_ways import OURS, Case, OwnStep, Way, true_logps
+from benchmarks.steps import trl as trl_step
+from benchmarks.steps import ways as step_ways
+from benchmarks.steps.random_model import build_random_policy, token_pairs
+from benchmarks.steps.ways import OURS, Case, OwnStep, Way, true_logps
 from fused_dpo import head_of
 from fused_dpo_engine.config.options import ModelOptions
 from tests.engine.support.toys import toy_rows, write_rows

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import records, tuning
-from benchmarks.cases import FORWARD, TRAIN, Case
-from benchmarks.peers import IMPLEMENTATIONS, Implementation
+from benchmarks import tuning
+from benchmarks.heads.cases import FORWARD, TRAIN, Case
+from benchmarks.heads.peers import IMPLEMENTATIONS, Implementation
+from benchmarks.heads.truth import EXACT
 from benchmarks.report import main as report
+from benchmarks.reporting import records
 from benchmarks.tuning import SHIPPED, VARIANTS, Variant, applied, in_order
-from benchmarks.verify import EXACT
 from fused_dpo.gpu import configs as triton_configs
 
 SMALL = Case("tiny", 60, 16, 100)  # smaller than the shared file of hidden states, so its logits are synthetic
@@ -70,7 +71,7 @@ def test_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         return real.logps(problem, hidden, weight) * (1 + (triton_configs.GROUP_MIB == 17))
 
     monkeypatch.setitem(IMPLEMENTATIONS, "noted", Implementation("noted", noted, EXACT))
-    monkeypatch.setattr("benchmarks.head.isolated", lambda *_: 0.0)
+    monkeypatch.setattr("benchmarks.heads.run.isolated", lambda *_: 0.0)
     some = [Variant("noted", TRAIN, SHIPPED, 2.0, "first")]
     some += [Variant("noted", TRAIN, f"groups of {size}", 1.0, "", (tuning.group_mib(size),)) for size in (5, 13, 17)]
     rows = list(tuning.tuned(some, replace(SMALL), None))

@@ -14,7 +14,7 @@ from torch import Tensor
 from fused_dpo.gpu.launch import OF_BATCH, launch, rank_block
 from fused_dpo.linalg.sizes import ceil_div
 
-BLOCK_ROWS = 64
+ADAPTER_ROWS = 64
 """Scored rows of a program."""
 BLOCK_BYTES = 128
 """Of the hidden dimension, a step of the accumulation."""
@@ -74,8 +74,8 @@ def through_adapter(hidden: Tensor, rows: Tensor, lora: tuple[Tensor, Tensor, fl
     through = torch.empty(R, rank, dtype=hidden.dtype, device=hidden.device)
     arguments: dict[str, Any] = {"hidden_ptr": hidden, "row_index_ptr": rows, "a_ptr": a, "out_ptr": through}
     arguments |= {"scale": float(scale), "R": R, "D": D, "stride_ht": hidden.stride(0), "stride_hd": hidden.stride(1)}
-    arguments |= {"stride_ar": a.stride(0), "stride_ad": a.stride(1), "RANK": rank, "BLOCK_T": BLOCK_ROWS}
+    arguments |= {"stride_ar": a.stride(0), "stride_ad": a.stride(1), "RANK": rank, "BLOCK_T": ADAPTER_ROWS}
     arguments |= {"BLOCK_R": rank_block(rank, hidden.dtype), "BLOCK_D": BLOCK_BYTES // hidden.element_size()}
-    grid = ceil_div(R, BLOCK_ROWS), ceil_div(rank, arguments["BLOCK_R"])
+    grid = ceil_div(R, ADAPTER_ROWS), ceil_div(rank, arguments["BLOCK_R"])
     launch(_through_adapter_kernel, grid, hidden, **arguments)
     return through

@@ -4,7 +4,7 @@ The rival of kernels that multiply themselves: a library's matmul runs at the ra
 fp32 result, 32 MiB at a time, has to go through the L2 cache once more. Pieces have the same shape whatever the batch
 holds, the last rows padded with zeros: the library may choose other kernels for other shapes, and a sequence's log-prob
 would then depend on what else is in the batch. So the smallest batch takes the time of `LibraryConfig.chunk_rows` rows.
-That equal rows of one product have equal bits wherever they stand is taken for granted; `benchmarks.gpu_checks` looks.
+That equal rows of one product have equal bits wherever they stand is taken for granted; `benchmarks.gpu.checks` looks.
 """
 
 from collections.abc import Callable, Iterator

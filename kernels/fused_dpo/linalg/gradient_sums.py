@@ -7,7 +7,7 @@ from fused_dpo.head import HeadGrads, Needs
 from fused_dpo.linalg.matmul import add_matmul_fp32, matmul_precision
 from fused_dpo.linalg.operands import Operands
 
-ROWS_AT_ONCE, ROWS_AT_ONCE_ON_CUDA = 256, 2048
+FINISHED_ROWS, FINISHED_ROWS_ON_CUDA = 256, 2048
 """Rows that are brought through the adapter and rounded at a time: nothing there is as large as the batch. On CUDA each
 time costs its launches."""
 
@@ -98,7 +98,7 @@ class GradientSums:
         through_b = self.dhidden_sum[:, self.dhidden_sum.shape[1] - rank :] if rank else None
         dlora_a = self._zeros(rank, D) if head.lora is not None and self.needs.lora_a else None
         dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if self.needs.hidden else None
-        at_once = ROWS_AT_ONCE_ON_CUDA if hidden.is_cuda else ROWS_AT_ONCE
+        at_once = FINISHED_ROWS_ON_CUDA if hidden.is_cuda else FINISHED_ROWS
         for start in range(0, rows.numel(), at_once):
             block = rows[start : start + at_once]
             grad = self.dhidden_sum[start : start + at_once, :D]

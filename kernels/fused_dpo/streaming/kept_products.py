@@ -10,7 +10,7 @@ from fused_dpo.linalg.operands import Operands
 from fused_dpo.linalg.sizes import round_up
 from fused_dpo.streaming.screener import BLOCK_ROWS
 
-MULTIPLES, MULTIPLES_IN_BF16 = (16, 64), (64, 512)
+KEPT_MULTIPLES, KEPT_MULTIPLES_IN_BF16 = (16, 64), (64, 512)
 """Rows and columns that kept products are padded to multiples of. On a CPU's bf16 units every new shape costs oneDNN
 0.6 ms to compile, and memory that it keeps: with multiples of 32 and 128 the 450 MiB of a whole forward and backward,
 measured, were 110 MiB more. Elsewhere a shape costs nothing, and this padding 0.7 times the work of short sequences."""
@@ -24,7 +24,7 @@ class KeptProducts:
     def __init__(self, operands: Operands, workspace_mib: int) -> None:
         self.operands = operands
         in_bf16 = operands.hidden.device.type == "cpu" and multiplied_in_bf16(operands.dtype)
-        self._row_multiple, multiple = MULTIPLES_IN_BF16 if in_bf16 else MULTIPLES
+        self._row_multiple, multiple = KEPT_MULTIPLES_IN_BF16 if in_bf16 else KEPT_MULTIPLES
         column_bytes = (2 * operands.width + 2 * BLOCK_ROWS) * operands.acc_dtype.itemsize
         width = min(workspace_mib * 2**18 // column_bytes, COLUMNS_AT_ONCE, round_up(operands.V, multiple))
         # Where that is less than a multiple, all products have the same width.

@@ -17,9 +17,9 @@ from fused_dpo.streaming.tiles import widest_tile
 
 BLOCK_ROWS = 128
 """Scored rows that share their kept columns: fewer keep fewer columns, more feed the matrix units better."""
-ROWS_AT_ONCE, ROWS_AT_ONCE_COARSELY = 512, 256
+SCREENED_ROWS, SCREENED_ROWS_COARSELY = 512, 256
 """Rows screened at a time, at most."""
-ROW_MULTIPLE = 32
+SCREEN_ROW_MULTIPLE = 32
 """Rows are screened in multiples of this, so that a row's bits do not depend on how many there are."""
 
 
@@ -62,12 +62,12 @@ def rows_screened(hidden: Tensor, head: LMHead, workspace_mib: int) -> int:
     A coarse one has logits and probabilities, in half of the workspace. Any other has them one after the other in the
     same memory, three quarters of it, as it needs no buffers for kept columns.
     """
-    V, most = head.weight.shape[0], ROWS_AT_ONCE
+    V, most = head.weight.shape[0], SCREENED_ROWS
     fits = workspace_mib * 3 * 2**18 // (accumulation_dtype(hidden.dtype).itemsize * V)
     if screens_coarsely(hidden, head):
-        most, fits = ROWS_AT_ONCE_COARSELY, workspace_mib * 2**19 // (2 * hidden.dtype.itemsize * V)
-    fits = fits // ROW_MULTIPLE * ROW_MULTIPLE
-    return min(max(fits, ROW_MULTIPLE), most)
+        most, fits = SCREENED_ROWS_COARSELY, workspace_mib * 2**19 // (2 * hidden.dtype.itemsize * V)
+    fits = fits // SCREEN_ROW_MULTIPLE * SCREEN_ROW_MULTIPLE
+    return min(max(fits, SCREEN_ROW_MULTIPLE), most)
 
 
 def screen_shape(hidden: Tensor, head: LMHead, rows: int, sequences: int, workspace_mib: int) -> tuple[int, int, int]:
@@ -114,7 +114,7 @@ class Screener:
         """Coarse logits and probabilities [stop - start, V] of scored rows, overwritten by the next call."""
         for _ in self._products(start, stop):
             pass
-        z = self._logits[: round_up(stop - start, ROW_MULTIPLE)]
+        z = self._logits[: round_up(stop - start, SCREEN_ROW_MULTIPLE)]
         probabilities = torch.softmax(z, 1, out=self._probabilities.like(z))
         return z[: stop - start], probabilities[: stop - start]
 
@@ -139,7 +139,7 @@ class Screener:
     def _products(self, start: int, stop: int) -> Iterator[tuple[slice, Tensor]]:
         """Columns and their logits of scored rows, padded."""
         operands = self.operands
-        rows = round_up(stop - start, ROW_MULTIPLE)
+        rows = round_up(stop - start, SCREEN_ROW_MULTIPLE)
         hidden = operands.read_hidden(start, stop, self._hidden[:rows])
         for first, last in self._bounds:
             columns = slice(first, last)

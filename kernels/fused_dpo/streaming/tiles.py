@@ -13,7 +13,7 @@ from fused_dpo.linalg.sizes import even_bounds, round_up
 
 ROWS_PER_TILE = 1024
 """Scored rows per tile at most: enough to feed the matrix units, few enough that a tile stays in cache."""
-ROW_MULTIPLE = 64
+TILE_ROW_MULTIPLE = 64
 """Fewest rows per tile; the last tile is padded to a multiple of this, or of what `row_multiple` finds."""
 
 
@@ -31,7 +31,7 @@ def row_multiple(K: int, dtype: torch.dtype, tile_rows: int, threads: int) -> in
     hidden, weight = (as_operand(numbers, dtype) for numbers in random)
     with matmul_precision(dtype):
         full = hidden @ weight.T
-        multiple = ROW_MULTIPLE
+        multiple = TILE_ROW_MULTIPLE
         while multiple < tile_rows:
             counts = range(multiple, tile_rows, multiple)
             if all(torch.equal(hidden[:count] @ weight.T, full[:count]) for count in counts):
@@ -67,7 +67,7 @@ class _Block(NamedTuple):
 def rows_per_tile(K: int, workspace_mib: int, dtype: torch.dtype) -> int:
     """Rows of a block: ROWS_PER_TILE, or the halves of it whose hidden states fit into a quarter of the workspace."""
     rows = ROWS_PER_TILE
-    while rows > ROW_MULTIPLE and 2 * rows * K * accumulation_dtype(dtype).itemsize > workspace_mib * 2**18:
+    while rows > TILE_ROW_MULTIPLE and 2 * rows * K * accumulation_dtype(dtype).itemsize > workspace_mib * 2**18:
         rows //= 2
     return rows
 
@@ -93,7 +93,7 @@ class Tiles:
 
     def __init__(self, operands: Operands, workspace_mib: int) -> None:
         self.operands, self.rows = operands, operands.rows
-        device, R, multiple = operands.hidden.device, operands.rows.numel(), ROW_MULTIPLE
+        device, R, multiple = operands.hidden.device, operands.rows.numel(), TILE_ROW_MULTIPLE
         self._rows_per_tile = rows_per_tile(operands.width, workspace_mib, operands.dtype)
         if device.type == "cpu":
             multiple = row_multiple(operands.width, operands.dtype, self._rows_per_tile, torch.get_num_threads())

@@ -1,6 +1,7 @@
 """Attention backends: which one is chosen, the arguments each kernel gets, and the check on the user's device.
 
-Kernels that need a GPU are replaced by `tests.engine.support.kernels_in_torch`, which compute the same from the same arguments.
+Kernels that need a GPU are replaced by `tests.engine.support.kernels_in_torch`, which compute the same from the same
+arguments.
 """
 
 import importlib.metadata

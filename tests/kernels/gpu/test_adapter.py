@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from fused_dpo.gpu import backward as triton_backward
-from fused_dpo.gpu.adapter import BLOCK_ROWS, through_adapter
+from fused_dpo.gpu.adapter import ADAPTER_ROWS, through_adapter
 from fused_dpo.gpu.launch import rank_block
 from tests.kernels.support.gpu import DEVICE, TRITON_DTYPES, on_device, order_products
 from tests.kernels.support.problems import IGNORE, assert_agrees, evaluate, fused, make_problem
@@ -16,7 +16,7 @@ def problem(dtype: torch.dtype, T: int, D: int, rank: int) -> tuple[Tensor, Tens
 
 
 @pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
-@pytest.mark.parametrize("R", [1, BLOCK_ROWS, BLOCK_ROWS + 1])
+@pytest.mark.parametrize("R", [1, ADAPTER_ROWS, ADAPTER_ROWS + 1])
 @pytest.mark.parametrize("rank", [1, 16, 33, 70])
 @pytest.mark.parametrize("D", [1, 32, 65])
 def test_inner_product(dtype: torch.dtype, R: int, rank: int, D: int) -> None:

@@ -15,7 +15,7 @@ from fused_dpo.linalg.operands import Operands
 from fused_dpo.streaming.online_softmax import OnlineSoftmax
 from fused_dpo.streaming.screener import (
     BLOCK_ROWS,
-    ROWS_AT_ONCE,
+    SCREENED_ROWS,
     Screener,
     block_spans,
     exponents,
@@ -107,11 +107,11 @@ def test_largest_of_columns_beside_nan(dtype: torch.dtype, payload: int) -> None
 def test_rows_screened() -> None:
     """Multiples of 32 whose logits fit into three quarters of the workspace, from 32 to 512."""
     hidden = torch.zeros(1, 8)
-    assert rows_screened(hidden, LMHead(torch.zeros(100, 8)), 128) == ROWS_AT_ONCE
+    assert rows_screened(hidden, LMHead(torch.zeros(100, 8)), 128) == SCREENED_ROWS
     for V, mib in ((49152, 96), (49152, 64), (20000, 32), (5003, 4)):
         rows = rows_screened(hidden, LMHead(torch.zeros(V, 8)), mib)
         assert rows % 32 == 0
-        assert 32 <= rows < ROWS_AT_ONCE
+        assert 32 <= rows < SCREENED_ROWS
         assert rows * V * 4 <= mib * 3 * 2**18 < (rows + 32) * V * 4
     assert rows_screened(hidden, LMHead(torch.zeros(49152, 8)), 1) == 32
     assert rows_screened(hidden.double(), LMHead(torch.zeros(20000, 8)), 64) == 288
@@ -196,7 +196,7 @@ def test_look(V: int, D: int, dtype: torch.dtype, features: dict, mib: int) -> N
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_bits_of_a_row_do_not_depend_on_the_group(dtype: torch.dtype) -> None:
     """Alone, in the middle of 200 rows, or at another place."""
-    problem = make_problem((ROWS_AT_ONCE,), 3001, 64).to(dtype)
+    problem = make_problem((SCREENED_ROWS,), 3001, 64).to(dtype)
     screen = screener(problem)
     most = screen.rows
     together = [part.clone() for part in looked_at(screen, 0, most)]

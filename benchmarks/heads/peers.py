@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.replay import Replay
-from benchmarks.verify import BF16_LOGITS, EXACT, FILTERED, IN_FLOAT32, Budget
+from benchmarks.heads.replay import Replay
+from benchmarks.heads.truth import BF16_LOGITS, EXACT, FILTERED, IN_FLOAT32, Budget
 from fused_dpo import DPOLoss, KernelOptions, fused_dpo_logps
 
 BETA = 0.1

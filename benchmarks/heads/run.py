@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.cases import FORWARD, LOSS, TRAIN, Case
+from benchmarks.heads.cases import FORWARD, LOSS, TRAIN, Case
+from benchmarks.heads.peers import BETA, IMPLEMENTATIONS, Implementation
+from benchmarks.heads.replay import Replay, describe
+from benchmarks.heads.truth import Truth, gradient_errors, logp_errors, over_budget, truth, upstream
 from benchmarks.measure import cuda_growth_mib, isolated, peak_growth_mib, timed
-from benchmarks.peers import BETA, IMPLEMENTATIONS, Implementation
-from benchmarks.replay import Replay, describe
-from benchmarks.verify import Truth, gradient_errors, logp_errors, over_budget, truth, upstream
 from fused_dpo import KernelOptions, fused_token_logps
 
 

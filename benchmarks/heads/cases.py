@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.replay import Replay, random_logits, replay
+from benchmarks.heads.replay import Replay, random_logits, replay
 
 HEADS = {
     "SmolLM2": (576, 49152),

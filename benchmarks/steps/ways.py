@@ -10,8 +10,8 @@ import transformers
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.random_model import PREFIX, build_random_policy
-from benchmarks.random_model import token_pairs as random_pairs
+from benchmarks.steps.random_model import PREFIX, build_random_policy
+from benchmarks.steps.random_model import token_pairs as random_pairs
 from fused_dpo import DPOLoss, head_of
 from fused_dpo_engine.batching.batch import PairBatch
 from fused_dpo_engine.batching.planning import build_batch, plan_pairs
@@ -32,7 +32,7 @@ class Case:
     """A step."""
 
     model: str
-    """Folder or Hugging Face name, or `random:NAME` (see `benchmarks.random_model`)."""
+    """Folder or Hugging Face name, or `random:NAME` (see `benchmarks.steps.random_model`)."""
     data: str
     """File of preference pairs; for a random model the name of a mix of lengths."""
     pairs: int = 16

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.replay import describe, replay
-from benchmarks.verify import EXACT, FILTERED
+from benchmarks.heads.replay import describe, replay
+from benchmarks.heads.truth import EXACT, FILTERED
 from fused_dpo import KernelOptions, LMHead, fused_dpo_logps, fused_token_logps
 from fused_dpo.gpu.configs import library_config
 from fused_dpo.linalg.matmul import matmul_fp32

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.replay import Replay
+from benchmarks.heads.replay import Replay
 
 ROWS = 256
 """Rows of float64 logits at a time."""

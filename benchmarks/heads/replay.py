@@ -19,10 +19,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-SHARED_HIDDEN = Path(__file__).parents[1] / "../shared/data/hidden/smollm2_helpful.safetensors"
+SHARED_HIDDEN = Path(__file__).parents[2] / "../shared/data/hidden/smollm2_helpful.safetensors"
 TENSORS = {"hidden", "target", "cu_seqlens", "weight_int8", "weight_scale"}
 """What a file of hidden states holds, among other things."""
-LENGTHS: dict[str, list[list[int]]] = json.loads((Path(__file__).parent / "lengths.json").read_text())
+LENGTHS: dict[str, list[list[int]]] = json.loads((Path(__file__).parents[1] / "lengths.json").read_text())
 """By data set, tokens of [prompt, chosen, rejected] of 128 real preference pairs (SmolLM2's tokenizer): Anthropic's
 hh-rlhf helpful-online, FineGrainedRLHF's questions on long passages, and LLaMA-Factory's dpo_en_demo."""
 ZIPF, NORMAL, SHARED = 1.4, 4.0, 0.5

@@ -1,8 +1,8 @@
 """Models of random weights under realistic logits: the work of a large model's step, without downloading one.
 
 A random model's logits are nearly flat, which no trained model's are, and the cost of a filtered head depends on them.
-So the value of the last hidden state is replaced by hidden states replayed from a real model (`benchmarks.replay`), and
-the head's weight is the replay's; the gradient passes to the backbone as if nothing had happened. Which hidden state a
+So the value of the last hidden state is replaced by hidden states replayed from a real model
+(`benchmarks.heads.replay`), and the head's weight is the replay's; the gradient passes to the backbone as if nothing had happened. Which hidden state a
 token gets follows from its id, so that it is the same in every layout, and ids are drawn so that the tokens of a
 sequence get consecutive ones.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks.replay import LENGTHS, replay
+from benchmarks.heads.replay import LENGTHS, replay
 from fused_dpo_engine.attention.interface import ATTENTION_NAME
 from fused_dpo_engine.config.options import ModelOptions
 from fused_dpo_engine.data.pairs import TokenPair

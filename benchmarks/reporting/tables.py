@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.cases import BARE
-from benchmarks.quantities import (
+from benchmarks.heads.cases import BARE
+from benchmarks.reporting.quantities import (
     HEAD,
     HEAD_SHORT,
     MEMORY,
@@ -18,8 +18,8 @@ from benchmarks.quantities import (
     significant,
     time_of,
 )
-from benchmarks.records import Record
-from benchmarks.selection import AXES, Row, failure, grouped, is_ours, of_suite, plain_cases
+from benchmarks.reporting.records import Record
+from benchmarks.reporting.selection import AXES, Row, failure, grouped, is_ours, of_suite, plain_cases
 
 
 def escaped(text: str) -> str:

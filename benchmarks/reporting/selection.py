@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from benchmarks.cases import TRAIN
+from benchmarks.heads.cases import TRAIN
 
 Row = dict[str, Any]
 

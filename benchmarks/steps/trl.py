@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.step_ways import BETA, Case, Outcome, gradient_norm
+from benchmarks.steps.ways import BETA, Case, Outcome, gradient_norm
 from fused_dpo_engine.batching.planning import build_batch
 from fused_dpo_engine.config.options import PackingOptions
 from fused_dpo_engine.data.pairs import TokenPair

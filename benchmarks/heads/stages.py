@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.head import HeadRun
+from benchmarks.heads.run import HeadRun
 
 CPU_STAGES = {
     "matrix products": ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "addr"),

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from benchmarks.selection import Row, number
+from benchmarks.reporting.selection import Row, number
 
 
 class Quantity(NamedTuple):

@@ -8,10 +8,10 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.cases import BARE
-from benchmarks.quantities import LOGP_ERROR, MEMORY, STAGE_SHARE, significant, time_of
-from benchmarks.records import Record
-from benchmarks.selection import AXES, Row, grouped, is_ours, number, of_suite, plain_cases
+from benchmarks.heads.cases import BARE
+from benchmarks.reporting.quantities import LOGP_ERROR, MEMORY, STAGE_SHARE, significant, time_of
+from benchmarks.reporting.records import Record
+from benchmarks.reporting.selection import AXES, Row, grouped, is_ours, number, of_suite, plain_cases
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

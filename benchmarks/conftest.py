@@ -10,7 +10,7 @@ from benchmarks.arguments import hidden_file, out_file
 from benchmarks.heads import run as head
 from benchmarks.heads.cases import BARE, Case
 from benchmarks.heads.peers import IMPLEMENTATIONS
-from benchmarks.measure import compute_dtype, quantiles, timed
+from benchmarks.measure import compute_dtype, quantiles
 from benchmarks.reporting import records
 
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
@@ -18,8 +18,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = compute_dtype(DEVICE)
 """Of the cases: on a CPU without bf16 units bf16 ones would tell how slow those are missed, and take hours."""
 ROUNDS = 10 if DEVICE == "cuda" else 3
-SECONDS = 4.0
-"""An implementation so slow that its rounds take longer has fewer of them."""
+SECONDS = 6.0
+"""Where rounds of twice the bare products' time would take longer, there are fewer of them."""
 
 Row = dict[str, Any]
 TimeRow = Callable[..., None]
@@ -111,14 +111,16 @@ def measure_head(
             pytest.skip(why)
         if name == BARE:
             time_row(row, head.bare_matmuls(case, phase, loaded.problem), rounds=ROUNDS)
-        else:
-            try:
-                run = head.checked(row, name, case, phase, hidden_file, DEVICE)
-            except head.NoTimeError as reason:
-                refuse(row, str(reason))
-            rounds = max(1, min(ROUNDS, int(SECONDS / timed(run)[1])))
-            time_row(row, run, rounds=rounds, warmup=0)
+            row |= head.rates(case, phase, row["median_s"], row["median_s"])
+            return
+        try:
+            run = head.checked(row, name, case, phase, hidden_file, DEVICE)
+        except head.NoTimeError as reason:
+            refuse(row, str(reason))
         # A machine's speed drifts in the minutes between rows: the ratio is taken side by side.
-        row |= head.rates(case, phase, row["median_s"], head.bare_seconds(case, phase, loaded.problem))
+        bare = head.bare_seconds(case, phase, loaded.problem)
+        rounds = max(1, min(ROUNDS, int(SECONDS / (2 * bare))))
+        time_row(row, run, rounds=rounds, warmup=0)  # the check was the first call
+        row |= head.rates(case, phase, row["median_s"], bare)
 
     return measure

@@ -2,9 +2,9 @@
 
 A random model's logits are nearly flat, which no trained model's are, and the cost of a filtered head depends on them.
 So the value of the last hidden state is replaced by hidden states replayed from a real model
-(`benchmarks.heads.replay`), and the head's weight is the replay's; the gradient passes to the backbone as if nothing had happened. Which hidden state a
-token gets follows from its id, so that it is the same in every layout, and ids are drawn so that the tokens of a
-sequence get consecutive ones.
+(`benchmarks.heads.replay`), and the head's weight is the replay's; the gradient passes to the backbone as if nothing
+had happened. Which hidden state a token gets follows from its id, so that it is the same in every layout, and ids are
+drawn so that the tokens of a sequence get consecutive ones.
 """
 
 from pathlib import Path

@@ -31,7 +31,8 @@ import torch
 
 from benchmarks import ROOT
 from benchmarks.arguments import hidden_file, out_folder, positive
-from benchmarks.gpu.checks import CHECKS, LATE, OF_DTYPES, SMALL, NotHereError, Scale
+from benchmarks.gpu.checks import CHECKS, LATE, OF_DTYPES
+from benchmarks.gpu.problems import SMALL, NotHereError, Scale
 from benchmarks.gpu.supervise import BEGUN, RECORD, DeviceLostError, device_is_lost, supervised, write_record
 from benchmarks.heads import run as head
 from benchmarks.heads.cases import AXES, BARE, LOSS, SCALED, STAGED, TRAIN, Case, head_cases, scaling_cases

@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,56 +15,65 @@ from tests.kernels.support.gpu import DEVICE
 MODES = ("exact", "filtered")
 
 
+def put(monkeypatch: pytest.MonkeyPatch, name: str, value: Any) -> None:
+    """Replace a constant where it stands and where it is imported."""
+    from benchmarks.gpu import checks, problems
+
+    for module in (checks, problems):
+        monkeypatch.setattr(module, name, value, raising=False)
+
+
 def test_checks_that_only_a_gpu_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of the GPU suite's, on code that passes them without a GPU, and on code that does not."""
-    from benchmarks.gpu import checks as gpu_checks
+    from benchmarks.gpu import checks, problems
 
-    scale = replace(gpu_checks.SMALL, device="cpu:0", dtypes=(torch.float32,))
-    monkeypatch.setattr(gpu_checks, "WAYS", {"torch": partial(gpu_checks.Case.logps, impl="streaming")})
-    gpu_checks.check_batch_invariance(scale)
-    gpu_checks.check_autocast(scale)
-    monkeypatch.setitem(gpu_checks.WAYS, "batch", lambda case: case.logps("streaming") + 1e-3 * len(case.hidden))
+    scale = replace(problems.SMALL, device="cpu:0", dtypes=(torch.float32,))
+    put(monkeypatch, "WAYS", {"torch": partial(problems.Case.logps, impl="streaming")})
+    checks.check_batch_invariance(scale)
+    checks.check_autocast(scale)
+    monkeypatch.setitem(problems.WAYS, "batch", lambda case: case.logps("streaming") + 1e-3 * len(case.hidden))
     with pytest.raises(AssertionError, match="sequence 0 differs alone"):
-        gpu_checks.check_batch_invariance(scale)
+        checks.check_batch_invariance(scale)
     widened = {"widened": lambda case: case.logps("streaming") + 1e-3 * case.head.weight.dtype.itemsize}
-    monkeypatch.setattr(gpu_checks, "WAYS", widened)
+    put(monkeypatch, "WAYS", widened)
     with pytest.raises(AssertionError, match=r"widened, .*: the log-probs differ"):
-        gpu_checks.check_autocast(scale)
+        checks.check_autocast(scale)
 
 
 def test_checks_notice_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """Results that change from run to run, a filter that keeps everything, gradients a percent off."""
-    from benchmarks.gpu import checks as gpu_checks
+    from benchmarks.gpu import checks, problems
 
-    scale = replace(gpu_checks.SMALL, dtypes=(torch.bfloat16,), device="cpu")
-    streaming = {f"torch, {mode}": partial(gpu_checks.Case.logps, impl="streaming", grad_mode=mode) for mode in MODES}
-    monkeypatch.setattr(gpu_checks, "IMPLS", ("streaming",))
-    monkeypatch.setattr(gpu_checks, "WAYS", streaming)
-    gpu_checks.check_run_to_run(scale)
+    scale = replace(problems.SMALL, dtypes=(torch.bfloat16,), device="cpu")
+    streaming = {f"torch, {mode}": partial(problems.Case.logps, impl="streaming", grad_mode=mode) for mode in MODES}
+    put(monkeypatch, "IMPLS", ("streaming",))
+    put(monkeypatch, "WAYS", streaming)
+    checks.check_run_to_run(scale)
     calls = count()
-    monkeypatch.setitem(gpu_checks.WAYS, "filtered", lambda case: case.logps("streaming") * (1 + next(calls) * 1e-3))
+    monkeypatch.setitem(problems.WAYS, "filtered", lambda case: case.logps("streaming") * (1 + next(calls) * 1e-3))
     with pytest.raises(AssertionError, match=r"filtered, .*: the second run differs"):
-        gpu_checks.check_run_to_run(scale)
-    monkeypatch.setattr(gpu_checks, "SLOPE", 0.0)
-    gpu_checks.make_case.cache_clear()
+        checks.check_run_to_run(scale)
+    monkeypatch.setattr(problems, "SLOPE", 0.0)
+    problems.make_case.cache_clear()
     with pytest.raises(AssertionError, match="100% of the vocabulary kept"):
-        gpu_checks.check_run_to_run(scale)
+        checks.check_run_to_run(scale)
 
-    gpu_checks.make_case.cache_clear()
+    problems.make_case.cache_clear()
 
-    monkeypatch.setattr(gpu_checks, "WAYS", {"streaming, exact": streaming["torch, exact"]})
-    gpu_checks.check_accuracy(scale)
+    put(monkeypatch, "WAYS", {"streaming, exact": streaming["torch, exact"]})
+    checks.check_accuracy(scale)
     off = {"streaming, exact": lambda case: 1.01 * case.logps("streaming") - 0.01 * case.logps("streaming").detach()}
-    monkeypatch.setattr(gpu_checks, "WAYS", off)
+    put(monkeypatch, "WAYS", off)
     with pytest.raises(AssertionError, match=r"dhidden, torch\.bfloat16, plain: error 0\.01"):
-        gpu_checks.check_accuracy(scale)
+        checks.check_accuracy(scale)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU runs the whole suite: python -m benchmarks.gpu_suite")
 def test_gpu_suite_in_the_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The checks of the GPU suite, small; one that fails is recorded and does not stop the next."""
     from benchmarks import gpu_suite
-    from benchmarks.gpu.checks import CHECKS, SMALL
+    from benchmarks.gpu.checks import CHECKS
+    from benchmarks.gpu.problems import SMALL
 
     record = gpu_suite.run(tmp_path, minutes=5, scale=SMALL)
     only_on_a_gpu = {"batch invariance", "autocast", "memory", "no synchronisation", "attention backends"}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def out_file(text: str) -> Path:
-    """A file to write: its folder is made, and opening it is tried."""
+    """Accept a file to write: its folder is made, and opening it is tried."""
     path = Path(text)
     new = not path.exists()
     try:
@@ -20,7 +20,7 @@ def out_file(text: str) -> Path:
 
 
 def out_folder(text: str) -> Path:
-    """A folder to write into, made if it is not there."""
+    """Accept a folder to write into, made if it is not there."""
     probe = Path(text) / ".writable"
     try:
         return out_file(str(probe)).parent
@@ -29,7 +29,7 @@ def out_folder(text: str) -> Path:
 
 
 def hidden_file(text: str) -> Path:
-    """A file of hidden states and their head, as `benchmarks.heads.replay` reads it."""
+    """Accept a file of hidden states and their head, as `benchmarks.heads.replay` reads it."""
     path = Path(text)
     if not path.is_file():
         raise argparse.ArgumentTypeError(f"{path} is not there")
@@ -52,7 +52,7 @@ def hidden_file(text: str) -> Path:
 
 
 def positive_int(text: str) -> int:
-    """1, 2, 3, …"""
+    """Accept 1, 2, 3, …"""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
@@ -60,7 +60,7 @@ def positive_int(text: str) -> int:
 
 
 def positive(text: str) -> float:
-    """A finite number over 0."""
+    """Accept a finite number over 0."""
     value = float(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"must be over 0 and finite, got {text}")
@@ -68,7 +68,7 @@ def positive(text: str) -> float:
 
 
 def fraction(text: str) -> float:
-    """A number between 0 and 1, both excluded."""
+    """Accept a number between 0 and 1, both excluded."""
     value = float(text)
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"must lie between 0 and 1, got {text}")

@@ -48,14 +48,14 @@ class Change(NamedTuple):
 
 
 def changes(a: Record, b: Record, threshold: float) -> Iterator[Change]:
-    """Of the rows that both have, in the order of `a`."""
+    """Find what changed in the rows that both files have, in the order of `a`."""
     for name, row in a.rows.items():
         if name in b.rows:
             yield from row_changes(name, row, b.rows[name], threshold)
 
 
 def row_changes(name: str, a: Row, b: Row, threshold: float) -> Iterator[Change]:
-    """Of one row: whether it fails, else its numbers."""
+    """Find what changed in one row: whether it fails, else its numbers."""
     reasons = failure(a), failure(b)
     if any(reasons):
         if not all(reasons):
@@ -75,19 +75,19 @@ def row_changes(name: str, a: Row, b: Row, threshold: float) -> Iterator[Change]
 
 
 def within_spread(a: Row, b: Row) -> bool:
-    """Whether the intervals from the 20th to the 80th percentile of the times overlap."""
+    """Tell whether the intervals from the 20th to the 80th percentile of the times overlap."""
     if not all(key in row for row in (a, b) for key in ("p20_s", "p80_s")):
         return False
     return a["p20_s"] <= b["p80_s"] and b["p20_s"] <= a["p80_s"]
 
 
 def shown(value: float) -> str:
-    """A number in a cell."""
+    """Show a number in a cell."""
     return significant(value) if math.isfinite(value) else str(value)
 
 
 def table(title: str, found: Sequence[Change]) -> Table:
-    """The changes, a line each."""
+    """Show the changes, a line each."""
     drawn = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     drawn.add_column("row", no_wrap=True)
     drawn.add_column("")
@@ -99,7 +99,7 @@ def table(title: str, found: Sequence[Change]) -> Table:
 
 
 def different(a: Record, b: Record) -> dict[str, tuple[object, object]]:
-    """What differs between the environments, but for the commit: that is what one compares."""
+    """Say what differs between the environments, but for the commit, which is what one compares."""
     keys = [key for key in a.environment | b.environment if key != "commit"]
     pairs = {key: (a.environment.get(key), b.environment.get(key)) for key in keys}
     return {key: (before, after) for key, (before, after) in pairs.items() if before != after}
@@ -126,7 +126,7 @@ def report(a: Record, b: Record, threshold: float) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line of the module."""
+    """Run the command line of the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("a", type=Path, metavar="A.json", help="results before")
     parser.add_argument("b", type=Path, metavar="B.json", help="results after")

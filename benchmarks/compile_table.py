@@ -7,7 +7,7 @@ would be launched there for a GPU that is not there. Prints registers, spilled b
 and exits with 1 if one spills more than its allowance, takes more shared memory than the architecture has, multiplies
 half-precision tiles on sm_90 without wgmma, loads single numbers or waits for the matrix units in a loop that
 multiplies, or is compiled again for a batch of another size: what Triton knows of a size decides about the order of
-sums, so a sequence's log-prob would hang on its batch. Needs the compiler, so TRITON_INTERPRET must not be set.
+sums, so a sequence's log-prob would depend on its batch. Needs the compiler, so TRITON_INTERPRET must not be set.
 """
 
 import argparse
@@ -80,7 +80,7 @@ class Compiled:
     """Whether it was compiled for a batch of another size, where the first had had a kernel of its own."""
 
     def problems(self) -> list[str]:
-        """What is wrong with it."""
+        """List what is wrong with it."""
         found = []
         if self.stack > SPILL_ALLOWANCE:
             found.append(f"spills {self.stack} bytes")
@@ -104,25 +104,25 @@ class Target:
         self.architecture = architecture
 
     def get_current_target(self) -> GPUTarget:
-        """What to compile for."""
+        """Name the GPU to compile for."""
         return GPUTarget("cuda", self.architecture, 32)
 
     def get_current_device(self) -> int:
-        """Another for each architecture: Triton keeps what it has compiled by device."""
+        """Give another number for each architecture: Triton keeps what it has compiled by device."""
         return self.architecture
 
     def get_current_stream(self, _device: int = 0) -> int:
-        """Likewise."""
+        """Give a stream, as Triton asks for one; nothing is launched there."""
         return 0
 
     def get_active_torch_device(self) -> torch.device:
-        """Where the tensors are."""
+        """Tell where the tensors are."""
         return torch.device("cpu")
 
 
 @contextmanager
 def launches(architecture: int) -> Iterator[dict[str, tuple[JITFunction[Any], Any]]]:
-    """Within the block nothing is launched; kernels are compiled and collected instead, by hash."""
+    """Compile and collect kernels, by hash, instead of launching them, within the block."""
     collected: dict[str, tuple[JITFunction[Any], Any]] = {}
     run = JITFunction.run
 
@@ -143,7 +143,7 @@ def launches(architecture: int) -> Iterator[dict[str, tuple[JITFunction[Any], An
 def call(
     dtype: torch.dtype, impl: str, eps: float, *, rows: int = ROWS, all_rows: bool = False, **options: Any
 ) -> None:
-    """Forward and backward of a small problem; what comes out is of no kernel, and not looked at."""
+    """Run forward and backward of a small problem; the results are of no kernel, and not looked at."""
 
     def leaf(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=dtype).requires_grad_()
@@ -187,7 +187,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def compile_all() -> Iterator[Compiled]:
-    """Every architecture, dtype and implementation; a kernel under the first options that launch it.
+    """Compile for every architecture, dtype and implementation; a kernel goes under the first options that launch it.
 
     All options in bf16, those that differ most in the others.
     """
@@ -213,7 +213,7 @@ def compile_all() -> Iterator[Compiled]:
 def compiled(
     seen: set[str], name: str, architecture: int, dtype: str, impl: str, eps: float, **options: Any
 ) -> Iterator[Compiled]:
-    """What is launched for batches of several sizes, and not seen before."""
+    """Compile what is launched for batches of several sizes, and has not been seen before."""
     with launches(architecture) as collected:
         call(DTYPES[dtype], impl, eps, **options)
         of_first = set(collected)
@@ -239,18 +239,18 @@ def compiled(
 
 
 def narrow_loads(ptx: str) -> int:
-    """Loads of two bytes in the loops of a kernel that multiply tiles."""
+    """Count loads of two bytes in the loops of a kernel that multiply tiles."""
     pattern = r"\bld\.global\S*\.b16\b|\bcp\.async\.c\w\.\S+ .*, 0x2,"
     return sum(len(re.findall(pattern, body)) for body in multiplying_loops(ptx))
 
 
 def waiting_loops(ptx: str) -> int:
-    """Loops of a kernel that multiply tiles by wgmma and let no product run into the next step."""
+    """Count loops of a kernel that multiply tiles by wgmma and let no product run into the next step."""
     return sum("wgmma.wait_group.sync.aligned 0" in body for body in multiplying_loops(ptx))
 
 
 def multiplying_loops(ptx: str) -> Iterator[str]:
-    """Innermost loops that multiply tiles."""
+    """Find the innermost loops that multiply tiles."""
     lines = ptx.splitlines()
     labels = {match[1]: number for number, line in enumerate(lines) if (match := re.match(r"(\$\w+):", line.strip()))}
     for number, line in enumerate(lines):
@@ -262,7 +262,7 @@ def multiplying_loops(ptx: str) -> Iterator[str]:
 
 
 def resource_usage(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread and bytes of stack, by the cuobjdump inside the triton package."""
+    """Read registers a thread and bytes of stack, by the cuobjdump inside the triton package."""
     tool = next(Path(triton.__file__).parent.rglob("cuobjdump"))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -276,7 +276,7 @@ def resource_usage(cubin: bytes) -> tuple[int, int]:
 
 
 def main() -> int:
-    """Compile, print, judge."""
+    """Compile, print and judge."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     as_json = parser.parse_args().json

@@ -28,7 +28,7 @@ MeasureHead = Callable[[Row, Case, str, str], None]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Options beside those of pytest-benchmark."""
+    """Add options to those of pytest-benchmark."""
     group = parser.getgroup("fused-dpo benchmarks")
     group.addoption("--results", type=out_file, help="write the rows to this JSON file")
     group.addoption("--full", action="store_true", help="scaling curves and a larger step on a CPU too: half an hour")
@@ -53,7 +53,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.fixture
 def record_rows(request: pytest.FixtureRequest) -> list[Row]:
-    """The rows of the results file."""
+    """Give the rows of the results file."""
     return request.config.stash[ROWS]
 
 
@@ -98,7 +98,9 @@ def refuse(record_rows: list[Row]) -> Refuse:
 def measure_head(
     request: pytest.FixtureRequest, record_rows: list[Row], time_row: TimeRow, refuse: Refuse
 ) -> MeasureHead:
-    """`measure_head(row, case, phase, name)`: check one implementation of the head, then measure memory and time."""
+    """Make `measure_head(row, case, phase, name)`, which checks an implementation of the head, then measures memory and
+    time.
+    """
     hidden_file = request.config.getoption("--hidden")
 
     def measure(row: Row, case: Case, phase: str, name: str) -> None:

@@ -59,7 +59,7 @@ SANITIZER_SECONDS = 20.0
 
 
 def ceilings() -> dict[str, float]:
-    """What this very card reaches: a large copy, and a large bf16 product of random numbers."""
+    """Measure what this very card reaches: a large copy, and a large bf16 product of random numbers."""
     a, b = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
     seconds_of(lambda: a @ b, runs=200, limit=0.5)  # until the clocks have risen
     matmul = statistics.median(seconds_of(lambda: a @ b, runs=50))
@@ -72,7 +72,7 @@ def ceilings() -> dict[str, float]:
 def head_rows(
     case: Case, phase: str, hidden_file: Path | None, names: Sequence[str] = NAMES, **which: str
 ) -> Iterator[Row]:
-    """A row an implementation: checked against float64, then memory and time; one that fails says why."""
+    """Make a row an implementation: checked against float64, then memory and time; one that fails says why."""
     loaded = head.load(case, hidden_file, DEVICE)
     bare_run = head.bare_matmuls(case, phase, loaded.problem)
     bare = 0.0
@@ -95,14 +95,14 @@ def head_rows(
 
 
 def scaling_rows(axis: str, hidden_file: Path | None) -> Iterator[Row]:
-    """Points of the curves along one axis."""
+    """Make the points of the curves along one axis."""
     for case in scaling_cases(axis, gpu=True):
         for row in head_rows(case, TRAIN, hidden_file, SCALED, suite="scaling", axis=axis):
             yield row | {"id": f"scaling/{axis}/{getattr(case, axis)}/{row['implementation']}"}
 
 
 def stage_rows(hidden_file: Path | None) -> Iterator[Row]:
-    """Seconds by kernel of the main case."""
+    """Make rows of the seconds by kernel of the main case."""
     case, phase = head_cases(gpu=True)[0]
     loaded = head.load(case, hidden_file, DEVICE)
     for name in STAGED:
@@ -110,7 +110,7 @@ def stage_rows(hidden_file: Path | None) -> Iterator[Row]:
 
 
 def step_rows(model: str, hidden_file: Path | None) -> Iterator[Row]:
-    """Whole steps of a model, a row a way."""
+    """Make a row a way of whole steps of a model."""
     try:
         from benchmarks.step import gpu_rows
     except ImportError as missing:
@@ -119,7 +119,8 @@ def step_rows(model: str, hidden_file: Path | None) -> Iterator[Row]:
 
 
 def sanitizer(deadline: float = math.inf) -> dict[str, Any]:
-    """A small case under compute-sanitizer, where it is there, until `deadline` on the clock of `time.perf_counter`.
+    """Run a small case under compute-sanitizer, where it is there, until `deadline` on the clock of
+    `time.perf_counter`.
 
     Memcheck sees reads and writes outside of what was allocated, racecheck races in shared memory only.
     """
@@ -128,7 +129,7 @@ def sanitizer(deadline: float = math.inf) -> dict[str, Any]:
         raise NotHereError("compute-sanitizer is not installed")
     code = (
         "import benchmarks.gpu_suite, torch\n"
-        "from benchmarks.gpu.checks import *\n"
+        "from benchmarks.gpu.problems import *\n"
         "scale = Scale(lengths=(1, 63, 130), V=5003, D=200)\n"
         "for dtype in scale.dtypes:\n"
         "    for _, way, case in cases_of(scale, dtype, extras=True):\n"
@@ -151,7 +152,7 @@ def sanitizer(deadline: float = math.inf) -> dict[str, Any]:
 
 
 def bounded(command: Sequence[str], variables: dict[str, str], seconds: float) -> tuple[int | None, str]:
-    """Exit status and output of a command with these environment variables; status None if it was stopped for time."""
+    """Run a command with these variables; returns exit status and output, status None if it was stopped for time."""
     pipe, both = subprocess.PIPE, subprocess.STDOUT
     environ = {**os.environ, **variables}
     # In a session of its own: what the command starts has to end with it.
@@ -266,7 +267,7 @@ def run(
 
 
 def main() -> int:
-    """Command line of the module: exit status 0 if every part ran and passed."""
+    """Run the command line of the module: exit status 0 if every part ran and passed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=out_folder, required=True, help="folder for gpu_suite.json")
     parser.add_argument(

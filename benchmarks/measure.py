@@ -60,14 +60,14 @@ def cuda_growth_mib(function: Callable[[], Result]) -> tuple[Result, float]:
 
 
 def timed(function: Callable[[], Result]) -> tuple[Result, float]:
-    """The result of `function` and the seconds it took."""
+    """Call `function`; returns its result and the seconds it took."""
     started = time.perf_counter()
     result = function()
     return result, time.perf_counter() - started
 
 
 def seconds_of(function: Callable[[], Any], runs: int = 10, limit: float = 4.0) -> list[float]:
-    """Times of single calls, as many as `limit` seconds have room for, but three at least.
+    """Time single calls, as many as `limit` seconds have room for, but three at least.
 
     On a GPU by device events around calls that follow each other without a pause: after one, a call would begin with
     the device waiting for the host.
@@ -83,7 +83,7 @@ def seconds_of(function: Callable[[], Any], runs: int = 10, limit: float = 4.0) 
 
 
 def _event_times(function: Callable[[], Any], runs: int) -> list[float]:
-    """Of `runs` calls on the device, after one that covers the host's start."""
+    """Time `runs` calls on the device, after one that covers the host's start."""
     events = [torch.cuda.Event(enable_timing=True) for _ in range(runs + 1)]
     function()
     events[0].record()
@@ -95,7 +95,7 @@ def _event_times(function: Callable[[], Any], runs: int) -> list[float]:
 
 
 def median_seconds(function: Callable[[], Any]) -> float:
-    """Median time after a warm-up."""
+    """Take the median time after a warm-up."""
     function()
     return statistics.median(seconds_of(function))
 
@@ -110,7 +110,7 @@ def compute_dtype(device: str) -> str:
 
 
 def console() -> Any:
-    """Where tables are printed: as wide as the terminal, and wide enough for a table where there is none."""
+    """Open the console that tables are printed on: as wide as the terminal, and wide enough where there is none."""
     from rich.console import Console
 
     screen = Console()
@@ -118,7 +118,7 @@ def console() -> Any:
 
 
 def quantiles(seconds: Sequence[float]) -> dict[str, float]:
-    """Median, 20th and 80th percentile of repeated runs, as a row holds them."""
+    """Compute median, 20th and 80th percentile of repeated runs, as a row holds them."""
     ordered = torch.tensor(seconds, dtype=torch.float64).quantile(torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64))
     median, p20, p80 = ordered.tolist()
     return {"median_s": median, "p20_s": p20, "p80_s": p80, "rounds": len(seconds)}
@@ -155,7 +155,7 @@ def cpu_features() -> str:
 
 @cache
 def environment() -> dict[str, Any]:
-    """Device, versions and commit that a result belongs to; FUSED_DPO_COMMIT names it where there is no repository."""
+    """Describe device, versions and commit that a result belongs to; FUSED_DPO_COMMIT names the commit elsewhere."""
     cuda = torch.cuda.is_available()
     versions = {name: _version(name) for name in PACKAGES}
     return {

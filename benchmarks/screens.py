@@ -41,13 +41,13 @@ Quantise = Callable[[Tensor], Tensor]
 
 
 def e4m3(x: Tensor) -> Tensor:
-    """Rounded to fp8 with a scale a row."""
+    """Round to fp8 with a scale a row."""
     scale = x.abs().amax(1, keepdim=True) / 448
     return (x / scale).to(torch.float8_e4m3fn).float() * scale
 
 
 def int8(x: Tensor) -> Tensor:
-    """Rounded to 255 steps with a scale a row."""
+    """Round to 255 steps with a scale a row."""
     scale = x.abs().amax(1, keepdim=True) / 127
     return (x / scale).round() * scale
 
@@ -64,7 +64,7 @@ class Coarse(NamedTuple):
     rounded: bool = False
 
     def logits(self, rows: slice) -> Tensor:
-        """[rows, V] in fp32."""
+        """Compute [rows, V] in fp32."""
         z = self.hidden[rows] @ self.weight.T
         if self.of_columns is not None and self.of_rows is not None:
             z += self.of_columns + self.of_rows[rows, None]
@@ -74,7 +74,7 @@ class Coarse(NamedTuple):
 
 
 def hadamard(order: int) -> Tensor:
-    """Orthogonal, of a power of two, by Sylvester's doubling."""
+    """Make an orthogonal matrix, of a power of two, by Sylvester's doubling."""
     h = torch.ones(1, 1)
     while len(h) < order:
         h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)))
@@ -82,13 +82,13 @@ def hadamard(order: int) -> Tensor:
 
 
 def rotate(x: Tensor) -> Tensor:
-    """By random signs, the same in every call, and a Hadamard matrix on each ROTATED channels."""
+    """Multiply by random signs, the same in every call, and a Hadamard matrix on each ROTATED channels."""
     signs = torch.randint(2, (x.shape[1],), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
     return ((x * signs).view(len(x), -1, ROTATED) @ hadamard(ROTATED)).view_as(x)
 
 
 def prepared(hidden: Tensor, weight: Tensor, quantise: Quantise, *, balanced: bool = False) -> Coarse:
-    """Centred, perhaps balanced, and rotated, then quantised."""
+    """Centre, perhaps balance, and rotate, then quantise."""
     m, c = hidden.mean(0), weight.mean(0)
     of_columns, of_rows = weight @ m, (hidden - m) @ c
     h, w = hidden - m, weight - c
@@ -99,7 +99,7 @@ def prepared(hidden: Tensor, weight: Tensor, quantise: Quantise, *, balanced: bo
 
 
 def projected(hidden: Tensor, weight: Tensor, quantise: Quantise) -> Coarse:
-    """Both without their components along the mean weight, and rotated, then quantised."""
+    """Take out of both their components along the mean weight, rotate, then quantise."""
     u = torch.nn.functional.normalize(weight.mean(0), dim=0)
     along_h, along_w = hidden @ u, weight @ u
     h, w = hidden - along_h[:, None] * u, weight - along_w[:, None] * u
@@ -138,7 +138,7 @@ class Tally:
 
 
 def rows_of(problem: Replay) -> Iterator[dict[str, Any]]:
-    """A row a screen and margin: errors of logits and log-probs against float64, what is kept and what is missed."""
+    """Make a row a screen and margin: errors of logits and log-probs against float64, what is kept and missed."""
     hidden, weight = problem.hidden.float(), problem.weight.float()
     screens = {name: make(hidden, weight) for name, make in SCREENS.items()}
     tallies = {(name, margin): Tally() for name in screens for margin in MARGINS}
@@ -175,7 +175,7 @@ def rows_of(problem: Replay) -> Iterator[dict[str, Any]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line of the module."""
+    """Run the command line of the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=out_file, required=True, help="results file to write")
     parser.add_argument("--tokens", type=positive_int, default=4096, help="tokens of real answers (default: 4096)")

@@ -56,13 +56,13 @@ Logps = list[list[float]]
 
 
 def build_step(case: Case, way: str, true: Logps) -> Step:
-    """The step, ready to be taken, the reference giving the true log-probs."""
+    """Build the step, ready to be taken, the reference giving the true log-probs."""
     pairs, ref_logps = case.token_pairs(), torch.tensor(true)
     return TrlStep(case, TRL[way], pairs, ref_logps) if way in TRL else OwnStep(case, OURS[way], pairs, ref_logps)
 
 
 def logp_errors(logps: Tensor, true: Tensor, lengths: Tensor) -> dict[str, float]:
-    """Errors [nat] of log-probs [P, 2] of sequences with `lengths` [P, 2] scored tokens.
+    """Measure the errors [nat] of log-probs [P, 2] of sequences with `lengths` [P, 2] scored tokens.
 
     Roundings of the backbone differ from token to token, so their sum over a sequence grows as the root of its length.
     """
@@ -77,7 +77,7 @@ def logp_errors(logps: Tensor, true: Tensor, lengths: Tensor) -> dict[str, float
 
 
 def wrong(errors: dict[str, float], dtype: str) -> str | None:
-    """Why log-probs with such errors count as those of another computation, if they do; not a number does."""
+    """Say why log-probs with such errors count as those of another computation, if they do; not a number does."""
     bounds = {"token_logp_rms_nat": TOKEN_RMS_NAT[dtype], "worst_difference_per_root_token": WORST_NAT[dtype]}
     over = [name for name, most in bounds.items() if not errors[name] <= most]
     return ", ".join(f"{name} {errors[name]:.3g} over {bounds[name]:g}" for name in over) or None
@@ -98,12 +98,12 @@ def extra_memory(step: Step, device: str) -> tuple[Outcome, float]:
 
 
 def row_of(case: Case, way: str) -> dict[str, Any]:
-    """What names a row."""
+    """Name a row."""
     return {"id": f"step/{case.name}/{way}", "suite": "step", "implementation": way, **case.describe()}
 
 
 def examine(case: Case, way: str, true: Logps) -> tuple[dict[str, Any], Step | None]:
-    """The row of a way without times, and the step to time; None, and `failed` in the row, where it is to get no time.
+    """Check a way; returns its row without times, and the step to time: None, and `failed` in the row, if it gets none.
 
     Args:
         case: the step.
@@ -125,7 +125,9 @@ def examine(case: Case, way: str, true: Logps) -> tuple[dict[str, Any], Step | N
 
 
 def measure(case: Case, way: str, true: Logps, rounds: int) -> dict[str, Any]:
-    """The row of a way with the times of `rounds` steps after the one that was checked; on a CPU in a fresh process."""
+    """Make the row of a way with the times of `rounds` steps after the one that was checked; on a CPU in a fresh
+    process.
+    """
     row, step = examine(case, way, true)
     if step is None or not rounds:
         return row
@@ -142,7 +144,7 @@ def measure(case: Case, way: str, true: Logps, rounds: int) -> dict[str, Any]:
 def rows(
     case: Case, ways: Sequence[str], rounds: int, announce: Callable[[str], None] = lambda _: None
 ) -> Iterator[dict[str, Any]]:
-    """A row a way, as they come; one that fails, or computes something else, says so in `failed`.
+    """Walk the rows, one a way, as they come; one that fails, or computes something else, says so in `failed`.
 
     On a CPU each way has a process of its own. What begins is announced.
     """
@@ -158,7 +160,7 @@ def rows(
 
 
 def _tried(call: Callable[..., Any], *arguments: Any) -> tuple[Any, str]:
-    """The result, or None and why there is none."""
+    """Call a function; returns the result, or None and why there is none."""
     try:
         return call(*arguments), ""
     except Exception as error:
@@ -176,7 +178,7 @@ def _here(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def step_cases(model: str, data: Sequence[str], *, full: bool, device: str) -> list[Case]:
-    """The cases of `pytest benchmarks/` and of a GPU: without `full`, a small one for a CPU; on a GPU, large ones."""
+    """List the cases of `pytest benchmarks/` and of a GPU: without `full` a small one on a CPU, on a GPU large ones."""
     chosen = data or ([MIX] if model.startswith(PREFIX) else [str(PREFERENCES)])
     pairs, budget = (64, 16384) if device != "cpu" else (16, 8192) if full else (4, 1024)
     return [Case(model, name, pairs, budget, compute_dtype(device), device) for name in chosen]
@@ -190,7 +192,7 @@ def gpu_rows(
     rounds: int = 5,
     hidden_file: Path | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """A row a way on this process's GPU, for every data set; a way that fails has a row with `failed`.
+    """Walk the rows, one a way on this process's GPU, for every data set; a way that fails has a row with `failed`.
 
     Args:
         model: as `Case.model`.
@@ -250,7 +252,7 @@ def compare(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line of the module: exit status 1 if no way got a time."""
+    """Run the command line of the module: exit status 1 if no way got a time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="model folder, Hugging Face name or random:NAME")
     parser.add_argument(

@@ -30,7 +30,7 @@ RUNS = {
 
 
 def train(name: str, arguments: list[str], output: Path) -> dict[str, Any]:
-    """One run of the trainer; its steps, and its evaluation before and after.
+    """Run the trainer once; returns its steps, and its evaluation before and after.
 
     Raises:
         CalledProcessError: the run failed, and has said why.

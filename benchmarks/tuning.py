@@ -55,7 +55,7 @@ class Variant:
 
 
 def tile(*shape: int, warps: int = 8, stages: int = 3, epilogue: int = PLAIN, **flags: bool) -> Change:
-    """Other tiles of the kernels that multiply."""
+    """List other tiles of the kernels that multiply."""
     return (
         configs.TILE_CONFIGS,
         (ARCHITECTURE, 2, epilogue),
@@ -64,22 +64,22 @@ def tile(*shape: int, warps: int = 8, stages: int = 3, epilogue: int = PLAIN, **
 
 
 def gathered(*shape: int, warps: int = 8, stages: int = 3) -> Change:
-    """Other tiles of the products with gathered rows."""
+    """List other tiles of the products with gathered rows."""
     return configs.PRODUCT_CONFIGS, (ARCHITECTURE, 2), ProductConfig(*shape, num_warps=warps, num_stages=stages)
 
 
 def library(**changes: Any) -> Change:
-    """Other shapes of the library's products."""
+    """List other shapes of the library's products."""
     return configs.LIBRARY_CONFIGS, 2, replace(configs.LIBRARY_CONFIGS[2], **changes)
 
 
 def group_mib(size: int) -> Change:
-    """More or less of the hidden states at work at a time."""
+    """List more or less of the hidden states at work at a time."""
     return configs, "GROUP_MIB", size
 
 
 def variants(implementation: str, phase: str, *of_it: tuple[Any, ...]) -> tuple[Variant, ...]:
-    """Variants of one computation: name, predicted milliseconds, why, and changes."""
+    """List variants of one computation: name, predicted milliseconds, why, and changes."""
     return tuple(Variant(implementation, phase, *known, changes=tuple(changes)) for *known, changes in of_it)
 
 
@@ -154,7 +154,7 @@ VARIANTS = (
 
 
 def in_order(some: Sequence[Variant]) -> list[Variant]:
-    """What is shipped, then the rest by what it should gain over it."""
+    """Sort variants: what is shipped, then the rest by what it should gain over it."""
     shipped = {(v.implementation, v.phase): v.predicted_ms for v in some if v.name == SHIPPED}
 
     def gain(variant: Variant) -> float:
@@ -164,7 +164,7 @@ def in_order(some: Sequence[Variant]) -> list[Variant]:
 
 
 def applied(changes: Sequence[Change]) -> ExitStack:
-    """A context in which the changes hold."""
+    """Make the changes within the block."""
     stack = ExitStack()
     for where, key, value in changes:
         change = (
@@ -175,7 +175,7 @@ def applied(changes: Sequence[Change]) -> ExitStack:
 
 
 def without_effect(changes: Sequence[Change]) -> str | None:
-    """Why the changes would measure on this device what is shipped, if so."""
+    """Say why the changes would measure on this device what is shipped, if so."""
     if not torch.cuda.is_available() or not any(isinstance(key, tuple) for _, key, _ in changes):
         return None
     major, minor = torch.cuda.get_device_capability()
@@ -185,7 +185,7 @@ def without_effect(changes: Sequence[Change]) -> str | None:
 
 
 def tuned(some: Sequence[Variant], case: Case, hidden_file: Path | None) -> Iterator[dict[str, Any]]:
-    """A row a variant: checked, measured, timed; one that fails says why."""
+    """Make a row a variant: checked, measured, timed; one that fails says why."""
     loaded = head.load(case, hidden_file, DEVICE)
     for variant in in_order(some):
         name, phase = variant.implementation, variant.phase
@@ -206,7 +206,7 @@ def tuned(some: Sequence[Variant], case: Case, hidden_file: Path | None) -> Iter
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line of the module."""
+    """Run the command line of the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=out_file, required=True, help="results file to write")
     parser.add_argument(

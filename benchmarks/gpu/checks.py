@@ -34,14 +34,14 @@ from fused_dpo.linalg.matmul import matmul_fp32
 
 
 def check_something_is_dropped(case: Case) -> None:
-    """A filter that keeps everything would pass every other check."""
+    """Fail if the filter keeps everything, as it would then pass every other check."""
     for impl in IMPLS:
         kept = case.kept_fraction(impl)
         assert kept < 0.5, f"{impl}: {kept:.0%} of the vocabulary kept"
 
 
 def check_accuracy(scale: Scale) -> dict[str, Any]:
-    """Error against float64 at most twice that of same-dtype eager code (and the rounding of the result's dtype).
+    """Hold errors against float64 to twice those of same-dtype eager code (and the rounding of the result's dtype).
 
     In bf16, where eager code is far off, gradients keep the budget of the benchmarks.
     """
@@ -64,7 +64,7 @@ def check_accuracy(scale: Scale) -> dict[str, Any]:
 
 
 def check_filtered(scale: Scale) -> dict[str, Any]:
-    """On realistic logits something is dropped, and log-probs have at most half of eager code's error.
+    """Hold the filter, on realistic logits, to dropping something, and log-probs to half of eager code's error.
 
     Gradients in bf16 keep the budget of the benchmarks, in other dtypes the theorem's bound.
     """
@@ -92,7 +92,7 @@ def check_filtered(scale: Scale) -> dict[str, Any]:
 
 
 def check_run_to_run(scale: Scale) -> None:
-    """Log-probs and gradients have the same bits in a second run, and with uninitialised memory full of NaN."""
+    """Compare the bits of log-probs and gradients in two runs, the second with uninitialised memory full of NaN."""
     for dtype in scale.dtypes:
         check_something_is_dropped(make_case(scale, dtype, peaked=True))
         for label, function, case in cases_of(scale, dtype):
@@ -105,7 +105,7 @@ def check_run_to_run(scale: Scale) -> None:
 def evaluate_deterministic(
     case: Case, function: Callable[[Case], Tensor], *, poisoned: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `evaluate`, in torch's deterministic mode, in which alone it can fill uninitialised memory with NaN."""
+    """Evaluate in torch's deterministic mode, in which alone it can fill uninitialised memory with NaN."""
     deterministic: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -118,7 +118,9 @@ def evaluate_deterministic(
 
 
 def check_batch_invariance(scale: Scale) -> None:
-    """A sequence's log-prob has the same bits alone and without gradient, with and without an adapter on the head."""
+    """Compare the bits of a sequence's log-prob in a batch with those alone and without gradient, with and without an
+    adapter.
+    """
     if scale.device == "cpu":
         raise NotHereError("the interpreter's NumPy loops round by an element's place in the array")
     for dtype in scale.dtypes:
@@ -137,7 +139,7 @@ def check_batch_invariance(scale: Scale) -> None:
 
 
 def check_places_in_a_product(scale: Scale, dtype: torch.dtype) -> None:
-    """Equal rows have equal bits in the products that `impl="library"` reads, wherever in the product they stand."""
+    """Compare the bits of equal rows wherever they stand in the products that `impl="library"` reads."""
     case, shape = make_case(scale, dtype), library_config(90, dtype)
     hidden = case.hidden[:1].expand(shape.chunk_rows, -1).contiguous()
     for columns in case.head.weight.split(shape.slice_columns):
@@ -146,7 +148,7 @@ def check_places_in_a_product(scale: Scale, dtype: torch.dtype) -> None:
 
 
 def check_autocast(scale: Scale) -> None:
-    """A weight in fp32 under autocast: the log-probs of one in bf16, bit for bit, and a gradient in fp32."""
+    """Compare a fp32 weight under autocast with one in bf16: the same bits in log-probs, and a gradient in fp32."""
     if scale.device == "cpu":
         raise NotHereError("Triton's interpreter does not multiply bf16")
     for label, function, case in cases_of(scale, torch.bfloat16):
@@ -162,7 +164,7 @@ def check_autocast(scale: Scale) -> None:
 
 
 def check_large_offsets(scale: Scale) -> None:
-    """V x D beyond 2^31: labels in the last rows of the weight, against a few rows of logits in full."""
+    """Score labels in the last rows of a weight with V x D beyond 2^31, against a few rows of logits in full."""
     V, D, T = scale.large_vocab, scale.large_dim, 40
     dtype = scale.dtypes[0]
     rng = torch.Generator(device=scale.device).manual_seed(0)
@@ -189,7 +191,7 @@ def check_large_offsets(scale: Scale) -> None:
 
 
 def check_memory(scale: Scale) -> dict[str, Any]:
-    """Peak beyond inputs and gradients stays within what the docstrings of the Triton backwards state."""
+    """Hold the peak beyond inputs and gradients to what the docstrings of the Triton backwards state."""
     if scale.device == "cpu":
         raise NotHereError("measured by CUDA's allocator")
     T, D, V = 8192, 2048, 128256
@@ -225,7 +227,9 @@ def check_memory(scale: Scale) -> dict[str, Any]:
 
 
 def check_no_synchronisation(scale: Scale) -> None:
-    """With the scored rows given, forward and backward never wait for the device, labels shifted or not."""
+    """Run forward and backward with the scored rows given, where waiting for the device is an error; labels shifted or
+    not.
+    """
     if scale.device == "cpu":
         raise NotHereError("nothing to synchronise with")
     for (_, function, case), shift in product(cases_of(scale, torch.bfloat16), (False, True)):
@@ -243,7 +247,7 @@ def check_no_synchronisation(scale: Scale) -> None:
 
 
 def check_streaming_agrees(scale: Scale) -> None:
-    """The torch implementation on this device gives the same numbers as the kernels, filtered within both bounds."""
+    """Compare the torch implementation on this device with the kernels; filtered within both bounds."""
     for dtype, extras in product(scale.dtypes, (False, True)):
         for label, function, case in cases_of(scale, dtype, extras=extras):
             mode = "filtered" if "filtered" in label else "exact"
@@ -257,7 +261,7 @@ def check_streaming_agrees(scale: Scale) -> None:
 
 
 def check_attention_backends(scale: Scale) -> dict[str, str]:
-    """Every attention backend that is installed, values and gradients, grouped heads, with and without a window."""
+    """Verify every attention backend that is installed: values, gradients, grouped heads, with and without a window."""
     if scale.device == "cpu":
         raise NotHereError("the kernels need a CUDA device")
     try:
@@ -300,6 +304,6 @@ CHECKS: dict[str, Callable[[Scale], Any]] = {
     "attention backends": check_attention_backends,
 }
 LATE = ("streaming agrees", "offsets beyond 2^31", "attention backends")
-"""What the figures of the head do not hang on: checked after them."""
+"""What the figures of the head do not depend on: checked after them."""
 OF_DTYPES = ("accuracy against float64", "run to run, NaN-poisoned", "batch invariance")
 """What is checked dtype by dtype: those that nothing is timed in after the figures, too."""

@@ -69,7 +69,7 @@ class Case(NamedTuple):
         return fused_dpo_logps(self.hidden, self.head, self.labels, **arguments)
 
     def kept_fraction(self, impl: str) -> float:
-        """Of the vocabulary by filtered gradients, on the average of the scored rows."""
+        """Measure the fraction of the vocabulary that filtered gradients keep, on the average of the scored rows."""
         arguments: Any = {"cu_seqlens": self.cu_seqlens, "shift": False, "grad_mode": "filtered"}
         arguments |= {"with_stats": ("kept_fraction",), "options": KernelOptions(impl=impl)}
         kept = fused_token_logps(self.hidden.detach(), self.head, self.labels, **arguments).kept_fraction
@@ -77,13 +77,13 @@ class Case(NamedTuple):
         return float(kept[self.labels >= 0].mean())
 
     def to(self, dtype: torch.dtype) -> "Case":
-        """The same numbers in another dtype."""
+        """Convert the numbers to another dtype."""
         bias = None if self.head.bias is None else self.head.bias.to(dtype)
         head = replace(self.head, weight=self.head.weight.to(dtype), bias=bias)
         return self._replace(hidden=self.hidden.to(dtype), head=head)
 
     def leaves(self) -> "Case":
-        """The same problem on fresh leaves."""
+        """Put the problem on fresh leaves."""
         weight = self.head.weight.detach().clone().requires_grad_()
         hidden = self.hidden.detach().clone().requires_grad_()
         return self._replace(hidden=hidden, head=replace(self.head, weight=weight))
@@ -91,7 +91,7 @@ class Case(NamedTuple):
 
 @lru_cache(maxsize=4)  # drawing 50 million numbers takes half a second
 def make_case(scale: Scale, dtype: torch.dtype, *, peaked: bool = False, extras: bool = False) -> Case:
-    """Random hidden states and head with logits of standard deviation 3; a bias and a softcap as `extras`."""
+    """Draw random hidden states and head with logits of standard deviation 3; a bias and a softcap as `extras`."""
     V, D, rng = scale.V, scale.D, torch.Generator().manual_seed(0)
     T = sum(scale.lengths)
     labels = torch.randint(V, (T,), generator=rng).masked_fill(torch.rand(T, generator=rng) < 1 / 3, -100)
@@ -111,7 +111,7 @@ def make_case(scale: Scale, dtype: torch.dtype, *, peaked: bool = False, extras:
 
 
 def with_adapter(case: Case, rank: int = 12) -> Case:
-    """The same problem with a low-rank adapter on its head."""
+    """Put a low-rank adapter on the problem's head."""
     V, D = case.head.weight.shape
     rng = torch.Generator().manual_seed(1)
     a, b = (torch.randn(*shape, generator=rng).to(case.hidden) / D**0.5 for shape in ((rank, D), (V, rank)))
@@ -119,7 +119,7 @@ def with_adapter(case: Case, rank: int = 12) -> Case:
 
 
 def eager_logps(case: Case) -> Tensor:
-    """The usual code in the dtype of the inputs: logits, then log-softmax in fp32 (float64 stays)."""
+    """Compute log-probs by the usual code in the inputs' dtype: logits, then log-softmax in fp32 (float64 stays)."""
     logits = case.hidden @ case.head.weight.T
     if case.head.bias is not None:
         logits = logits + case.head.bias
@@ -145,7 +145,7 @@ WAYS["triton, exact, kept"] = partial(Case.logps, impl="triton", grad_mode="exac
 def cases_of(
     scale: Scale, dtype: torch.dtype, *, extras: bool = False
 ) -> Iterator[tuple[str, Callable[..., Tensor], Case]]:
-    """Every way with a flat case, and where it filters with a peaked one as well: name, function, case."""
+    """Walk every way with a flat case, and where it filters with a peaked one as well: name, function, case."""
     flat, peaked = (make_case(scale, dtype, peaked=shape, extras=extras) for shape in (False, True))
     for way, function in WAYS.items():
         yield f"{way}, {dtype}", function, flat
@@ -154,7 +154,7 @@ def cases_of(
 
 
 def evaluate(case: Case, function: Callable[[Case], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probs and the gradients of hidden states and weight."""
+    """Compute log-probs and the gradients of hidden states and weight."""
     leaves = case.leaves()
     logps = function(leaves)
     dhidden, dweight = torch.autograd.grad(logps, (leaves.hidden, leaves.head.weight), case.upstream.to(logps.dtype))

@@ -23,7 +23,7 @@ class DeviceLostError(Exception):
 
 
 def device_is_lost() -> bool:
-    """Whether an access out of bounds, or the like, has ended this process's use of the GPU."""
+    """Tell whether an access out of bounds, or the like, has ended this process's use of the GPU."""
     if not torch.cuda.is_available():
         return False
     try:
@@ -35,7 +35,7 @@ def device_is_lost() -> bool:
 
 
 def write_record(out: Path, record: dict[str, Any]) -> None:
-    """At once, as another process may read it meanwhile."""
+    """Write the record at once, as another process may read it meanwhile."""
     new = out / f"{RECORD}.new"
     new.write_text(json.dumps(record, indent=2) + "\n")
     new.replace(out / RECORD)
@@ -61,7 +61,7 @@ def supervised(command: Sequence[str], out: Path, minutes: float) -> None:
 
 
 def _watched(command: Sequence[str], out: Path) -> int:
-    """Exit status of a process that does not outlive this one, and is killed where it hangs."""
+    """Wait for a process that does not outlive this one, and is killed where it hangs; returns its exit status."""
     with subprocess.Popen(command, start_new_session=True) as process:
         try:
             while process.poll() is None:
@@ -91,5 +91,5 @@ def _running(out: Path) -> bool:
 
 
 def _idle_seconds(out: Path) -> float:
-    """Since anything was written."""
+    """Tell how long nothing has been written."""
     return time.time() - max(path.stat().st_mtime for path in out.iterdir())

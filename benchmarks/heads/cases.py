@@ -56,7 +56,7 @@ class Case:
         return "-".join((self.model, f"N{self.N}", *filter(None, unusual)))
 
     def problem(self, hidden_file: Path | None, device: str) -> Replay:
-        """The tensors of the case, the same in every call."""
+        """Make the tensors of the case, the same in every call."""
         if self.logits == "random":
             problem = random_logits(self.N, self.D, self.V, lengths=self.lengths, device=device)
         else:
@@ -65,22 +65,22 @@ class Case:
         return problem._replace(hidden=problem.hidden.to(dtype), weight=problem.weight.to(dtype))
 
     def passes(self, phase: str) -> int:
-        """Matrix products of N x D x V that the phase cannot do without."""
+        """Count the matrix products of N x D x V that the phase cannot do without."""
         return 1 if phase == FORWARD else 2 + self.trainable
 
     def describe(self) -> dict[str, object]:
-        """The case as a row holds it."""
+        """Describe the case as a row holds it."""
         fields = ("model", "N", "D", "V", "lengths", "trainable", "dtype")
         return {"case": self.name, **{field: getattr(self, field) for field in fields}}
 
 
 def head(model: str, N: int) -> Case:
-    """The head of a known model."""
+    """Make the case of the head of a known model."""
     return Case(model, N, *HEADS[model])
 
 
 def head_cases(gpu: bool, dtype: str = "bfloat16") -> list[tuple[Case, str]]:
-    """Cases and phases of the head benchmark, the most telling first; for a GPU, or small enough for a CPU."""
+    """List cases and phases of the head benchmark, the most telling first; for a GPU, or small enough for a CPU."""
     return [(replace(case, dtype=dtype), phase) for case, phase in _head_cases(gpu)]
 
 
@@ -108,7 +108,7 @@ STAGED = (
 
 
 def scaling_cases(axis: str, gpu: bool, dtype: str = "bfloat16") -> list[Case]:
-    """Cases that differ along one axis."""
+    """List cases that differ along one axis."""
     middle = Case("scaling", *((8192, 4096, 151936) if gpu else (1024, 576, 49152)), dtype=dtype)
     values = {
         "N": (1024, 2048, 4096, 8192, 16384, 32768) if gpu else (256, 512, 1024, 2048, 4096, 8192),

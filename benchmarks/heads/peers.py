@@ -39,7 +39,7 @@ class Implementation:
     """A fused DPO loss of its own, for an implementation that has no log-probs to give."""
 
     def budget_in(self, dtype: str) -> Budget:
-        """Its budget on a case in this dtype."""
+        """Choose its budget on a case in this dtype."""
         return IN_FLOAT32[self.budget] if dtype == "float32" else self.budget
 
     def untimed(self, dtype: str) -> str | None:
@@ -49,13 +49,13 @@ class Implementation:
         return None
 
     def absent(self) -> str | None:
-        """Why it cannot be measured here, if so."""
+        """Say why it cannot be measured here, if so."""
         if self.module and not find_spec(self.module):
             return f"{self.module} is not installed"
         return "not in this torch or on this device" if self.missing else None
 
     def loss(self, problem: Replay, hidden: Tensor, weight: Tensor, ref_logps: Tensor) -> Tensor:
-        """Mean sigmoid DPO loss of the pairs."""
+        """Compute the mean sigmoid DPO loss of the pairs."""
         if self.own_loss:
             return self.own_loss(problem, hidden, weight)
         assert self.logps is not None
@@ -64,7 +64,7 @@ class Implementation:
 
 
 def per_sequence(token_logps: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Logps:
-    """Sequence sums of a function of (hidden, weight, target)."""
+    """Make a function of a problem that sums one of (hidden, weight, target) over the sequences."""
 
     def logps(problem: Replay, hidden: Tensor, weight: Tensor) -> Tensor:
         values = token_logps(hidden, weight, problem.target).float()
@@ -74,22 +74,22 @@ def per_sequence(token_logps: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Log
 
 
 def naive_upcast(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """What trainers do: logits in the model's dtype, log-softmax of all of them in fp32."""
+    """Score as trainers do: logits in the model's dtype, log-softmax of all of them in fp32."""
     return F.log_softmax((hidden @ weight.T).float(), dim=-1).gather(1, target[:, None]).squeeze(1)
 
 
 def naive_bf16(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """The same without the cast: half the memory, and log-probs that are bf16 themselves."""
+    """Score without the cast to fp32: half the memory, and log-probs that are bf16 themselves."""
     return F.log_softmax(hidden @ weight.T, dim=-1).gather(1, target[:, None]).squeeze(1)
 
 
 def compiled_naive(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """`torch.compile` of the usual code, for these very shapes."""
+    """Score by the usual code through `torch.compile`, for these very shapes."""
     return torch.compile(naive_upcast, dynamic=False)(hidden, weight, target)
 
 
 def torch_linear_cross_entropy(chunked: bool) -> Logps:
-    """torch's own (2.13 and later), over full logits or in chunks of its choice."""
+    """Score by torch's own function (2.13 and later), over full logits or in chunks of its choice."""
 
     def logps(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         options: Any = {"options": torch.nn.LinearCrossEntropyOptions()} if chunked else {}
@@ -99,7 +99,7 @@ def torch_linear_cross_entropy(chunked: bool) -> Logps:
 
 
 def trl_logps(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """TRL's fused head, with the chunk its trainer takes."""
+    """Score by TRL's fused head, with the chunk its trainer takes."""
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction  # pyright: ignore[reportMissingImports]
 
     outputs: Any = ChunkedLogProbFunction.apply(hidden, weight, None, target, 1.0, 32768, None, 1.0, ())
@@ -107,7 +107,7 @@ def trl_logps(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
 
 def liger_logps(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """Liger's fused linear cross-entropy with a loss a token."""
+    """Score by Liger's fused linear cross-entropy with a loss a token."""
     from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction  # pyright: ignore[reportMissingImports]
 
     losses: Any = LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, target)
@@ -115,7 +115,7 @@ def liger_logps(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
 
 def liger_dpo_loss(problem: Replay, hidden: Tensor, weight: Tensor) -> Tensor:
-    """Liger's fused linear DPO loss: padded pairs, and the reference scored in the same call (it takes no numbers)."""
+    """Compute Liger's fused linear DPO loss: padded pairs, the reference scored with them (it takes no numbers)."""
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss  # pyright: ignore[reportMissingImports]
 
     lengths = problem.cu_seqlens.diff().long()
@@ -143,7 +143,7 @@ def cut_cross_entropy(**settings: Any) -> Logps:
 
 
 def ours(grad_mode: str, impl: str | None = None, *, reuse_exponentials: bool = False) -> Logps:
-    """`fused_dpo_logps` with its defaults and the scored rows given, as a trainer that packs has them."""
+    """Score by `fused_dpo_logps` with its defaults and the scored rows given, as a trainer that packs has them."""
 
     def logps(problem: Replay, hidden: Tensor, weight: Tensor) -> Tensor:
         rows = torch.arange(len(hidden), device=hidden.device)

@@ -50,7 +50,7 @@ class Replay(NamedTuple):
 
 
 def sequence_offsets(N: int, lengths: str = "hh_helpful") -> Tensor:
-    """Offsets, int32 [S + 1], of whole answers of real pairs in their order, the last one cut so that there are N."""
+    """Make offsets, int32 [S + 1], of whole answers of real pairs in their order, the last one cut to end at N."""
     answers = [length for _, chosen, rejected in LENGTHS[lengths] for length in (chosen, rejected)]
     ends = torch.tensor(answers * (N // sum(answers) + 1)).cumsum(0)
     return _even(torch.cat((torch.zeros(1), ends[ends < N], torch.tensor([N]))).int())
@@ -75,7 +75,8 @@ def replay(
     device: str = "cpu",
     seed: int = 0,
 ) -> Replay:
-    """N tokens of hidden size D (at least that of the file) over V tokens, deterministic from the seed.
+    """Replay real logits for N tokens of hidden size D (at least that of the file) over V tokens, the same for the same
+    seed.
 
     The file's own sequences are of hh_helpful; with other `lengths` its tokens follow each other in their order. Unless
     a file is named, logits are synthetic where the shared one is absent, or of a larger hidden size.
@@ -99,7 +100,7 @@ def replay(
 
 
 def random_logits(N: int, D: int, V: int, *, lengths: str = "hh_helpful", device: str = "cpu", seed: int = 0) -> Replay:
-    """Normal hidden states, and a head as it is initialised."""
+    """Draw normal hidden states, and a head as it is initialised."""
     rng = torch.Generator(device).manual_seed(seed)
     hidden = torch.randn(N, D, generator=rng, device=device).bfloat16()
     weight = torch.randn(V, D, generator=rng, device=device).mul_(INITIAL_STD).bfloat16()
@@ -152,7 +153,7 @@ def _synthetic(N: int, D: int, V: int, offsets: Tensor, generator: torch.Generat
 
 
 def describe(problem: Replay, eps: float = 2**-12, rows: int = 1024) -> dict[str, float]:
-    """What the logits of the first rows are like: entropy, tail and columns kept, by row and by block of 128 rows."""
+    """Describe the logits of the first rows: entropy, tail and columns kept, by row and by block of 128 rows."""
     entropy, tail, kept, blocks = [], [], [], []
     for part in problem.hidden[:rows].split(128):
         p = (part.float() @ problem.weight.float().T).softmax(-1)

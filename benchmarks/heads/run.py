@@ -27,7 +27,7 @@ class Loaded(NamedTuple):
 
 @lru_cache(maxsize=1)
 def load(case: Case, hidden_file: Path | None, device: str) -> Loaded:
-    """A case, kept until the next one is asked for."""
+    """Load a case, and keep it until the next one is asked for."""
     problem = case.problem(hidden_file, device)
     return Loaded(problem, truth(problem), {"logits": problem.source, **describe(problem)})
 
@@ -45,7 +45,7 @@ class HeadRun:
         self.logps: Tensor | None = None
 
     def __call__(self) -> None:
-        """What is timed."""
+        """Do what is timed."""
         self.hidden.grad = self.weight.grad = self.logps = None
         if self.phase == LOSS:
             assert self.ref_logps is not None
@@ -59,7 +59,7 @@ class HeadRun:
         self.logps = logps.detach()
 
     def errors(self, true: Truth) -> dict[str, float]:
-        """Of the last call."""
+        """Measure the errors of the last call."""
         errors: dict[str, float] = {}
         if self.logps is not None:
             errors |= logp_errors(self.logps, self.problem, true)
@@ -76,7 +76,7 @@ class HeadRun:
 
 
 def prepare(name: str, case: Case, phase: str, loaded: Loaded) -> HeadRun:
-    """An implementation on a case; the reference of a loss has the true log-probs, as before the first step."""
+    """Put an implementation on a case; the reference of a loss has the true log-probs, as before the first step."""
     torch.compiler.reset()  # beyond eight shapes of a function, torch.compile would leave it uncompiled
     return HeadRun(IMPLEMENTATIONS[name], case, phase, loaded.problem, loaded.truth.logps.float())
 
@@ -89,7 +89,7 @@ def check(run: HeadRun, true: Truth) -> tuple[dict[str, float], list[str]]:
 
 
 def extra_mib(run: HeadRun, name: str, case: Case, hidden_file: Path | None) -> float:
-    """Peak memory beyond inputs and gradients: by CUDA's allocator, or resident in a process of its own."""
+    """Measure the peak of memory beyond inputs and gradients: CUDA's allocator's, or that of a process of its own."""
     if run.hidden.is_cuda:
         run.hidden.grad = run.weight.grad = run.logps = None
         return cuda_growth_mib(run)[1] - run.gradient_mib
@@ -111,7 +111,7 @@ class NoTimeError(Exception):
 
 
 def checked(row: dict[str, Any], name: str, case: Case, phase: str, hidden_file: Path | None, device: str) -> HeadRun:
-    """What is to be timed, once it has passed; the row gets errors, memory, and what the filter keeps.
+    """Check what is to be timed; the row gets errors, memory, and what the filter keeps.
 
     Raises:
         NoTimeError: it is not here, fails, or is less accurate than its budget allows.
@@ -136,7 +136,7 @@ def checked(row: dict[str, Any], name: str, case: Case, phase: str, hidden_file:
 
 
 def bare_matmuls(case: Case, phase: str, problem: Replay) -> Callable[[], None]:
-    """As many products of the case's shapes as the phase needs, of the problem's numbers."""
+    """Make a function of as many products of the case's shapes as the phase needs, of the problem's numbers."""
 
     def run() -> None:
         with torch.no_grad():
@@ -162,13 +162,13 @@ def bare_seconds(case: Case, phase: str, problem: Replay) -> float:
 
 
 def rates(case: Case, phase: str, seconds: float, bare: float) -> dict[str, float]:
-    """Arithmetic that the phase cannot do without, over the time; and the bare products' time over the time."""
+    """Divide the arithmetic that the phase cannot do without, and the bare products' time, by the time."""
     flop = case.passes(phase) * 2 * case.N * case.D * case.V
     return {"tflop_per_s": flop / seconds / 1e12, "share_of_bare": bare / seconds}
 
 
 def describe_row(name: str, case: Case, phase: str, loaded: Loaded) -> dict[str, Any]:
-    """What is known before anything runs."""
+    """Describe what is known before anything runs."""
     return {
         **case.describe(),
         "phase": phase,
@@ -180,7 +180,7 @@ def describe_row(name: str, case: Case, phase: str, loaded: Loaded) -> dict[str,
 
 
 def filter_stats(problem: Replay, impl: str | None = None) -> dict[str, float]:
-    """What the filtered forward keeps of the vocabulary, and the probability outside, means over the tokens."""
+    """Measure what the filtered forward keeps of the vocabulary, and the probability outside, means over the tokens."""
     settings: Any = {"with_stats": ("tail", "kept_fraction"), "grad_mode": "filtered", "shift": False}
     settings["options"] = KernelOptions(impl=impl)
     with torch.no_grad():

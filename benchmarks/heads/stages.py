@@ -30,7 +30,7 @@ LARGEST = 8
 
 
 def stages(run: HeadRun) -> dict[str, float]:
-    """Seconds by stage of one call, after one to warm up, the longest first; `other` is the rest."""
+    """Measure the seconds by stage of one call, after one to warm up, the longest first; `other` is the rest."""
     cuda = run.hidden.is_cuda
     run()
     with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:
@@ -62,7 +62,7 @@ def _gpu_stage(key: str) -> str:
 
 
 def stages_of(case: str, name: str, run: HeadRun) -> list[dict[str, Any]]:
-    """Rows of a results file, one a stage."""
+    """Make rows of a results file, one a stage."""
     seconds = stages(run)
     total = sum(seconds.values())
     which = {"suite": "stages", "case": case, "implementation": name}

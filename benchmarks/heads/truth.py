@@ -48,14 +48,16 @@ Exact is off by 2e-6 nat and 8e-7. Gradients that were rounded to bf16 are over 
 
 
 def upstream(problem: Replay) -> Tensor:
-    """Gradient of a DPO loss at equal policy and reference, up to its scale: -1 for chosen, +1 for rejected, [S]."""
+    """Make the gradient of a DPO loss at equal policy and reference, up to its scale: -1 for chosen, +1 for rejected,
+    [S].
+    """
     signs = torch.ones(len(problem.cu_seqlens) - 1, device=problem.hidden.device)
     signs[0::2] = -1.0
     return signs
 
 
 def truth(problem: Replay) -> Truth:
-    """Log-probs and the gradients for `upstream`, some rows at a time."""
+    """Compute log-probs and the gradients for `upstream` in float64, some rows at a time."""
     weight = problem.weight.double()
     g = upstream(problem).double().repeat_interleave(problem.cu_seqlens.diff().long())
     token_logps, dhidden, dweight = [], [], torch.zeros_like(weight)
@@ -73,20 +75,20 @@ def truth(problem: Replay) -> Truth:
 
 
 def relative_error(got: Tensor, true: Tensor) -> float:
-    """In the Frobenius norm, a piece at a time: a float64 copy of a gradient is large."""
+    """Measure an error in the Frobenius norm, a piece at a time: a float64 copy of a gradient is large."""
     squares = sum((a.double() - b).square().sum() for a, b in zip(got.split(8192), true.split(8192), strict=True))
     return float((squares / true.double().square().sum()) ** 0.5)
 
 
 def logp_errors(logps: Tensor, problem: Replay, true: Truth) -> dict[str, float]:
-    """Worst sequence, and the error a token: root mean square over the sequences of error / sqrt(length)."""
+    """Measure the worst sequence, and the error a token: root mean square of error / sqrt(length)."""
     error = logps.double() - true.logps
     a_token = (error.square() / problem.cu_seqlens.diff()).mean().sqrt()
     return {"worst_logp_error_nat": float(error.abs().max()), "token_logp_rms_nat": float(a_token)}
 
 
 def gradient_errors(dhidden: Tensor, dweight: Tensor | None, scale: float, true: Truth) -> dict[str, float]:
-    """Relative errors of gradients for `scale` times the upstream gradient of the truth."""
+    """Measure the relative errors of gradients for `scale` times the upstream gradient of the truth."""
     errors = {"dhidden_error": relative_error(dhidden.float() / scale, true.dhidden)}
     if dweight is not None:
         errors["dweight_error"] = relative_error(dweight.float() / scale, true.dweight)
@@ -94,7 +96,7 @@ def gradient_errors(dhidden: Tensor, dweight: Tensor | None, scale: float, true:
 
 
 def over_budget(errors: dict[str, float], budget: Budget) -> list[str]:
-    """What is worse than the budget allows; not a number is."""
+    """List what is worse than the budget allows; not a number is."""
     bounds = {
         "token_logp_rms_nat": budget.token_logp_rms_nat,
         "dhidden_error": budget.gradient,

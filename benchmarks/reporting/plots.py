@@ -56,7 +56,7 @@ STYLE: dict[Any, Any] = {
 
 
 def shown(record: Record, topic: str) -> list[Row]:
-    """The rows that a plot is made of."""
+    """Select the rows that a plot is made of."""
     rows = record.rows.values()
     if topic == "head":
         suite = [row for of_case in list(plain_cases(rows).values())[:HEAD_CASES] for row in of_case]
@@ -67,12 +67,12 @@ def shown(record: Record, topic: str) -> list[Row]:
 
 
 def digest(rows: Sequence[Row]) -> str:
-    """Names the rows a plot was made from; the file holds it."""
+    """Name the rows a plot was made from, by a number that the file holds."""
     return "rows " + hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
 
 def creator() -> str:
-    """What a file says it was made by, with the version, or an error that says how to get it."""
+    """Name what a file was made by, with the version, or raise an error that says how to get it."""
     try:
         import matplotlib
     except ImportError:
@@ -81,7 +81,7 @@ def creator() -> str:
 
 
 def svg(rows: Sequence[Row], topic: str) -> str:
-    """The plot as the text of an SVG file."""
+    """Draw the plot as the text of an SVG file."""
     made_by = creator()
     import matplotlib
 
@@ -96,7 +96,7 @@ def svg(rows: Sequence[Row], topic: str) -> str:
 
 
 def compact(text: str) -> str:
-    """The same picture in half the bytes: hundredths of a point, and each style once."""
+    """Write the same picture in half the bytes: hundredths of a point, and each style once."""
     styles: dict[str, str] = {}
 
     def named(match: re.Match[str]) -> str:
@@ -110,7 +110,7 @@ def compact(text: str) -> str:
 
 
 def panels(width: float, height: float, rows: int, columns: int, **options: Any) -> tuple["Figure", Any]:
-    """A figure of so many inches, and its axes as a 2D array."""
+    """Make a figure of so many inches, and its axes as a 2D array."""
     from matplotlib.figure import Figure
 
     figure = Figure((width, height), layout="constrained")
@@ -118,7 +118,7 @@ def panels(width: float, height: float, rows: int, columns: int, **options: Any)
 
 
 def plain(value: float, _: object = None) -> str:
-    """A tick's number: 0.0005, 20, 4,096, 131k."""
+    """Format a tick's number: 0.0005, 20, 4,096, 131k."""
     return f"{value / 1000:,.0f}k" if value >= 1e5 else f"{value:,.0f}" if value >= 1000 else f"{value:.7g}"
 
 
@@ -137,7 +137,7 @@ def log_axis(axis: Any, values: Sequence[float], *, ticks: bool = False) -> None
 
 
 def head(rows: Sequence[Row]) -> "Figure":
-    """A line of panels a case: memory and error against time; nearer to the lower left corner is better."""
+    """Draw a line of panels a case: memory and error against time; nearer to the lower left corner is better."""
     cases = grouped(rows, "case")
     styles = line_styles(grouped(rows, "implementation"))
     figure, axes = panels(9.4, 3.2 * len(cases) + 0.7, len(cases), 2)
@@ -163,7 +163,7 @@ def head(rows: Sequence[Row]) -> "Figure":
 
 
 def add_legend(figure: "Figure", order: Iterable[str], lines: dict[str, Any]) -> None:
-    """Below all panels, ours in bold."""
+    """Put a legend below all panels, ours in bold."""
     names = [name for name in order if name in lines]
     texts = figure.legend([lines[name] for name in names], names, loc="outside lower center", ncols=4).get_texts()
     for name, text in zip(names, texts, strict=True):
@@ -171,7 +171,7 @@ def add_legend(figure: "Figure", order: Iterable[str], lines: dict[str, Any]) ->
 
 
 def line_styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """A colour and a marker for each implementation; ours are thick and on top."""
+    """Choose a colour and a marker for each implementation; ours are thick and on top."""
     styles: dict[str, dict[str, Any]] = {}
     count = {True: 0, False: 0}
     for name in names:
@@ -187,7 +187,7 @@ def line_styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 
 def scaling(rows: Sequence[Row]) -> "Figure":
-    """A column of panels an axis: time above, memory below; both axes logarithmic, one line an implementation."""
+    """Draw a column of panels an axis: time above, memory below; both axes logarithmic, one line an implementation."""
     columns = grouped(rows, "axis")
     styles = line_styles(grouped(rows, "implementation"))
     figure, axes = panels(3.2 * len(columns) + 0.6, 6.4, 2, len(columns), sharex="col", sharey="row")
@@ -211,7 +211,7 @@ def scaling(rows: Sequence[Row]) -> "Figure":
 
 
 def bars(ax: Any, names: Sequence[str], values: Sequence[float], texts: Sequence[str], ours: Sequence[bool]) -> None:
-    """Horizontal bars from the top down, each with its text at the end."""
+    """Draw horizontal bars from the top down, each with its text at the end."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     drawn = ax.barh(range(len(names)), values, color=[OURS[0] if own else OTHERS[0] for own in ours], height=0.7)
@@ -226,7 +226,7 @@ def bars(ax: Any, names: Sequence[str], values: Sequence[float], texts: Sequence
 
 
 def stages(rows: Sequence[Row]) -> "Figure":
-    """A line of panels a case, a panel an implementation, a bar a stage."""
+    """Draw a line of panels a case, a panel an implementation, a bar a stage."""
     cases = {case: grouped(of_case, "implementation") for case, of_case in grouped(rows, "case").items()}
     columns = max(map(len, cases.values()))
     heights = [max(map(len, of_case.values())) for of_case in cases.values()]
@@ -247,7 +247,7 @@ def stages(rows: Sequence[Row]) -> "Figure":
 
 
 def step(rows: Sequence[Row]) -> "Figure":
-    """A line of panels a case: time, and memory; a bar a way."""
+    """Draw a line of panels a case: time, and memory; a bar a way."""
     cases = grouped(rows, "case")
     heights = [len(of_case) for of_case in cases.values()]
     figure, axes = panels(9.4, sum(0.3 * count + 0.85 for count in heights), len(cases), 2, height_ratios=heights)

@@ -18,12 +18,12 @@ class Quantity(NamedTuple):
     """From the unit of the results file to that of the header."""
 
     def of(self, row: Row) -> float | None:
-        """The value of a row in the header's unit, if it has one."""
+        """Give the value of a row in the header's unit, if it has one."""
         value = number(row, self.key)
         return None if value is None else value * self.factor
 
     def among(self, rows: Iterable[Row]) -> list[float]:
-        """The values of those rows that have one."""
+        """List the values of those rows that have one."""
         return [value for row in rows if (value := self.of(row)) is not None]
 
 
@@ -55,13 +55,13 @@ STEP_SHORT = (MEMORY, SPEED)
 
 
 def time_of(rows: Iterable[Row], key: str = "median_s") -> Quantity:
-    """Seconds, or milliseconds where the shortest time would begin with zeros."""
+    """Choose seconds, or milliseconds where the shortest time would begin with zeros."""
     seconds = Quantity("time (s)", key)
     return Quantity("time (ms)", key, min, 1000) if min(seconds.among(rows), default=1.0) < 0.1 else seconds
 
 
 def significant(value: float) -> str:
-    """Three significant digits: 2,310, 0.950, 9.33e-5."""
+    """Format three significant digits: 2,310, 0.950, 9.33e-5."""
     rounded = float(f"{value:.2e}")
     if rounded == 0:
         return "0"

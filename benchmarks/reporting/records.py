@@ -50,13 +50,13 @@ def read(path: Path) -> Record:
 
 
 def failed(rows: Iterable[dict[str, Any]], names: Iterable[str]) -> list[str]:
-    """Ids of the rows of some implementations that have no time, though they were there to be measured."""
+    """List the rows of some implementations, by id, that have no time though they were there to be measured."""
     wanted = set(names)
     return [row["id"] for row in rows if "failed" in row and row.get("implementation") in wanted]
 
 
 def summary(row: dict[str, Any]) -> str:
-    """A row in a line of a log."""
+    """Show a row in a line of a log."""
     if "failed" in row:
         return f"{row['id']}: {row['failed']}"
     if "seconds" in row:

@@ -14,17 +14,17 @@ AXES = {"N": "tokens", "V": "vocabulary", "D": "hidden size"}
 
 
 def is_ours(name: str) -> bool:
-    """Whether an implementation of the head, or a way of the whole step, is this package's."""
+    """Tell whether an implementation of the head, or a way of the whole step, is this package's."""
     return name.startswith("fused") or name.split(",")[0] in {"shared", "packed", "padded"}
 
 
 def failure(row: Row) -> str | None:
-    """Why a row has no numbers, or None if it has them."""
+    """Say why a row has no numbers; None if it has them."""
     return row.get("failed")
 
 
 def number(row: Row, key: str) -> float | None:
-    """The finite number under `key` of a row that passed."""
+    """Read the finite number under `key` of a row that passed."""
     value = row.get(key)
     if isinstance(value, int | float) and math.isfinite(value) and failure(row) is None:
         return float(value)
@@ -32,13 +32,13 @@ def number(row: Row, key: str) -> float | None:
 
 
 def of_suite(rows: Iterable[Row], suite: str) -> list[Row]:
-    """The rows of a suite, in order; those of the scaling curves that tell what varies, and its value."""
+    """Select the rows of a suite, in order; those of the scaling curves that tell what varies, and its value."""
     found = [row for row in rows if row.get("suite", row["id"].partition("/")[0]) == suite]
     return [row for row in found if row.get("axis") in row] if suite == "scaling" else found
 
 
 def grouped(rows: Iterable[Row], key: str) -> dict[str, list[Row]]:
-    """Rows by what they have under `key`, in order of first appearance."""
+    """Group rows by what they have under `key`, in order of first appearance."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(str(row.get(key, "")), []).append(row)
@@ -46,7 +46,7 @@ def grouped(rows: Iterable[Row], key: str) -> dict[str, list[Row]]:
 
 
 def plain_cases(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """The forward and backward of each head case that is no variant of another (`-frozen`, `-long`, …).
+    """Select the forward and backward of each head case that is no variant of another (`-frozen`, `-long`, …).
 
     The first is the main one: the benchmark runs the most telling first.
     """

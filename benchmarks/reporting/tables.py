@@ -23,18 +23,18 @@ from benchmarks.reporting.selection import AXES, Row, failure, grouped, is_ours,
 
 
 def escaped(text: str) -> str:
-    """Text in a cell: on one line, without the table's own bar."""
+    """Write text into a cell: on one line, without the table's own bar."""
     return " ".join(text.split()).replace("|", "\\|")
 
 
 def grid(header: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
-    """A table; the first column is text, the others are numbers."""
+    """Write a table; the first column is text, the others are numbers."""
     body = [header, ["---"] + ["--:"] * (len(header) - 1), *cells]
     return "\n".join("| " + " | ".join(line) + " |" for line in body)
 
 
 def name_of(row: Row) -> str:
-    """The implementation: ours in bold, the yardstick in italics."""
+    """Write the implementation's name: ours in bold, the yardstick in italics."""
     name = str(row.get("implementation", row["id"]))
     mark = "*" if name == BARE else "**" if is_ours(name) else ""
     return f"{mark}{escaped(name)}{mark}"
@@ -52,13 +52,13 @@ class Source(NamedTuple):
         return list(self.record.rows.values())
 
     def url(self, *rows: Row) -> str:
-        """Address of the line of a row, or of the lines from the first to the last of several."""
+        """Make the address of the line of a row, or of the lines from the first to the last of several."""
         lines = sorted(self.record.lines[row["id"]] for row in rows)
         anchor = f"L{lines[0]}" + (f"-L{lines[-1]}" if lines[-1] > lines[0] else "")
         return f"{Path(os.path.relpath(self.record.path, self.folder)).as_posix()}#{anchor}"
 
     def caption(self) -> str:
-        """The device, versions and commit that the numbers belong to."""
+        """Describe device, versions and commit that the numbers belong to."""
         known = dict(self.record.environment)
         device, commit, threads = (known.pop(key, None) for key in ("device", "commit", "threads"))
         features = known.pop("cpu_features", None)
@@ -68,7 +68,9 @@ class Source(NamedTuple):
         return f"{machine}{f', {threads} threads' if threads else ''}; {versions}; commit {commit}"
 
     def table(self, rows: Sequence[Row], time: Quantity, others: Sequence[Quantity]) -> str:
-        """One line a row: the implementation, its time, which links to the results file, and what `others` ask for."""
+        """Write one line a row: the implementation, its time, which links to the results file, and what `others` ask
+        for.
+        """
         contenders = [row for row in rows if row.get("implementation") != BARE]
         columns = [time, *(column for column in others if column.among(rows))]
         best: dict[Quantity, str] = {}
@@ -93,11 +95,11 @@ class Source(NamedTuple):
         return grid(["", *(column.header for column in columns)], map(line, rows))
 
     def linked(self, name: str, rows: Sequence[Row]) -> str:
-        """The name of a case, linked to its lines."""
+        """Link the name of a case to its lines."""
         return f"[{escaped(name)}]({self.url(*rows)})"
 
     def head(self) -> list[str]:
-        """Every case and phase of the head."""
+        """Write every case and phase of the head."""
         parts = []
         for case, of_case in grouped(of_suite(self.rows, "head"), "case").items():
             parts.append(f"### Head: {self.linked(case, of_case)}\n\n{sizes(of_case)}")
@@ -106,7 +108,7 @@ class Source(NamedTuple):
         return parts
 
     def scaling(self) -> list[str]:
-        """An axis a table: implementations down, sizes across."""
+        """Write an axis a table: implementations down, sizes across."""
         parts = []
         for axis, of_axis in grouped(of_suite(self.rows, "scaling"), "axis").items():
             time = time_of(of_axis)
@@ -129,7 +131,7 @@ class Source(NamedTuple):
         return ", ".join([f"[{seconds}]({self.url(row)})", *memory])
 
     def stages(self) -> list[str]:
-        """What each stage costs."""
+        """Write what each stage costs."""
         parts = []
         for case, rows in grouped(of_suite(self.rows, "stages"), "case").items():
             stages = [row | {"implementation": f"{row.get('implementation')}: {row.get('stage')}"} for row in rows]
@@ -138,7 +140,7 @@ class Source(NamedTuple):
         return parts
 
     def step(self) -> list[str]:
-        """The whole training step."""
+        """Write the whole training step."""
         parts = []
         for case, rows in grouped(of_suite(self.rows, "step"), "case").items():
             table = self.table(rows, time_of(rows), STEP)
@@ -146,7 +148,7 @@ class Source(NamedTuple):
         return parts
 
     def tuning(self) -> list[str]:
-        """Variants of the kernels, and what was expected of them."""
+        """Write variants of the kernels, and what was expected of them."""
         parts = []
         for phase, of_phase in grouped(of_suite(self.rows, "tuning"), "phase").items():
             for name, rows in grouped(of_phase, "implementation").items():
@@ -158,7 +160,7 @@ class Source(NamedTuple):
         return parts
 
     def screens(self) -> list[str]:
-        """Errors of coarse screens."""
+        """Write errors of coarse screens."""
         rows = of_suite(self.rows, "screens")
         if not rows:
             return []
@@ -167,7 +169,7 @@ class Source(NamedTuple):
         return [f"{title}\n\n{self.table(rows, error, others)}"]
 
     def full(self, images: str) -> str:
-        """Everything in the file."""
+        """Write everything in the file."""
         title = f"## {self.record.path.stem}\n\n{self.caption()}; [all rows]({self.record.path.name})."
         parts = [
             title,
@@ -181,8 +183,16 @@ class Source(NamedTuple):
         ]
         return "\n\n".join(part for part in parts if part)
 
+    def brief(self) -> str:
+        """Give the main case of the head as a table that says what it is; empty if the file has none."""
+        for case, rows in plain_cases(self.rows).items():
+            device, commit = (self.record.environment.get(key) for key in ("device", "commit"))
+            title = f"**{device}**, commit {commit}: {self.linked(case, rows)}, forward and backward"
+            return f"{title}\n\n{self.table(rows, time_of(rows), HEAD_SHORT)}"
+        return ""
+
     def short(self, images: str) -> str:
-        """The main case of the head, the first of the step, and the plots; empty if the file has none of them."""
+        """Write the main case of the head, the first of the step, and the plots; empty if the file has none of them."""
         parts = []
         for case, rows in list(plain_cases(self.rows).items())[:1]:
             title = f"Forward and backward of the head, {self.linked(case, rows)} ({sizes(rows)}):"
@@ -195,7 +205,7 @@ class Source(NamedTuple):
 
 
 def merged(rows: Sequence[Row]) -> Row:
-    """What is known of a case: of each field the first row's that has it."""
+    """Collect what is known of a case: of each field the first row's that has it."""
     known: dict[str, Any] = {}
     for row in rows:
         known = row | known
@@ -203,7 +213,7 @@ def merged(rows: Sequence[Row]) -> Row:
 
 
 def sizes(rows: Sequence[Row], axes: Iterable[str] = AXES) -> str:
-    """The sizes and kind of a head's problem, as far as its rows tell."""
+    """Describe the sizes and kind of a head's problem, as far as its rows tell."""
     known = merged(rows)
     parts = [f"{axis} = {known[axis]:,}" for axis in axes if axis in known]
     parts += [str(known["logits"]) + likeness(known)] if "logits" in known else []
@@ -213,7 +223,7 @@ def sizes(rows: Sequence[Row], axes: Iterable[str] = AXES) -> str:
 
 
 def likeness(known: Row) -> str:
-    """What the logits of a case are like, as far as its rows tell."""
+    """Describe what the logits of a case are like, as far as its rows tell."""
     if not {"entropy_nats", "kept_fraction_of_block"} <= set(known):
         return ""
     kept = 100 * known["kept_fraction_of_block"]
@@ -221,6 +231,6 @@ def likeness(known: Row) -> str:
 
 
 def counts(rows: Sequence[Row]) -> str:
-    """The size of a step, as far as its rows tell."""
+    """Describe the size of a step, as far as its rows tell."""
     known = merged(rows)
     return ", ".join(f"{known[key]:,} {key}" for key in ("pairs", "tokens") if key in known)

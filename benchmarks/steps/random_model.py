@@ -46,7 +46,7 @@ def _llama(hidden: int, layers: int, heads: int, kv_heads: int, intermediate: in
 
 
 def model_config(name: str) -> LlamaConfig:
-    """The configuration behind `random:NAME`; llama-1b has the shape of Llama-3.2-1B.
+    """Make the configuration behind `random:NAME`; llama-1b has the shape of Llama-3.2-1B.
 
     Raises:
         ValueError: there is none of the name.
@@ -61,7 +61,8 @@ def model_config(name: str) -> LlamaConfig:
 
 
 def token_pairs(name: str, mix: str, count: int, max_length: int) -> list[TokenPair]:
-    """The first `count` pairs of a mix of real lengths that fit into `max_length` tokens a sequence, with random ids.
+    """Draw the first `count` pairs of a mix of real lengths that fit into `max_length` tokens a sequence, with random
+    ids.
 
     Raises:
         ValueError: there is no such mix, or it has fewer pairs.
@@ -100,7 +101,7 @@ class _Replaced(torch.autograd.Function):
 
 
 def _replace_hidden(values: Tensor) -> Any:
-    """A forward hook that gives every token the hidden state of its id modulo their number."""
+    """Make a forward hook that gives every token the hidden state of its id modulo their number."""
 
     def hook(module: Any, arguments: Any, inputs: dict[str, Tensor], output: Any) -> Any:
         output.last_hidden_state = _Replaced.apply(output.last_hidden_state, values, inputs["input_ids"] % len(values))
@@ -112,7 +113,7 @@ def _replace_hidden(values: Tensor) -> Any:
 def build_random_policy(
     options: ModelOptions, device: torch.device, *, packing: bool = True, hidden_file: Path | None = None
 ) -> Policy:
-    """The policy of `random:NAME`, the same in every call; fp32 weights computed in `options.dtype`."""
+    """Build the policy of `random:NAME`, the same in every call; fp32 weights computed in `options.dtype`."""
     config = model_config(options.model.removeprefix(PREFIX))
     torch.manual_seed(0)
     with device:

@@ -25,12 +25,12 @@ TRL = {"TRL": False, "TRL, checkpointed": True}
 
 
 def absent() -> str | None:
-    """Why TRL cannot be measured here, if so."""
+    """Say why TRL cannot be measured here, if so."""
     return None if find_spec("trl") else "trl is not installed"
 
 
 def batch_size(pairs: Sequence[TokenPair], budget: int) -> int:
-    """The most pairs a batch, the same for all batches as TRL has it, with which no padded batch exceeds the budget.
+    """Find the most pairs a batch, one number for all as TRL has it, with which no padded batch exceeds the budget.
 
     Raises:
         ValueError: a pair alone does.
@@ -120,7 +120,7 @@ class TrlStep:
         return Outcome(torch.stack(losses).sum(), torch.cat(self.scored))
 
     def describe(self) -> dict[str, Any]:
-        """What the slots held, the gradient, and the size of the batches."""
+        """Describe what the slots held, the gradient, and the size of the batches."""
         slots = SlotMetrics(self.budget)
         for start in range(0, len(self.pairs), self.size):
             indices = range(len(self.pairs))[start : start + self.size]
@@ -137,7 +137,7 @@ class TrlStep:
 
 
 def _tokenizer() -> Any:
-    """A tokenizer that the trainer asks for its padding token and nothing else."""
+    """Make a tokenizer that the trainer asks for its padding token and nothing else."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 

@@ -56,7 +56,7 @@ class Case:
         return self.model.startswith(PREFIX)
 
     def token_pairs(self) -> list[TokenPair]:
-        """The first pairs of the data.
+        """Tokenize the first pairs of the data.
 
         Raises:
             ValueError: there are fewer.
@@ -71,7 +71,7 @@ class Case:
         return pairs
 
     def policy(self, *, packing: bool, grad_mode: str = "auto", dtype: str | None = None) -> Policy:
-        """The model with fp32 weights, computed in `dtype` (by default the case's)."""
+        """Load the model with fp32 weights, computed in `dtype` (by default the case's)."""
         transformers.utils.logging.disable_progress_bar()  # of its weights, which are there in a moment
         settings: Any = {"dtype": dtype or self.dtype, "grad_mode": grad_mode}
         options, device = ModelOptions(model=self.model, **settings), torch.device(self.device)
@@ -80,7 +80,7 @@ class Case:
         return build_policy(options, LoraOptions(), device, packing=packing)
 
     def describe(self) -> dict[str, Any]:
-        """The case as a row holds it."""
+        """Describe the case as a row holds it."""
         model = self.model if self.random else Path(self.model).name
         return {"case": self.name, "model": model, "data": Path(self.data).name, "dtype": self.dtype}
 
@@ -91,7 +91,7 @@ def fused(policy: Policy, batch: PairBatch) -> Tensor:
 
 
 def packed_logits(policy: Policy, batch: Any) -> Tensor:
-    """The packed forward with the naive head: logits of every token of the batch."""
+    """Score the packed forward by the naive head: logits of every token of the batch."""
     with policy.autocast():
         hidden = policy.causal_lm.base_model(
             input_ids=batch.input_ids,
@@ -109,7 +109,7 @@ def packed_logits(policy: Policy, batch: Any) -> Tensor:
 
 
 def padded_logits(policy: Policy, batch: Any) -> Tensor:
-    """A padded batch through the model's own forward, as trainers without packing do it."""
+    """Score a padded batch through the model's own forward, as trainers without packing do it."""
     with policy.autocast():
         output = policy.causal_lm(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
     labels = batch.labels[:, 1:]
@@ -190,7 +190,7 @@ class OwnStep:
         self.head = scores.head
 
     def describe(self) -> dict[str, Any]:
-        """Of the last step: what the slots held, the gradient, and the columns that a filtered head kept."""
+        """Describe the last step: what the slots held, the gradient, and the columns that a filtered head kept."""
         row: dict[str, Any] = {
             "tokens": self.slots.tokens,
             "slots": self.slots.slots,
@@ -207,13 +207,13 @@ class OwnStep:
 
 
 def gradient_norm(model: torch.nn.Module) -> float:
-    """2-norm of all gradients."""
+    """Compute the 2-norm of all gradients."""
     squares = [parameter.grad.float().square().sum() for parameter in model.parameters() if parameter.grad is not None]
     return float(torch.stack(squares).sum().sqrt())
 
 
 def true_logps(case: Case) -> list[list[float]]:
-    """Log-probs [P][2] of the case's sequences: logits in float32, one sequence at a time, their softmax in float64.
+    """Compute log-probs [P][2] of the case's sequences: logits in float32, one sequence at a time, softmax in float64.
 
     (Torch's softmax of 49,152 float32 logits is off by 9e-5 nat a token, a hundred times what it is to measure.)
     They are also the reference of every way: as in the first steps of a training run the policy is close to the

@@ -14,7 +14,7 @@ class TrainingDivergedError(RuntimeError):
 
 
 def first_line(error: BaseException) -> str:
-    """An error's message as one sentence."""
+    """Shorten an error's message to one sentence."""
     line = str(error).strip().split("\n")[0]
     return line if line.endswith(".") else f"{line}."
 

@@ -49,7 +49,7 @@ def fused_dpo_logps(
     grad_mode: str | None = None,
     options: KernelOptions | None = None,
 ) -> Tensor:
-    """Log-prob of every sequence, straight from hidden states and head: `log π(y|x) = Σ_t log π(y_t | x, y_<t)`.
+    """Compute the log-prob of every sequence from hidden states and head: `log π(y|x) = Σ_t log π(y_t | x, y_<t)`.
 
     What it computes, without ever holding the logits::
 
@@ -130,7 +130,7 @@ def fused_token_logps(
     grad_mode: str | None = None,
     options: KernelOptions | None = None,
 ) -> TokenLogps:
-    """Log-prob of every token, and on request what the distribution around it looks like.
+    """Compute the log-prob of every token, and on request what the distribution around it looks like.
 
     Args, errors, numerics and memory as in `fused_dpo_logps`, and:
 
@@ -178,7 +178,7 @@ def _score(
     *,
     want_stats: bool,
 ) -> tuple[Scoring, Tensor, TokenStats | None, FilterStats]:
-    """Flat per-token log-probs [T] by the implementation that the options name."""
+    """Compute flat per-token log-probs [T] by the implementation that the options name."""
     options = options or KernelOptions()
     scoring = check_scoring(
         hidden_states,

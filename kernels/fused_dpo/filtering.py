@@ -59,7 +59,7 @@ BIAS = 127
 
 
 def means_of_blocks(values: Tensor, block_of_row: Tensor, blocks: int) -> Tensor:
-    """Means [blocks] of `values` [R] over each block, `block_of_row` int64 [R] ascending.
+    """Average `values` [R] over each block of rows, [blocks]; `block_of_row` is int64 [R], ascending.
 
     Not by `scatter_reduce`, which adds in any order on CUDA: other last bits in a threshold keep other entries.
     """

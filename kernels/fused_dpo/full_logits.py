@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def get_batch_logps(logits: Tensor, labels: Tensor, average_log_prob: bool = False, ignore_index: int = -100) -> Tensor:
-    """Sequence log-probs from full logits, for code that still has them.
+    """Compute sequence log-probs from full logits, for code that has them.
 
     `log_softmax(logits[:, :-1], -1).gather(-1, labels[:, 1:, None])` summed over the scored tokens of each sequence.
 

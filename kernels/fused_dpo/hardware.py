@@ -82,7 +82,7 @@ def tag_compiled_code() -> None:
 
 
 def masked_isa() -> tuple[str, str]:
-    """The variable that limits oneDNN's instruction sets, and its value in capitals; `DEFAULT` where none is set."""
+    """Find the variable that limits oneDNN's instruction sets, and its value in capitals; `DEFAULT` if none is set."""
     for variable in ISA_VARIABLES:
         if value := os.environ.get(variable):
             return variable, value.upper()

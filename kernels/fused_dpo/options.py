@@ -26,12 +26,12 @@ class KernelOptions:
     The width of the slices, and with it the last bits of the result, depends on this bound and never on the number of
     tokens."""
     filter_eps: float = 2**-12
-    """With `grad_mode="filtered"`: the probability, in units of what the rows of a block have left over for all tokens
-    but the target, below which a column's share of the gradient is not computed entry by entry. Errors of the gradients
-    grow with its square root (theorem in `fused_dpo.filtering`); 0 drops nothing."""
+    """With `grad_mode="filtered"`: how small a probability has to be for its column to be dropped in a block of rows.
+    It counts relative to `1 - p` of the targets, the probability that the rows leave to all other tokens. Errors of the
+    gradients grow with its square root (theorem in `fused_dpo.filtering`). 0 drops nothing."""
     tail_guard: float = 2**-4
-    """With `grad_mode="filtered"`: rows whose probabilities below `filter_eps` sum to more than this on the average of
-    their block are computed exactly."""
+    """With `grad_mode="filtered"`: how much the dropped probabilities of a row may sum to, on the average of its block.
+    A block with more is computed exactly."""
     reuse_exponentials: bool = False
     """With exact gradients by `"triton"`: allocate the weight's gradient in the forward already, and save exponentials
     of the logits there until it is written, of as many scored rows as fit: D, or 2·D where the weight is in fp32 under

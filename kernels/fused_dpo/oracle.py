@@ -11,7 +11,7 @@ from fused_dpo.stats import TokenStats
 def reference_token_logps(
     hidden: Tensor, target: Tensor, row_index: Tensor | None, head: LMHead
 ) -> tuple[Tensor, TokenStats]:
-    """Per-token log-probs through the full `[R, V]` logits.
+    """Compute per-token log-probs through the full `[R, V]` logits.
 
     `logps = log_softmax(logits.float()).gather(target)` on the scored rows. Half-precision inputs are converted to fp32
     before the matmul, float64 stays: against float64 inputs this is the truth the other implementations are held to.

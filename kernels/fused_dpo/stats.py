@@ -62,8 +62,9 @@ class FilterStats(NamedTuple):
     """What the filter saw of each row's distribution in the forward; 0 where a row is not scored."""
 
     tail: Tensor
-    """Mass of the tokens that no row of the block gives more than `filter_eps`, targets aside (on CUDA: of those that
-    the row itself does not, as far as it is known in time). 0 in a block that is computed exactly."""
+    """Probability of the tokens that are small, at most `filter_eps`, summed over them; 0 in a block that is computed
+    exactly. On a CPU a token is small if it is so in every row of the block, targets aside. On CUDA it is small if it
+    is so in the row itself, by an upper bound on its probability: more tokens count, each with what it has."""
     kept_fraction: Tensor
     """Fraction of the vocabulary that some row gives more, targets and token 0 included. 1 in a block that is computed
     exactly."""

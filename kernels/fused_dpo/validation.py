@@ -72,7 +72,7 @@ def check_scoring(
 
 
 def choose_implementation(impl: str | None, hidden: Tensor) -> str:
-    """The implementation to run, by name; see `KernelOptions.impl`.
+    """Choose the implementation to run, by name; see `KernelOptions.impl`.
 
     Raises:
         ValueError: triton asked for on a device it does not run on.
@@ -99,7 +99,7 @@ def choose_implementation(impl: str | None, hidden: Tensor) -> str:
 
 
 def choose_filter_eps(grad_mode: str | None, impl: str, dtype: torch.dtype, options: KernelOptions) -> float:
-    """The threshold of the filtered gradients, 0 for exact ones: by what is asked for, else by the compute dtype.
+    """Choose the threshold of the filtered gradients, 0 for exact ones: as asked for, else by the compute dtype.
 
     Raises:
         ValueError: an unknown mode, or the oracle asked to filter.
@@ -119,7 +119,7 @@ def _check_dtype(name: str, tensor: Tensor, advice: str = "") -> None:
 
 
 def _check_shapes(hidden: Tensor, head: LMHead, labels: Tensor, cu_seqlens: Tensor | None) -> bool:
-    """Shapes, dtypes and devices; returns whether the call is packed."""
+    """Check shapes, dtypes and devices; returns whether the call is packed."""
     weight = head.weight
     for name, tensor in (("hidden_states", hidden), ("lm_head weight", weight), ("labels", labels)):
         if not isinstance(tensor, Tensor):
@@ -172,7 +172,7 @@ def _check_shapes(hidden: Tensor, head: LMHead, labels: Tensor, cu_seqlens: Tens
 
 
 def _to_compute_dtype(hidden: Tensor, head: LMHead) -> Tensor:
-    """The hidden states in the dtype to compute in: autocast's where it is on, else their own.
+    """Bring the hidden states into the dtype to compute in: autocast's where it is on, else their own.
 
     The weight stays as it is: it is converted slice by slice, so that its gradient can be accumulated in fp32 and
     returned in its own dtype.
@@ -189,7 +189,7 @@ def _to_compute_dtype(hidden: Tensor, head: LMHead) -> Tensor:
 
 
 def _check_head(head: LMHead, device: torch.device) -> LMHead:
-    """The optional parts of the head against its weight; the adapter as a LowRankAdapter."""
+    """Check the optional parts of the head against its weight; returns it with the adapter as a LowRankAdapter."""
     V, D = head.weight.shape
     if head.process_group is not None:
         raise NotImplementedError("a head split over a process_group is not supported; gather the weight first.")
@@ -218,7 +218,7 @@ def _check_head(head: LMHead, device: torch.device) -> LMHead:
 
 
 def _values_are_free(tensor: Tensor) -> bool:
-    """Whether looking at the values costs nothing worth mentioning: no synchronisation, no graph break."""
+    """Tell whether looking at the values costs nothing worth mentioning: no synchronisation, no graph break."""
     if torch.compiler.is_compiling():
         return False
     return tensor.device.type == "cpu" or os.environ.get("FUSED_DPO_DEBUG") == "1"

@@ -54,7 +54,7 @@ def project(tmp_path: Path) -> Path:
 
 
 def report(project: Path, *options: str) -> int:
-    return main([str(project / "results" / "cpu.json"), "--readme", str(project / "README.md"), *options])
+    return main([str(project / "results" / "cpu.json"), "--page", str(project / "README.md"), *options])
 
 
 def cells(table: str, name: str) -> list[str]:
@@ -206,7 +206,7 @@ def test_check_without_matplotlib_compares_the_rows(project: Path, request: pyte
 
 def test_missing_markers_are_named(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (project / "README.md").write_text("# Title\n")
-    message = refused(capsys, str(project / "results" / "cpu.json"), "--readme", str(project / "README.md"))
+    message = refused(capsys, str(project / "results" / "cpu.json"), "--page", str(project / "README.md"))
     assert BEGIN in message
     assert END in message
     assert not (project / "results" / "README.md").exists()

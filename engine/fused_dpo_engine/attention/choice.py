@@ -34,7 +34,7 @@ class AttentionNeeds:
 def why_not(
     name: str, needs: AttentionNeeds, device: torch.device, dtype: torch.dtype, capability: tuple[int, int] | None
 ) -> str | None:
-    """Why a backend, if it is installed, cannot serve these needs; None if it can.
+    """Say why a backend, if it is installed, cannot serve these needs; None if it can.
 
     Args:
         name: one of `ORDER`.
@@ -79,7 +79,7 @@ def candidates(
     available: Collection[str],
     wanted: str = "auto",
 ) -> list[str]:
-    """The backends that are available and can serve the needs, in the order of `ORDER`, or the one that is wanted.
+    """List the backends that are available and can serve the needs, in the order of `ORDER`, or the one that is wanted.
 
     Raises:
         UserError: the one that is wanted is not there or cannot serve them.
@@ -95,7 +95,7 @@ def candidates(
 
 
 def available_backends() -> set[str]:
-    """Backends whose packages are installed here."""
+    """List the backends whose packages are installed here."""
     found = {"flex", "sdpa"}
     if _has_module("torch.nn.attention.varlen"):
         found.add("varlen")
@@ -109,7 +109,7 @@ def available_backends() -> set[str]:
 
 
 def load_backend(name: str) -> Backend:
-    """The function of a backend, its package imported.
+    """Import the package of a backend, and give its function.
 
     Raises:
         UserError: the package is there but cannot be imported.
@@ -134,7 +134,7 @@ def load_backend(name: str) -> Backend:
 
 
 def _version(distribution: str) -> tuple[int, ...]:
-    """Major and minor version of what is installed; empty if it is not, or has no such version."""
+    """Read major and minor version of what is installed; empty if it is not, or has no such version."""
     try:
         return tuple(int(part) for part in importlib.metadata.version(distribution).split(".")[:2])
     except (importlib.metadata.PackageNotFoundError, ValueError):

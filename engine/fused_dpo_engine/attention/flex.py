@@ -29,7 +29,7 @@ lengths. At torch's own limit of 8 it would go on uncompiled, with T² scores a 
 
 @not_traced
 def flex_backend(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, call: AttentionCall) -> Tensor:
-    """See `fused_dpo_engine.attention.call.Backend`.
+    """Compute packed attention through FlexAttention, as `fused_dpo_engine.attention.call.Backend` says.
 
     Memory: the mask is made from T² booleans (with a window T² int32 more) once a batch, and kept as a map of blocks.
     """
@@ -60,7 +60,7 @@ def flex_backend(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan,
 
 
 def block_mask(plan: AttentionPlan, window: int | None, device: torch.device) -> BlockMask:
-    """The plan as a block mask over the packed row, made once a batch and window."""
+    """Make the plan a block mask over the packed row, once a batch and window."""
     masks = _masks.setdefault(plan, {})
     if (window, device) not in masks:
         masks[window, device] = _make_mask(plan, window, device)
@@ -86,5 +86,5 @@ def _make_mask(plan: AttentionPlan, window: int | None, device: torch.device) ->
 
 @cache
 def _flex(device: str) -> Any:
-    """Compiled for CUDA, where nothing else is fast; elsewhere torch's plain form of the same."""
+    """Take FlexAttention compiled for CUDA, where nothing else is fast; elsewhere torch's plain form of it."""
     return torch.compile(flex_attention) if device == "cuda" else flex_attention

@@ -8,7 +8,7 @@ from torch import Tensor
 
 @torch.library.custom_op("fused_dpo_engine::sum_rows", mutates_args=())
 def _sum_rows(rows: Tensor, index: Tensor, num_rows: int) -> Tensor:
-    """Sums [num_rows, ...] of `rows` [K, ...] by `index`; an operator, as code compiled of it would add atomically."""
+    """Sum `rows` [K, ...] by `index`, to [num_rows, ...]; an operator, as code compiled of it would add atomically."""
     total = rows.new_zeros(num_rows, *rows.shape[1:])
     if rows.is_cuda:
         # index_add_, which index_select's own backward calls, adds in any order there; this one sorts first.
@@ -35,7 +35,7 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_rows(rows: Tensor, index: Tensor) -> Tensor:
-    """`rows[index]` for rows [T, ...] and int64 index [K].
+    """Take `rows[index]` of rows [T, ...] for int64 index [K].
 
     A row that is taken several times (a shared prompt, by every response) gets the sum of its gradients, added in the
     order of `index` on CPU and CUDA alike. Differentiable once.

@@ -33,7 +33,7 @@ def packed_attention(
     fused_dpo_backend: Backend = segment_attention,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal self-attention of every segment of the packed row over its shared prefix and itself.
+    """Compute causal self-attention of every segment of the packed row over its shared prefix and itself.
 
     Without a plan every row of the batch is one segment, the plain causal attention. Dropout is not applied: policy and
     reference have to see the same function.

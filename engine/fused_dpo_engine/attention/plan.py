@@ -43,14 +43,14 @@ class AttentionPlan:
     """int64 [K], the row of each gathered key; None where nothing is shared, and the keys are the row itself."""
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "AttentionPlan":
-        """The plan with its tensors on `device`."""
+        """Move the plan's tensors to `device`."""
         cu_q, cu_k = (offsets.to(device, non_blocking=non_blocking) for offsets in (self.cu_q, self.cu_k))
         kv_index = None if self.kv_index is None else self.kv_index.to(device, non_blocking=non_blocking)
         return replace(self, cu_q=cu_q, cu_k=cu_k, kv_index=kv_index)
 
 
 def plan_attention(segments: Sequence[Segment]) -> AttentionPlan:
-    """The plan of at least one segment."""
+    """Plan the attention of at least one segment."""
     queries = [segment.stop - segment.start for segment in segments]
     keys = [length + segment.shared for length, segment in zip(queries, segments, strict=True)]
     kv_index = None

@@ -14,7 +14,7 @@ from fused_dpo_engine.attention.plan import AttentionPlan
 
 @not_traced
 def segment_attention(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, call: AttentionCall) -> Tensor:
-    """Attention of every segment over its trunk's shared rows and its own, causal and aligned bottom-right.
+    """Compute attention of every segment over its trunk's shared rows and its own, causal, aligned bottom-right.
 
     Args:
         query: [B, H, T, head dim]; B is 1, but for one segment that is all of the row.
@@ -47,7 +47,7 @@ def segment_attention(query: Tensor, key: Tensor, value: Tensor, plan: Attention
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
-    """Attention of the last L of S tokens: q [B, H, L, D], k and v [B, H_kv, S, ...] -> [B, H, L, value dim]."""
+    """Compute attention of the last L of S tokens: q [B, H, L, D], k, v [B, H_kv, S, ...] -> [B, H, L, value dim]."""
     queries, keys = q.shape[2], k.shape[2]
     mask = None
     if queries < keys or (call.window is not None and call.window < keys):
@@ -83,6 +83,6 @@ def _for_every_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _kernels(device: str) -> AbstractContextManager[Any]:
-    """SDPA's kernels but for cuDNN's, which makes a plan for every pair of lengths; segments come in all lengths."""
+    """Allow SDPA's kernels but cuDNN's, which makes a plan for every pair of lengths; segments come in all lengths."""
     kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     return sdpa_kernel(kernels) if device == "cuda" else nullcontext()

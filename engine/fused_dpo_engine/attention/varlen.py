@@ -28,7 +28,7 @@ FLASH_MODULES = {
 
 
 def flash_backend(function: Callable[..., Any]) -> Backend:
-    """The backend over a `flash_attn_varlen_func` of flash-attn 2, 3 or 4, whose arguments go by the same names."""
+    """Make a backend of a `flash_attn_varlen_func` of flash-attn 2, 3 or 4, whose arguments go by the same names."""
 
     def attention(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, call: AttentionCall) -> Tensor:
         _refuse(sinks=call.sinks)
@@ -58,7 +58,7 @@ def flash_backend(function: Callable[..., Any]) -> Backend:
 
 
 def torch_backend(function: Callable[..., Any]) -> Backend:
-    """The backend over `torch.nn.attention.varlen.varlen_attn`, whose arguments differ between releases of torch."""
+    """Make a backend of `torch.nn.attention.varlen.varlen_attn`, whose arguments differ between releases of torch."""
     known = inspect.signature(function).parameters
     has_window, has_scale, has_groups = (name in known for name in ("window_size", "scale", "enable_gqa"))
 
@@ -85,7 +85,7 @@ def torch_backend(function: Callable[..., Any]) -> Backend:
 
 
 def load_varlen(name: str) -> Backend:
-    """The backend of that name, its package imported.
+    """Import the package of a variable-length kernel, and give its backend.
 
     Raises:
         ImportError: the package is not there, or does not work here.
@@ -96,7 +96,7 @@ def load_varlen(name: str) -> Backend:
 
 
 def _refuse(**unknown: object) -> None:
-    """What a model's configuration did not tell of, and a kernel would leave out silently."""
+    """Refuse what a model's configuration did not tell of, and a kernel would leave out silently."""
     asked = [name for name, value in unknown.items() if value is not None]
     if asked:
         raise UnsupportedModelError(

@@ -68,7 +68,7 @@ class PairBatch(ABC):
         """Lay out one value for each scored token, in the order of the results, as `token_logps` are laid out."""
 
     def to(self: Batch, device: torch.device) -> Batch:
-        """The batch with its tensors on `device`, copied without waiting where the device allows it."""
+        """Move the batch's tensors to `device`, without waiting where the device allows it."""
         moved: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)

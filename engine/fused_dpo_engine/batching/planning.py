@@ -60,7 +60,7 @@ def plan_batches(costs: Sequence[int], budget: int) -> list[list[int]]:
 
 
 def share_units(pairs: Sequence[TokenPair], indices: Sequence[int], budget: int) -> tuple[list[list[int]], list[int]]:
-    """What stays together in a packed row, with the rows it takes: the pairs on a prompt, as far as they fit.
+    """Find what stays together in a packed row, with the rows it takes: the pairs on a prompt, as far as they fit.
 
     A prompt with more pairs than `budget` tokens hold is cut into several units, each of which computes it anew.
 
@@ -139,7 +139,7 @@ def build_batch(pairs: Sequence[TokenPair], indices: Sequence[int], options: Pac
 
 
 def count_slots(pairs: Sequence[TokenPair], indices: Sequence[int], options: PackingOptions) -> int:
-    """Token slots of a forward pass over the pairs at `indices`."""
+    """Count the token slots of a forward pass over the pairs at `indices`."""
     if options.packing:
         return sum(placement.num_rows for placement in place_sequences(pairs, indices, share=options.prefix_sharing))
     return 2 * len(indices) * max(max(len(pairs[i].chosen_ids), len(pairs[i].rejected_ids)) for i in indices)

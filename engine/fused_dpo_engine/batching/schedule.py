@@ -54,15 +54,15 @@ class Schedule:
         self.total_steps = run.max_steps or max(1, self._steps_in(run.epochs))
 
     def __iter__(self) -> Iterator[Step]:
-        """All steps of the run, epoch after epoch, planned as they come."""
+        """Walk all steps of the run, epoch after epoch, planned as they come."""
         return islice(chain.from_iterable(map(self.epoch, count())), self.total_steps)
 
     def first_pass(self) -> Iterator[Step]:
-        """The steps in which the run sees its pairs for the first time."""
+        """Walk the steps in which the run sees its pairs for the first time."""
         return islice(self.epoch(0), self.total_steps)
 
     def epoch(self, epoch: int) -> Iterator[Step]:
-        """All steps of one pass over the pairs."""
+        """Walk all steps of one pass over the pairs."""
         shuffled = np.random.default_rng((self.run.seed, epoch)).permutation(len(self._groups)).tolist()
         order = [index for group in shuffled for index in self._groups[group]]
         if self.packing.batches_per_step is not None:
@@ -71,7 +71,9 @@ class Schedule:
         return (self._step_of_pairs(order[at : at + size]) for at in range(0, len(order), size))
 
     def _steps_in(self, epochs: float) -> int:
-        """Steps of so many epochs; only full forward passes differ in number from epoch to epoch."""
+        """Count the steps of so many epochs; only with full forward passes does their number differ from epoch to
+        epoch.
+        """
         if self.packing.batches_per_step is None:
             return math.ceil(epochs * math.ceil(len(self.pairs) / self.run.pairs_per_step))
         whole, part = int(epochs), epochs % 1
@@ -90,7 +92,7 @@ class Schedule:
             yield Step([row[self.rank] for row in taken], indices)
 
     def _plan_windows(self, order: list[int], epoch: int) -> list[list[PlannedBatch]]:
-        """Forward passes in rounds of one a rank, alike in size within a round, the rounds of a window shuffled.
+        """Plan forward passes in rounds of one a rank, alike in size within a round, the rounds of a window shuffled.
 
         What a window leaves in its emptiest passes goes into the next window, so that only the last can have any.
         """

@@ -27,7 +27,8 @@ class Placement(NamedTuple):
 
 
 def shared_length(trunk: np.ndarray, ids: np.ndarray) -> int:
-    """Tokens of `ids` that need not be computed beside `trunk`: the common prefix, at least one token left over.
+    """Count the tokens of `ids` that need not be computed beside `trunk`: the common prefix, but one token is left
+    over.
 
     What is left has to hold at least one row, as an attention segment without queries is none.
     """

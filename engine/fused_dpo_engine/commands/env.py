@@ -30,7 +30,7 @@ def env() -> None:
 
 
 def describe() -> str:
-    """Versions, devices and the paths they lead to, as lines of `name: value`."""
+    """List versions, devices and the paths they lead to, as lines of `name: value`."""
     lines = [("python", platform.python_version()), ("platform", platform.platform())]
     for package in PACKAGES:
         try:

@@ -89,7 +89,7 @@ def train(config: TrainConfig) -> Summary:
 
 
 def _resolved(config: TrainConfig, device: torch.device) -> TrainConfig:
-    """The settings with every automatic choice made."""
+    """Make every automatic choice in the settings."""
     max_length = choose_max_length(config.model, config.data, config.packing)
     dtype = "bfloat16" if choose_dtype(config.model, device) == torch.bfloat16 else "float32"
     return dataclasses.replace(
@@ -112,7 +112,7 @@ def _warn_of_passes(config: TrainConfig, schedule: Schedule, console: Console) -
 
 
 def _reference_options(config: TrainConfig) -> ModelOptions | None:
-    """How to load the reference, if it is a model of its own."""
+    """Tell how to load the reference, if it is a model of its own."""
     if not config.model.ref_model:
         return None
     return dataclasses.replace(config.model, model=config.model.ref_model)

@@ -69,7 +69,7 @@ class TrainConfig:
         )
 
     def flat(self) -> dict[str, Any]:
-        """All settings by their option names (underscores for dashes); readable as a --config file."""
+        """List all settings by their option names (underscores for dashes); readable as a --config file."""
         return {key: value for group in vars(self).values() for key, value in dataclasses.asdict(group).items()}
 
     def save(self, path: Path) -> None:

@@ -11,7 +11,7 @@ from fused_dpo_engine.errors import UserError
 
 
 def arguments_of_file(path: str, config: type) -> list[str]:
-    """The settings of a YAML (or JSON) file as command-line options, less what `config` lacks.
+    """Read a YAML (or JSON) file of settings as command-line options, less what `config` lacks.
 
     Raises:
         UserError: no such file, no mapping in it, names that no configuration knows, or values of another type.
@@ -56,7 +56,7 @@ def _option_types(config: Any) -> dict[str, Any]:
 
 
 def _unfit(value: Any, kind: Any) -> str:
-    """What a value of a file should have been, for an option of this type; empty if it is that."""
+    """Say what a value of a file should have been, for an option of this type; empty if it is that."""
     if value is None:  # the default
         return ""
     if get_origin(kind) is UnionType:  # something | None
@@ -75,7 +75,7 @@ def _unfit(value: Any, kind: Any) -> str:
 
 
 def _is_number(value: Any, kind: type) -> bool:
-    """Whether the text of the value reads as one; YAML takes 5e-7 for a text."""
+    """Tell whether the text of the value reads as a number; YAML takes 5e-7 for a text."""
     try:
         kind(str(value))
     except ValueError:

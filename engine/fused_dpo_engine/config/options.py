@@ -152,7 +152,7 @@ class LossOptions:
         require(self.ld_alpha is None or 0 <= self.ld_alpha <= 1, f"ld-alpha must lie in [0, 1], got {self.ld_alpha}.")
 
     def module(self) -> DPOLoss:
-        """The loss these options describe."""
+        """Make the loss that these options describe."""
         return DPOLoss(
             self.beta, self.label_smoothing, self.loss_type, sft_weight=self.sft_weight, simpo_gamma=self.simpo_gamma
         )

@@ -19,7 +19,7 @@ _SHORT.maxlist = _SHORT.maxdict = 3
 
 
 def bad_row(where: str, message: str, reason: str) -> DataError:
-    """The error for a single unusable row, with the way out that all of them share."""
+    """Make the error for a single unusable row, with the way out that all of them share."""
     return DataError(f"{where}: {message}. --skip-bad-rows drops and counts such rows", reason=reason)
 
 
@@ -106,7 +106,7 @@ def _without_prompt(chosen: Any, rejected: Any, where: str) -> Preference:
 
 
 def _opens_with(prompt: str, response: Any) -> bool:
-    """Whether a list of messages begins with the prompt's text, a system message before it aside."""
+    """Tell whether a list of messages begins with the prompt's text, a system message before it aside."""
     if not isinstance(response, list):
         return False
     contents = [message.get("content") for message in response if isinstance(message, dict)]

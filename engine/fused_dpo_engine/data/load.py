@@ -15,7 +15,7 @@ from fused_dpo_engine.errors import UserError
 def load_pairs(
     data: DataOptions, seed: int, tokenizer: PreTrainedTokenizerBase, console: Console
 ) -> tuple[list[TokenPair], list[TokenPair]]:
-    """Training and held-out pairs of the sources that `data` names, with a report on the console.
+    """Load training and held-out pairs of the sources that `data` names, with a report on the console.
 
     Args:
         data: its `max_length` is set.

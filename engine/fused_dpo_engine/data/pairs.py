@@ -144,13 +144,13 @@ def split_pairs(pairs: Sequence[TokenPair], fraction: float, seed: int) -> tuple
 
 
 def length_statistics(lengths: Iterable[int]) -> LengthStatistics:
-    """Statistics of at least one length."""
+    """Compute the statistics of at least one length."""
     values = np.fromiter(lengths, dtype=np.int64)
     return LengthStatistics(float(values.mean()), float(np.percentile(values, 95)), int(values.max()))
 
 
 def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
-    """Length of the longest common prefix of two token sequences."""
+    """Measure the longest common prefix of two token sequences."""
     length = min(len(a), len(b))
     different = a[:length] != b[:length]
     first = int(different.argmax()) if length else 0
@@ -158,7 +158,7 @@ def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
 
 
 def prompt_groups(pairs: Sequence[TokenPair], indices: Sequence[int]) -> list[list[int]]:
-    """The indices grouped by the tokens of their prompts, groups and members in the order given."""
+    """Group the indices by the tokens of their prompts, groups and members in the order given."""
     groups: dict[bytes, list[int]] = {}
     for index in indices:
         groups.setdefault(pairs[index].prompt_key, []).append(index)

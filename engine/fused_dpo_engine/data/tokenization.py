@@ -193,7 +193,7 @@ def _render_conversations(
 
 
 def _encode(rendered: list[_Rendered], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[np.ndarray]]:
-    """The token ids of each item's texts; one tokenizer call for all plain texts, one for all conversations."""
+    """Encode each item's texts, in one tokenizer call for all plain texts and one for all conversations."""
     plain_texts = [text for item in rendered if item.plain for text in item.texts]
     chat_texts = [text for item in rendered if not item.plain for text in item.texts]
     plain_ids = iter(_tokenize(plain_texts, tokenizer, add_special_tokens=True))
@@ -226,7 +226,7 @@ def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase, add_special_
 
 
 def _appended_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special tokens that the tokenizer itself puts after a text (often none, sometimes EOS)."""
+    """Find the special tokens that the tokenizer itself puts after a text (often none, sometimes EOS)."""
     (bare,) = _tokenize(["a"], tokenizer, add_special_tokens=False)
     (full,) = _tokenize(["a"], tokenizer, add_special_tokens=True)
     for start in range(len(full) - len(bare) + 1):
@@ -240,7 +240,7 @@ def _without_ending(ids: np.ndarray, ending: list[int]) -> np.ndarray:
 
 
 def _find_boundary(ids: list[np.ndarray], where: str) -> tuple[TokenPair, bool]:
-    """The pair, and whether its prompt, tokenized alone, is more than what both sequences begin with."""
+    """Find where the prompt ends; returns the pair, and whether the prompt alone is more than both begin with."""
     chosen, rejected = ids[:2]
     if np.array_equal(chosen, rejected):
         what = '"chosen" and "rejected" become the same tokens'

@@ -44,7 +44,7 @@ def check_packable(model: nn.Module) -> None:
 
 
 def backbone_of(model: Any) -> nn.Module:
-    """The part of a causal language model that makes the hidden states which its head takes.
+    """Find the part of a causal language model that makes the hidden states which its head takes.
 
     Raises:
         UnsupportedModelError: it cannot be told from the model.
@@ -61,7 +61,7 @@ def backbone_of(model: Any) -> nn.Module:
 
 
 def attention_needs(model: nn.Module) -> AttentionNeeds:
-    """What the layers of a causal language model ask of an attention backend."""
+    """Tell what the layers of a causal language model ask of an attention backend."""
     whole: Any = model.config
     config = whole.get_text_config()
     # Layers may differ (Gemma 4): the widest heads count.
@@ -80,7 +80,7 @@ def attention_needs(model: nn.Module) -> AttentionNeeds:
 
 
 def _head_dim(config: Any) -> int:
-    """Width of queries and keys."""
+    """Tell the width of queries and keys."""
     if getattr(config, "qk_nope_head_dim", None):  # multi-head latent attention
         return config.qk_nope_head_dim + config.qk_rope_head_dim
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

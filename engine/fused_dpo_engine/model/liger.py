@@ -49,8 +49,10 @@ def apply_liger(model: Any, device: torch.device) -> None:
 
 
 def _rotates_whole_heads(config: Any) -> bool:
-    """Whether the rotary embedding turns all of a head's width, as liger-kernel's takes for granted (Phi-4-mini's does
-    not). Patched for the whole process, its mistake would be on both sides of the self-test."""
+    """Tell whether the rotary embedding turns all of a head's width, as liger-kernel's takes for granted.
+
+    Phi-4-mini's does not. The patch is for the whole process, so its mistake would be on both sides of the set-up test.
+    """
     config = config.get_text_config()
     parameters = getattr(config, "rope_parameters", None) or {}
     nested = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]

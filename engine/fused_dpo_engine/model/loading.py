@@ -16,7 +16,7 @@ from fused_dpo_engine.model.compatibility import backbone_of, check_packable
 
 
 def choose_device(options: ModelOptions) -> torch.device:
-    """The device that `--device` means here."""
+    """Choose the device that `--device` means here."""
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but torch sees no CUDA device; use --device cpu or install a CUDA build.")
     if options.device == "auto":
@@ -58,7 +58,7 @@ def _has_bf16_units(device: torch.device) -> bool:
 
 
 def load_tokenizer(name: str, options: ModelOptions) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model.
+    """Load the tokenizer of a model.
 
     Raises:
         UserError: there is none.
@@ -77,7 +77,7 @@ def load_tokenizer(name: str, options: ModelOptions) -> PreTrainedTokenizerBase:
 def load_model(
     name: str, options: ModelOptions, dtype: torch.dtype, device: torch.device, *, packing: bool = True
 ) -> PreTrainedModel:
-    """A causal language model whose parts are found, dropout off.
+    """Load a causal language model, find its parts, and switch dropout off.
 
     With `packing` it attends through `fused_dpo` and is checked to be packable, otherwise as transformers has it.
 
@@ -119,12 +119,14 @@ def load_model(
 
 
 def _own_attention(config: Any) -> str | None:
-    """transformers' choice, but never SDPA for a model with softcap: some releases leave the cap out silently."""
+    """Leave the choice to transformers, but never SDPA for a model with softcap: some releases leave the cap out
+    silently.
+    """
     return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
 
 
 def _switch_dropout_off(config: Any) -> None:
-    """Policy and reference have to be the same function, so neither drops anything: no module, and no call without."""
+    """Set every dropout rate of a configuration to 0: policy and reference have to be the same function."""
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
         for name, value in vars(part).items():
             if isinstance(value, float) and ("drop" in name or name.endswith("pdrop")):
@@ -144,12 +146,12 @@ def check_source(name: str) -> None:
 
 
 def no_such_folder(name: str) -> str:
-    """For the message where loading failed: a mistyped folder looks like a name on the Hub."""
+    """Say that there is no such folder, where loading failed: mistyped, it looks like a name on the Hub."""
     return f"there is no such folder {name}, nor could the Hub help: " if not Path(name).is_dir() else ""
 
 
 def choose_max_length(model: ModelOptions, data: DataOptions, packing: PackingOptions) -> int:
-    """The longest sequence that `--max-length` means with this model.
+    """Choose the longest sequence that `--max-length` means with this model.
 
     Raises:
         UserError: there is no such model, it has no configuration, or fewer positions.

@@ -17,7 +17,7 @@ from fused_dpo_engine.model.policy import Policy
 
 
 def pairs_to_test(pairs: Sequence[TokenPair], options: PackingOptions) -> list[int]:
-    """The two shortest pairs and the median one, if they fit; with eight scored tokens a side where there are such.
+    """Choose the two shortest pairs and the median one, if they fit; with eight scored tokens a side if there are such.
 
     The model's own half-precision logits are rounded by up to a tenth of a nat, which a mean over few tokens shows.
     """
@@ -81,7 +81,7 @@ def self_test(policy: Policy, pairs: Sequence[TokenPair], options: PackingOption
 
 @contextmanager
 def _own_attention(policy: Policy) -> Iterator[None]:
-    """Attention as the model's authors wrote it, for the block."""
+    """Switch, within the block, to attention as the model's authors wrote it."""
     model = policy.causal_lm
     if model.config._attn_implementation != ATTENTION_NAME:
         yield

@@ -109,7 +109,7 @@ class Policy(nn.Module):
         return SequenceLogps(sequence_sum(weighted.flatten(), batch.offsets), plain, head)
 
     def _hidden(self, **inputs: Any) -> Tensor:
-        """Last hidden states of the backbone.
+        """Compute the last hidden states of the backbone.
 
         Compiled code for training and for inference may round differently, so compiled the graph of training is taken
         throughout: the reference is then the same function as the policy.
@@ -126,11 +126,11 @@ class Policy(nn.Module):
         self.compiled = True
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The precision that the model computes in."""
+        """Set the precision that the model computes in."""
         if self.compute_dtype.itemsize > 2:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.compute_dtype)
 
     def as_reference(self) -> AbstractContextManager[Any]:
-        """Within the block the policy is its own reference: adapters off. Without adapters, only before training."""
+        """Make the policy its own reference within the block: adapters off. Without adapters, only before training."""
         return self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else nullcontext()

@@ -24,7 +24,7 @@ class ReferenceLogps:
     """fp32 [pairs, 2] on the host: chosen, rejected."""
 
     def of(self, batch: PairBatch, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Log-probs [B] of the batch's chosen and of its rejected responses."""
+        """Take the log-probs [B] of the batch's chosen responses, and of its rejected ones."""
         logps = self.logps[batch.pair_indices].to(device, non_blocking=True)
         return logps[:, 0], logps[:, 1]
 

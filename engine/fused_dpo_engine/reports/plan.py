@@ -42,14 +42,14 @@ def plan_statistics(pairs: Sequence[TokenPair], run: RunOptions, packing: Packin
 
 
 def padded_slots(pairs: Sequence[TokenPair], order: Sequence[int], pairs_per_batch: int) -> int:
-    """Token slots of padded batches of so many pairs, taken in that order as trainers do."""
+    """Count the token slots of padded batches of so many pairs, taken in that order as trainers do."""
     packing = PackingOptions(packing=False)
     starts = range(0, len(order), pairs_per_batch)
     return sum(count_slots(pairs, order[at : at + pairs_per_batch], packing) for at in starts)
 
 
 def histogram(costs: Sequence[int]) -> Table:
-    """How many pairs take how many tokens, by powers of two."""
+    """Show how many pairs take how many tokens, by powers of two."""
     table = Table(title="tokens that a pair takes")
     for name in ("from", "to", "pairs"):
         table.add_column(name, justify="right")
@@ -63,7 +63,7 @@ def histogram(costs: Sequence[int]) -> Table:
 
 
 def report(pairs: Sequence[TokenPair], run: RunOptions, packing: PackingOptions) -> Group:
-    """Tables for the console: forward passes as planned, against padded batches, and the histogram."""
+    """Make the tables for the console: forward passes as planned, against padded batches, and the histogram."""
     tokens = sum(pair.num_tokens for pair in pairs)
     planned = plan_statistics(pairs, run, packing)
     order = np.random.default_rng(run.seed).permutation(len(pairs)).tolist()

@@ -6,7 +6,7 @@ from fused_dpo_engine.training.summary import Summary
 
 
 def summary_table(summary: Summary, best_metric: str) -> Table:
-    """Held-out metrics before and after, and what the run took."""
+    """Show held-out metrics before and after, and what the run took."""
     table = Table(title=f"{summary.steps} of {summary.planned_steps} steps")
     table.add_column("held-out" if summary.eval_after else "run")
     if summary.eval_after:

@@ -57,7 +57,7 @@ class PairMetrics:
         self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def read(self, **extra: Tensor) -> dict[str, float]:
-        """The means, and whatever else is on the device, in one transfer."""
+        """Read the means, and whatever else is on the device, in one transfer."""
         tensors = {**self._sums, **extra}
         values = torch.stack([value.float().reshape(()) for value in tensors.values()]).tolist()
         sums = dict(zip(tensors, values, strict=True))
@@ -131,14 +131,14 @@ class MetricsWriter:
 
 
 def _tag(name: str) -> str:
-    """Where TensorBoard shows a metric: those without a group of their own under train or eval."""
+    """Tell where TensorBoard shows a metric: those without a group of their own under train or eval."""
     if "/" in name:
         return name
     return f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory held at any time so far in GiB: of the allocator on CUDA, of the process elsewhere."""
+    """Measure the most memory held at any time so far in GiB: of the allocator on CUDA, of the process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     if sys.platform == "win32":  # which has no module `resource`

@@ -10,7 +10,7 @@ from fused_dpo_engine.config.options import OptimizerOptions
 
 
 def learning_rate_factor(step: int, total: int, warmup: int, scheduler_type: str) -> float:
-    """Factor on the peak learning rate in step 0, 1, ..., total - 1.
+    """Compute the factor on the peak learning rate in step 0, 1, ..., total - 1.
 
     It rises linearly over `warmup` steps, reaching 1 in the last of them (so that no step is spent at 0), and falls to
     0 just after the last step: linearly, as half a cosine, or not at all.

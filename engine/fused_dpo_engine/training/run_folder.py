@@ -42,7 +42,7 @@ def _try_to_create(output: Path) -> None:
 
 @contextmanager
 def _writable(output: Path) -> Iterator[None]:
-    """What the system says about the folder in the block, as a message."""
+    """Turn what the system says about the folder in the block into a message."""
     try:
         yield
     except OSError as error:

@@ -30,5 +30,5 @@ class Summary:
     best_value: float | None = None
 
     def as_dict(self) -> dict[str, object]:
-        """For JSON."""
+        """Give all fields, for JSON."""
         return asdict(self)

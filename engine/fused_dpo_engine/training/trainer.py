@@ -106,7 +106,7 @@ class Trainer:
         return self.summary
 
     def _reason(self, error: BaseException) -> str:
-        """Why the run stopped, for the summary."""
+        """Say why the run stopped, for the summary."""
         if isinstance(error, TrainingDivergedError):
             return f"diverged at step {self.summary.steps + 1}"
         return "interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {type(error).__name__}"
@@ -188,7 +188,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Metrics of the held-out pairs, each name with `eval_` before it."""
+        """Compute the metrics of the held-out pairs, each name with `eval_` before it."""
         sums = PairMetrics()
         chosen_tokens = sum(pair.chosen_length for pair in self.held_out)
         self.loss.eval()

@@ -38,7 +38,7 @@ def _through_adapter_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """`scale * hidden[row_index] @ a.T`, contiguous [R, RANK], accumulated in fp32 and rounded once.
+    """Compute `scale * hidden[row_index] @ a.T`, contiguous [R, RANK], accumulated in fp32 and rounded once.
 
     Grid: (row blocks, blocks of the rank). Reads the scored hidden states once a block of the rank; bound by memory.
     """
@@ -67,7 +67,7 @@ def _through_adapter_kernel(
 
 
 def through_adapter(hidden: Tensor, rows: Tensor, lora: tuple[Tensor, Tensor, float]) -> Tensor:
-    """The adapter's inner product `scale * hidden[rows] @ a.T` [R, rank], in the hidden states' dtype."""
+    """Compute the adapter's inner product `scale * hidden[rows] @ a.T` [R, rank], in the hidden states' dtype."""
     a, _, scale = lora
     a = a.to(hidden.dtype)
     (rank, D), R = a.shape, rows.numel()

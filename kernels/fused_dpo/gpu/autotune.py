@@ -82,7 +82,7 @@ def fastest(hidden: Tensor, head: LMHead, *, want_stats: bool) -> TileConfig:
 
 
 def does_not_fit(error: Exception) -> bool:
-    """Whether the error is of the tile's shape: of the front end, of a pass, of ptxas or of the launch."""
+    """Tell whether an error is due to the tile's shape: of the front end, of a pass, of ptxas or of the launch."""
     errors = triton.runtime.errors
     of_shape = (errors.OutOfResources, errors.PTXASError, triton.compiler.errors.CompilationError)
     return isinstance(error, of_shape) or "PassManager::run failed" in str(error)  # MLIR has no class of its own

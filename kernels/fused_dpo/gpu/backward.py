@@ -46,7 +46,7 @@ def _dlogits_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """`dz = upstream * (onehot(target) - exp(z - peak) / total)` times the derivative of what happens to the logits.
+    """Compute `dz = upstream * (onehot(target) - exp(z - peak) / total)` times the derivative of softcap and scale.
 
     Grid: row blocks x column blocks of the slice, in the order of `grouped_block`. Writes `[R, width]` in the hidden
     states' dtype. A row block whose upstream gradient is 0 throughout writes zeros and multiplies nothing.
@@ -146,7 +146,7 @@ FormDLogits = Callable[[ScoredRows, LMHead], Callable[[Tensor, WeightSlice], Non
 
 
 def slice_width(R: int, V: int, itemsize: int, size: int) -> int:
-    """Columns of a slice whose dz fits into `size` bytes: a multiple of 256, and not much beyond V.
+    """Choose how many columns a slice has whose dz fits into `size` bytes: a multiple of 256, hardly beyond V.
 
     Few, wide slices: each reads and writes the fp32 gradient of the hidden states once.
     """
@@ -217,12 +217,12 @@ def _add_slices(
 
 
 def written_by_matmul(out: Tensor, a: Tensor, unit: Tensor | None) -> bool:
-    """Whether the matmul of tensors like `a` can write its result into tensors like `out` as it is."""
+    """Tell whether the matmul of tensors like `a` can write its result into tensors like `out` as it is."""
     return unit is None and out.dtype == a.dtype
 
 
 def write_product(a: Tensor, b: Tensor, unit: Tensor | None, at_once: int, out: Tensor) -> None:
-    """`a @ b` in `unit` into `out`, accumulated in fp32 and rounded once: by the library or by `at_once` rows."""
+    """Write `a @ b`, times `unit` if given, into `out`: accumulated in fp32, rounded once, `at_once` rows at a time."""
     if written_by_matmul(out, a, unit):
         with matmul_precision(torch.float32), fp32_sums():
             torch.mm(a, b, out=out)

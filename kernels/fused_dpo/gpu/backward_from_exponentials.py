@@ -34,7 +34,7 @@ def _dlogits_of_exponentials_kernel(
     TILE_COLUMNS: tl.constexpr,
     SIDE: tl.constexpr,
 ):
-    """dz of saved rows, as `_dlogits_kernel` computes it, from the forward's exponentials.
+    """Compute dz of saved rows, as `_dlogits_kernel` does, from the forward's exponentials.
 
     Grid: row blocks x column blocks of the slice. Reads and writes saved_rows·width numbers; bound by memory.
     """

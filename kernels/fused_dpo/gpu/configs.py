@@ -42,7 +42,7 @@ class TileConfig:
         return replace(self, block_v=self.narrow)
 
     def blocks_in_cache(self, row_bytes: int) -> int:
-        """Row blocks whose hidden states, of so many bytes a row, share the L2 cache with the weight's stream."""
+        """Count the row blocks whose hidden states, of so many bytes a row, fit into the L2 cache beside the weight."""
         return max(1, GROUP_MIB * 2**20 // (self.block_t * row_bytes))
 
     @property
@@ -142,7 +142,7 @@ INTERPRETER_LIBRARY = LibraryConfig(32, 128, 64, INTERPRETER_CONFIG, INTERPRETER
 
 
 def tile_config(architecture: int, dtype: torch.dtype, epilogue: int) -> TileConfig:
-    """The configuration for compute capability `architecture` (90 for 9.0; 0 for the interpreter) and operand dtype.
+    """Look the tile up for compute capability `architecture` (90 for 9.0; 0 for the interpreter) and operand dtype.
 
     Architectures between two tables take the lower one (8.6, 8.9: sm_80), newer ones the highest.
     """
@@ -152,19 +152,19 @@ def tile_config(architecture: int, dtype: torch.dtype, epilogue: int) -> TileCon
 
 
 def epilogue_of(head: LMHead, *, want_stats: bool = False, screen: bool = False) -> int:
-    """How rich an epilogue is: what is live in registers beside the tile decides how large the tile may be."""
+    """Tell how much an epilogue keeps in registers beside the tile, which decides how large the tile may be."""
     if want_stats and screen:
         return RICHEST
     return RICH if want_stats or head.softcap is not None or head.lora is not None else PLAIN
 
 
 def product_config(architecture: int, dtype: torch.dtype) -> ProductConfig:
-    """The same for products with gathered rows."""
+    """Look the tile up of products with gathered rows; arguments as in `tile_config`."""
     if architecture == 0:
         return INTERPRETER_PRODUCT
     return PRODUCT_CONFIGS[90 if architecture >= 90 else 80, dtype.itemsize]
 
 
 def library_config(architecture: int, dtype: torch.dtype) -> LibraryConfig:
-    """The same for products of the library, on any architecture."""
+    """Look the shapes up of products that a library computes; arguments as in `tile_config`."""
     return INTERPRETER_LIBRARY if architecture == 0 else LIBRARY_CONFIGS[dtype.itemsize]

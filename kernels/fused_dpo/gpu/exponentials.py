@@ -1,10 +1,10 @@
 """Exponentials of the logits that the exact forward leaves for the backward, in memory that is needed there anyway.
 
-The backward forms the logits again, one pass over the head of four. What would spare it that is as large as the logits;
-but the weight's gradient is large too, and is written last: column v of the vocabulary is read for dz before row v of
-the gradient is written. So the forward allocates the gradient, and its row v begins with the exponentials of column v,
-for as many scored rows as fit: D, or 2·D where the hidden states are half as wide as the weight. dz of those rows takes
-a read in place of a product; the other rows go the usual way.
+The backward needs the logits a second time, and forms them again: one of four passes over the head. Saved, they would
+take R·V numbers. But the weight's gradient takes V·D numbers anyway, and nothing is written to its row v before dz of
+column v has been formed. So the forward allocates the gradient already, and saves exponentials of column v in row v, of
+as many scored rows as fit there: D, or 2·D where a number of the gradient has twice the bytes of a hidden state. dz of
+these rows takes a read instead of a product. The other rows go the usual way.
 """
 
 from typing import Any, NamedTuple
@@ -54,7 +54,7 @@ class Exponentials(NamedTuple):
         return cls(gradient, torch.empty(shifts, dtype=torch.float32, device=hidden.device))
 
     def arguments(self, dtype: torch.dtype) -> dict[str, Any]:
-        """Of kernels that write or read them, for hidden states of `dtype`."""
+        """Give the arguments of kernels that write or read the exponentials, for hidden states of `dtype`."""
         values = self.gradient.view(dtype)
         return {
             "exponentials_ptr": values,
@@ -65,5 +65,5 @@ class Exponentials(NamedTuple):
 
 
 def forward_config(hidden: Tensor, head: LMHead) -> TileConfig:
-    """The reviewed tile shape, never a tuned one: the same whether rows are saved or not."""
+    """Return the reviewed tile shape, never a tuned one: the same whether rows are saved or not."""
     return tile_config(architecture(hidden.device), hidden.dtype, epilogue_of(head))

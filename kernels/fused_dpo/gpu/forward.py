@@ -53,7 +53,7 @@ def _logps_forward_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Online softmax of BLOCK_T scored rows over one split of the vocabulary.
+    """Fold the logits of BLOCK_T scored rows into an online softmax, over one split of the vocabulary.
 
     Grid: row blocks x splits from `first_split` on, in the order of `grouped_block`. Each program writes, at
     `[split, row]`, the maximum of its logits and the sum of their exponentials above it (and for the stats the
@@ -195,7 +195,7 @@ class Partials:
         self._bound: tuple[Tensor, int] | None = None
 
     def bound(self, hot_splits: int) -> None:
-        """From here on screen, with the log-sum-exp over the first splits, which have run, as a bound on the whole."""
+        """Screen from here on, with the log-sum-exp over the first splits, which have run, as a bound on the whole."""
         log_sum_exp = (self._peak[:hot_splits] + self._total[:hot_splits].log()).logsumexp(0)
         self._bound = log_sum_exp, hot_splits
 

@@ -18,16 +18,19 @@ OF_BATCH = (
     *("peak_ptr", "total_ptr", "weighted_ptr", "sum_ptr", "tail_ptr", "bound_ptr", "residual_ptr", "smallest_ptr"),
     *("T", "R", "M", "blocks", "first_split", "saved_rows"),
 )
-"""Parameters of kernels that hang on the batch, and for whose values nothing is compiled.
+"""Names of kernel parameters whose values depend on the batch. Triton is told to compile nothing for these values.
 
-Triton compiles a kernel anew where an integer is 1 or a multiple of 16, or a pointer one of 16 bytes, and lays out its
-numbers among the threads by what it knows: two such kernels may sum in two orders, and a sequence's log-prob would hang
-on how many rows there are beside its own. Training would also stop for the compiler at every new kind of batch.
+By itself it compiles a kernel anew where an integer is 1 or a multiple of 16, or where a pointer is a multiple of 16
+bytes. Two such kernels may lay out their numbers among the threads differently, and sum in different orders. Then a
+sequence's log-prob would depend on how many rows there are beside its own. Training would also stop for the compiler at
+every new kind of batch.
 """
 
 
 def named(stem: str, **flags: tuple[str, str]) -> Callable[[Any], str]:
-    """Names of a kernel's variants, for profilers: the stem, and for each constant what stands for true and false."""
+    """Make a function that names a kernel's variants for profilers: the stem, and a word for each flag, as it is true
+    or false.
+    """
 
     def name(specialization: Any) -> str:
         words = (words[not specialization.constants.get(flag)] for flag, words in flags.items())
@@ -37,7 +40,7 @@ def named(stem: str, **flags: tuple[str, str]) -> Callable[[Any], str]:
 
 
 def interpreted() -> bool:
-    """Whether Triton runs its kernels in Python, on CPU tensors (TRITON_INTERPRET=1 when triton was imported)."""
+    """Tell whether Triton runs its kernels in Python, on CPU tensors (TRITON_INTERPRET=1 when triton was imported)."""
     return bool(triton.knobs.runtime.interpret)
 
 
@@ -56,7 +59,7 @@ def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
 
 LAUNCH_OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 """Of every kernel. Multiplications and additions are fused; where they are not, sums have other bits. Triton's choice
-hangs on its release (3.10 turns fusion off) and on the environment (TRITON_DEFAULT_FP_FUSION)."""
+depends on its release (3.10 turns fusion off) and on the environment (TRITON_DEFAULT_FP_FUSION)."""
 
 
 def launch(kernel: Any, grid: tuple[int, ...], tensor: Tensor, /, **arguments: Any) -> None:
@@ -82,7 +85,7 @@ class WeightSlice(NamedTuple):
 
 
 def weight_slices(weight: Tensor, dtype: torch.dtype, rows: int) -> Iterator[WeightSlice]:
-    """Slices of so many rows of the weight in `dtype`: views, or copies that each overwrite the one before.
+    """Walk the weight in slices of `rows` rows in `dtype`: views, or copies that each overwrite the one before.
 
     Kernels that multiply would convert every tile on its way to the matrix units, and these would wait for it.
     """
@@ -136,18 +139,18 @@ class TileOptions(NamedTuple):
 
 
 def scored(hidden: Tensor, rows: Tensor) -> Tensor:
-    """The scored rows; a copy only if there are others."""
+    """Take the scored rows; a copy only if there are others."""
     return hidden if hidden.shape[0] == rows.numel() else hidden[rows]
 
 
 def padded(h: Tensor, rows: int) -> Tensor:
-    """Hidden rows `h` [rows at most, D] and rows of zeros up to so many; a copy only if some are missing."""
+    """Pad hidden rows `h` [at most rows, D] with zeros to `rows` rows; a copy only if some are missing."""
     missing = rows - h.shape[0]
     return F.pad(h, (0, 0, 0, missing)) if missing else h
 
 
 def rank_block(rank: int, dtype: torch.dtype) -> int:
-    """How much of an adapter's rank is multiplied at a time: more would not fit beside the tile."""
+    """Choose how much of an adapter's rank is multiplied at a time: more would not fit beside the tile."""
     power: Any = triton.next_power_of_2(rank)
     return min(max(16, power), 64 // dtype.itemsize)
 
@@ -229,6 +232,6 @@ class Tiles:
 
 
 def describable(*operands: Tensor) -> bool:
-    """Whether tensor descriptors can name the operands."""
+    """Tell whether tensor descriptors can name the operands."""
     aligned = all(t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == t.data_ptr() % 16 == 0 for t in operands)
     return aligned and len({t.dtype for t in operands}) == 1

@@ -23,7 +23,7 @@ from fused_dpo.linalg.sizes import ceil_div
 
 
 def products(h: Tensor, weight: WeightSlice, values: Tensor) -> Iterator[Product]:
-    """Products of `padded` hidden rows with rows of the weight in their dtype, some columns at a time.
+    """Multiply `padded` hidden rows with rows of the weight in their dtype, some columns at a time.
 
     `values` has that many, and each product overwrites the one before: two in turn would not stay in the L2 cache.
     """
@@ -35,7 +35,7 @@ def products(h: Tensor, weight: WeightSlice, values: Tensor) -> Iterator[Product
 
 
 def library_scan(inputs: HeadInputs, results: Results, filter_eps: float) -> None:
-    """`fused_dpo.gpu.forward.Scan` by given products; the first slice bounds the log-sum-exp for a screen.
+    """Fill the results by given products, as `fused_dpo.gpu.forward.Scan` does; the first slice bounds a screen.
 
     A slice of the weight is converted, and read from memory, once for as many chunks as fit into the workspace.
 
@@ -77,7 +77,7 @@ def _scan_product(partials: Partials, product: Product, split: int, *, screening
 
 
 def library_dlogits(scored_rows: ScoredRows, head: LMHead) -> Callable[[Tensor, WeightSlice], None]:
-    """`fused_dpo.gpu.backward.FormDLogits` by given products.
+    """Make what fills dz by given products, as `fused_dpo.gpu.backward.FormDLogits` does.
 
     Memory: 4 bytes for each entry of a product, and the last chunk's hidden states.
     """

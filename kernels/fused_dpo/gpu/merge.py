@@ -104,7 +104,7 @@ class Results(NamedTuple):
 
 
 def empty_results(hidden: Tensor, *, want_stats: bool, screen_shape: tuple[int, int, int] | None = None) -> Results:
-    """Zeros to write into."""
+    """Allocate zeros to write into."""
     T = hidden.shape[0]
     logps = torch.zeros(T, dtype=torch.float32, device=hidden.device)
     return Results(

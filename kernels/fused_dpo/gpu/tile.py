@@ -11,7 +11,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def exp(x):
-    """`exp(x)` in a multiplication and one instruction; results below 2^-126 are 0.
+    """Compute `exp(x)` in a multiplication and one instruction; results below 2^-126 are 0.
 
     `tl.exp` keeps subnormal results, at four instructions more.
     """
@@ -20,7 +20,7 @@ def exp(x):
 
 @triton.jit
 def tanh(x):
-    """By exponentials, which saturate instead of overflowing; by its series where they would lose digits."""
+    """Compute tanh by exponentials, which saturate instead of overflowing; by its series where these lose digits."""
     square = x * x
     series = x * (1.0 + square * (-1.0 / 3 + square * (2.0 / 15 + square * (-17.0 / 315 + square * (62.0 / 2835)))))
     return tl.where(square < 0.0625, series, 1.0 - 2.0 / (1.0 + exp(2.0 * x)))
@@ -28,7 +28,7 @@ def tanh(x):
 
 @triton.jit
 def grouped_block(blocks, group):
-    """Row block of this program of a grid of `blocks` times as many programs as there are along the other axis.
+    """Find this program's row block, in a grid of `blocks` times as many programs as there are along the other axis.
 
     Groups of row blocks, whose hidden states fit into the L2 cache, take the other axis side by side: hidden states are
     read from memory once, and the weight streams from it once a group.
@@ -40,7 +40,7 @@ def grouped_block(blocks, group):
 
 @triton.jit
 def grouped_other(blocks, group):
-    """Its place along the other axis."""
+    """Find this program's place along the other axis of the grid of `grouped_block`."""
     others = tl.num_programs(0) // blocks
     first = tl.program_id(0) // (group * others) * group
     return tl.program_id(0) % (group * others) // tl.minimum(blocks - first, group)
@@ -48,7 +48,7 @@ def grouped_other(blocks, group):
 
 @triton.jit
 def one_minus_p_of(logp):
-    """`1 - exp(logp)`, by its series where the difference would lose its digits."""
+    """Compute `1 - exp(logp)`, by its series where the difference would lose its digits."""
     series = -logp * (1.0 + logp / 2.0 * (1.0 + logp / 3.0 * (1.0 + logp / 4.0 * (1.0 + logp / 5.0))))
     return tl.where(logp > -0.1, series, 1.0 - exp(logp))
 
@@ -69,7 +69,7 @@ def logits_tile(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """fp32 logits `[BLOCK_T, BLOCK_V]` of hidden rows `rows` and weight rows `offs_v`; -inf beyond V.
+    """Compute fp32 logits `[BLOCK_T, BLOCK_V]` of hidden rows `rows` and weight rows `offs_v`; -inf beyond V.
 
     `rows` int64 are positions in the hidden states, `offs_t` those among the scored rows. Operands are taken in the
     hidden states' dtype, products are accumulated in fp32; fp32 operands are multiplied in full fp32. `inputs` and
@@ -134,7 +134,7 @@ def logits_tile(
 
 @triton.jit
 def through_softcap(dz, z, inputs, OPTIONS: tl.constexpr):
-    """`dz` times the derivative of the softcap, if there is one, where it gives the logits `z`; beyond V as it is."""
+    """Multiply `dz` with the derivative of the softcap, if there is one, at the logits `z`; 1 beyond V."""
     if OPTIONS.HAS_SOFTCAP:  # d tanh(u) = 1 - tanh(u)^2
         ratio = tl.where(z == float("-inf"), 0.0, z) * (1.0 / (inputs.softcap * inputs.inverse_temperature))
         dz *= 1.0 - ratio * ratio

@@ -49,7 +49,7 @@ def _refuse_layers_before(layer: nn.Module, model: nn.Module) -> None:
 
 
 def _has_layers_beside(part: nn.Module, layer: nn.Module) -> bool:
-    """Whether `layer` lies within `part`, and so do other modules with parameters."""
+    """Tell whether `layer` lies within `part`, and so do other modules with parameters."""
     modules = set(part.modules())
     others = modules - set(layer.modules()) - {part}
     return layer in modules and any(list(module.parameters(recurse=False)) for module in others)
@@ -62,7 +62,7 @@ _NOT_OF_THE_HEAD = ("attn", "attention", "router", "expert", "output_logits")
 
 
 def _logit_transform(config: Any) -> tuple[float, float | None]:
-    """Scale and softcap on the logits, as the model's configuration states them."""
+    """Read scale and softcap of the logits from the model's configuration."""
     if config is None:
         return 1.0, None
     if hasattr(config, "get_text_config"):
@@ -94,7 +94,7 @@ def _logit_transform(config: Any) -> tuple[float, float | None]:
 
 
 def _peft_adapter(layer: Any) -> tuple[Any, LowRankAdapter | None]:
-    """The plain layer below `peft` wrappers and the one adapter that is active on it, if any."""
+    """Find the plain layer below `peft` wrappers, and the one adapter that is active on it, if any."""
     if hasattr(layer, "modules_to_save"):  # peft's ModulesToSaveWrapper: a full copy that is trained instead
         active = layer.active_adapters[0] if layer.active_adapters else None
         copied = not layer.disable_adapters and active in layer.modules_to_save

@@ -35,7 +35,7 @@ class GradientSums:
         empty: bool,
         dweight: Tensor | None = None,
     ) -> None:
-        """Sums for slices of at most `slice_width`; `empty` if there will be none, as nothing is scored.
+        """Make sums for slices of at most `slice_width`; `empty` if there will be none, as nothing is scored.
 
         The weight's gradient is written to `dweight`, if there is memory for it already.
         """
@@ -84,7 +84,9 @@ class GradientSums:
             self.dbias[start:stop] = self.dbias_sum
 
     def add_hidden(self, out: Tensor, dz: Tensor, weight: Tensor, start: int, stop: int) -> None:
-        """`out += dz @ [weight | b[start:stop]]`, those columns of it that `hidden` has; `dz` in the compute dtype."""
+        """Add `dz @ [weight | b[start:stop]]` to `out`, the columns of it that `dhidden_sum` has; `dz` in the compute
+        dtype.
+        """
         D, rank, head = self.operands.D, self.operands.rank, self.operands.head
         if self.needs.hidden:
             add_matmul_fp32(out[:, :D], dz, weight)

@@ -1,4 +1,4 @@
-"""Matrix products with fp32 (or float64) results whose precision does not hang on anybody's global flag."""
+"""Matrix products with fp32 (or float64) results whose precision does not depend on anybody's global flag."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,18 +11,18 @@ from fused_dpo.hardware import has_bf16_units
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What a sum over the vocabulary or the tokens is kept in: float64 for float64, fp32 for everything else."""
+    """Tell what a sum over the vocabulary or the tokens is kept in: float64 for float64, fp32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def multiplied_in_bf16(operand_dtype: torch.dtype) -> bool:
-    """Whether a CPU rounds operands of that dtype to bf16 on their way into a product with a fp32 result."""
+    """Tell whether a CPU rounds operands of that dtype to bf16 on their way into a product with a fp32 result."""
     return operand_dtype == torch.bfloat16 and has_bf16_units(torch.device("cpu"))
 
 
 @contextmanager
 def matmul_precision(operand_dtype: torch.dtype) -> Iterator[None]:
-    """Within the block, products of fp32 tensors are exact in operands of `operand_dtype` and accumulated in fp32.
+    """Make products of fp32 tensors, within the block, exact in operands of `operand_dtype` and accumulated in fp32.
 
     For `torch.bfloat16` on a CPU with bf16 units the operands are rounded to bf16 on their way in, which loses nothing
     where they hold bf16 values already, and the result stays fp32 (oneDNN; 2.3 times the rate of fp32 products,
@@ -48,7 +48,7 @@ def matmul_precision(operand_dtype: torch.dtype) -> Iterator[None]:
 
 @contextmanager
 def fp32_sums() -> Iterator[None]:
-    """Within the block, cuBLAS adds up products of half-precision tensors in fp32, also where it splits them.
+    """Make cuBLAS, within the block, add up products of half-precision tensors in fp32, also where it splits them.
 
     Where a user lets fp16 be added up in fp16, torch refuses to give such a product a result in fp32.
     """
@@ -64,7 +64,7 @@ def fp32_sums() -> Iterator[None]:
 
 
 def as_operand(tensor: Tensor, compute_dtype: torch.dtype) -> Tensor:
-    """`tensor` rounded to `compute_dtype` and held in the dtype that the products here take.
+    """Round `tensor` to `compute_dtype`, and hold it in the dtype that the products here take.
 
     That is fp32 (or float64), except bf16 on CUDA, where the hardware multiplies bf16 into fp32 directly.
     """
@@ -74,23 +74,24 @@ def as_operand(tensor: Tensor, compute_dtype: torch.dtype) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """`a @ b` into `out`, in fp32 (or float64); operands are from `as_operand`, or fp32 and rounded here on CUDA."""
+    """Write `a @ b` into `out`, in fp32 (or float64); operands as from `as_operand`, or fp32, rounded here on CUDA."""
     if b.dtype == torch.bfloat16:
         return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32, out=out)
     return torch.mm(a, b, out=out)
 
 
 def accumulate_product(accumulator: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """`accumulator += a @ b` in fp32 (or float64); operands as in `product`."""
+    """Add `a @ b` to `accumulator`, in fp32 (or float64); operands as in `product`."""
     if b.dtype == torch.bfloat16:
         return torch.addmm(accumulator, a.to(b.dtype), b, out_dtype=torch.float32, out=accumulator)
     return accumulator.addmm_(a, b)
 
 
 def in_range(upstream: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """`upstream` fp32 [rows] for a dz that is held in `dtype`, and the unit it is then counted in, None for 1.
+    """Bring gradients into the range of the dtype that dz is held in.
 
-    fp16 ends at 6e-8, so there the largest that is finite becomes 1.
+    Returns `upstream` fp32 [rows] divided by a unit, and the unit; None for a unit of 1. fp16 ends at 6e-8, so there
+    the largest gradient that is finite becomes 1.
     """
     if dtype != torch.float16 or not upstream.numel():
         return upstream, None
@@ -99,7 +100,7 @@ def in_range(upstream: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | Non
 
 
 def matmul_fp32(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """`a @ b` of plain tensors accumulated and returned in fp32; `b` is taken in the dtype of `a`."""
+    """Multiply plain tensors, `a @ b`, accumulated and returned in fp32; `b` is taken in the dtype of `a`."""
     b = b.to(a.dtype)
     if has_fp32_result(a):
         with fp32_sums():
@@ -109,7 +110,7 @@ def matmul_fp32(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def add_matmul_fp32(sums: Tensor, a: Tensor, b: Tensor) -> None:
-    """`sums += a @ b` in fp32, the product never by itself in memory; operands as in `matmul_fp32`."""
+    """Add `a @ b` to `sums` in fp32, the product never by itself in memory; operands as in `matmul_fp32`."""
     b = b.to(a.dtype)
     if has_fp32_result(a):
         with fp32_sums():
@@ -120,5 +121,5 @@ def add_matmul_fp32(sums: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def has_fp32_result(a: Tensor) -> bool:
-    """Whether there is a product of half-precision tensors such as `a` with a fp32 result: not on CPUs."""
+    """Tell whether half-precision tensors such as `a` have a product with a fp32 result: not on CPUs."""
     return a.is_cuda and a.dtype != torch.float32

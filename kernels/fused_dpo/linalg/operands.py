@@ -30,7 +30,7 @@ class Buffer:
         self._numbers: Tensor | None = None
 
     def like(self, tile: Tensor) -> Tensor:
-        """Uninitialised memory of the tile's shape, overwritten by whoever asks next."""
+        """Give uninitialised memory of the tile's shape, which the next call overwrites."""
         if self._numbers is None or self._numbers.numel() < tile.numel():
             self._numbers = tile.new_empty(tile.numel())
         return self._numbers[: tile.numel()].view(tile.shape)
@@ -58,18 +58,18 @@ class Operands:
         self._logits = Buffer()
 
     def buffer(self, count: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Zeros [count, K] to read rows into; the padding columns stay zero."""
+        """Allocate zeros [count, K] to read rows into; the padding columns stay zero."""
         return self.hidden.new_zeros(count, self.width, dtype=dtype or self.held_dtype)
 
     def read_hidden(self, start: int, stop: int, out: Tensor) -> Tensor:
-        """Scored rows `start:stop` into the first rows of `out` [n, K], zeros into the rest; returns `out`."""
+        """Read scored rows `start:stop` into the first rows of `out` [n, K], zeros into the rest; returns `out`."""
         D, count = self.D, stop - start
         out[:count, :D] = self.hidden.index_select(0, self.rows[start:stop])
         out[count:, :D] = 0.0
         return self.widen(out)
 
     def hidden_rows(self, start: int, stop: int, out: Tensor) -> Tensor:
-        """As `read_hidden`, or a view of the rows where they are the operand as they stand."""
+        """Read scored rows as `read_hidden` does, or give a view of them where they are the operand as they stand."""
         if self._start is None or out.shape[0] != stop - start:
             return self.read_hidden(start, stop, out)
         return self.hidden[self._start + start : self._start + stop]
@@ -101,7 +101,7 @@ class Operands:
         return out
 
     def read_weight(self, which: slice | Tensor, out: Tensor) -> Tensor:
-        """Rows of the head, by slice or int64 index, into the first rows of `out` [n, K]; returns those rows."""
+        """Read rows of the head, by slice or int64 index, into the first rows of `out` [n, K]; returns those rows."""
         if isinstance(which, Tensor):
             # By index in small pieces: gathered rows of ever other sizes would fragment the heap.
             for at in range(0, which.numel(), GATHERED_AT_ONCE):
@@ -120,24 +120,24 @@ class Operands:
         return part
 
     def is_operand(self, dtype: torch.dtype) -> bool:
-        """Whether the head's weight is its own operand in that dtype, so that slices of it need no copy.
+        """Tell whether the head's weight is its own operand in that dtype, so that slices of it need no copy.
 
-        A transposed one is not: BLAS takes other loops for it, in which a row's bits hang on its place.
+        A transposed one is not: BLAS takes other loops for it, in which a row's bits depend on its place.
         """
         weight = self.head.weight
         fits = self.head.lora is None and self.width == self.D and weight.is_contiguous()
         return fits and weight.dtype == dtype == self.dtype
 
     def weight_slice(self, which: slice, out: Tensor) -> Tensor:
-        """As `read_weight`, or the slice itself where the weight is its own operand."""
+        """Read rows of the head as `read_weight` does, or give the slice itself where the weight is its own operand."""
         return self.head.weight[which] if self.is_operand(out.dtype) else self.read_weight(which, out)
 
     def bias(self, which: slice | Tensor) -> Tensor | None:
-        """The bias of those rows in the accumulation dtype."""
+        """Give the bias of those rows in the accumulation dtype; None if there is none."""
         return None if self.head.bias is None else self.head.bias[which].to(self.acc_dtype)
 
     def to_logits(self, z: Tensor, bias: Tensor | None) -> Tensor:
-        """In place: from the product of the operands to the logits."""
+        """Turn the product `z` of the operands into logits, in place."""
         head = self.head
         if bias is not None:
             z += bias
@@ -150,11 +150,11 @@ class Operands:
         return z
 
     def logits_to_keep(self, z: Tensor) -> Tensor | None:
-        """A copy of logits that are about to be overwritten, where `through_logits` needs them."""
+        """Copy logits that are about to be overwritten, if `through_logits` needs them; else None."""
         return None if self.head.softcap is None else self._logits.like(z).copy_(z)
 
     def through_logits(self, dz: Tensor, z: Tensor | None) -> Tensor:
-        """In place: from the gradient `dz` of the logits `z` to that of the product; `z` is overwritten.
+        """Turn the gradient `dz` of the logits `z` into that of the product, in place; `z` is overwritten.
 
         Without a softcap `z` is not looked at.
         """
@@ -168,5 +168,5 @@ class Operands:
 
 
 def _rows_of(tensor: Tensor, which: slice | Tensor) -> Tensor:
-    """`tensor[which]`; on a CPU `index_select` takes a quarter of the time that indexing does."""
+    """Take `tensor[which]`; on a CPU `index_select` takes a quarter of the time that indexing does."""
     return tensor[which] if isinstance(which, slice) else tensor.index_select(0, which)

@@ -2,16 +2,16 @@
 
 
 def ceil_div(value: int, divisor: int) -> int:
-    """How many parts of at most `divisor` make `value`."""
+    """Count the parts of at most `divisor` that make `value`."""
     return -(-value // divisor)
 
 
 def round_up(value: int, multiple: int) -> int:
-    """The next multiple."""
+    """Round `value` up to the next multiple."""
     return ceil_div(value, multiple) * multiple
 
 
 def even_bounds(V: int, width: int) -> list[tuple[int, int]]:
-    """Bounds of the fewest nearly equal slices of the vocabulary of at most `width` columns."""
+    """Split V columns into the fewest nearly equal slices of at most `width`, and give their bounds."""
     count = ceil_div(V, min(width, V))
     return [(V * i // count, V * (i + 1) // count) for i in range(count)]

@@ -15,12 +15,12 @@ from fused_dpo.losses.pairs import PairLogps, check_label_smoothing
 
 
 def _logistic(margins: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy of "chosen wins", at log-odds `margins`, when the label is flipped with that probability."""
+    """Compute the cross-entropy of "chosen wins", at log-odds `margins`, of a label flipped with that probability."""
     return -(1 - label_smoothing) * F.logsigmoid(margins) - label_smoothing * F.logsigmoid(-margins)
 
 
 def sigmoid_loss(pairs: PairLogps, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """DPO; with label smoothing, conservative DPO.
+    """Compute the loss of DPO; with label smoothing that of conservative DPO.
 
     `-(1 - eps) * logsigmoid(beta * delta) - eps * logsigmoid(-beta * delta)`
     Source: Rafailov et al. 2023, arXiv:2305.18290, Eq. 7; eps: Mitchell 2023, "A note on DPO with noisy preferences".
@@ -29,7 +29,7 @@ def sigmoid_loss(pairs: PairLogps, beta: float, label_smoothing: float = 0.0) ->
 
 
 def sigmoid_norm_loss(pairs: PairLogps, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """Length-normalised DPO. Its beta is larger (Tulu 3: 5), as means are smaller than sums.
+    """Compute DPO's loss on means. Its beta is larger (Tulu 3: 5), as means are smaller than sums.
 
     `-logsigmoid(beta * (chosen_logratios / chosen_lengths - rejected_logratios / rejected_lengths))`
     Source: Lambert et al. 2024, "Tulu 3", arXiv:2411.15124.
@@ -38,7 +38,8 @@ def sigmoid_norm_loss(pairs: PairLogps, beta: float, label_smoothing: float = 0.
 
 
 def simpo_loss(pairs: PairLogps, beta: float, label_smoothing: float = 0.0, simpo_gamma: float = 0.5) -> Tensor:
-    """SimPO: reference-free, on mean log-probs; the target margin gamma is on the scale of rewards, after beta.
+    """Compute SimPO's loss: no reference, mean log-probs, and a target margin gamma on the scale of rewards, after
+    beta.
 
     `-logsigmoid(beta * (chosen / chosen_lengths - rejected / rejected_lengths) - gamma)`
     Source: Meng, Xia and Chen 2024, arXiv:2405.14734.
@@ -48,7 +49,7 @@ def simpo_loss(pairs: PairLogps, beta: float, label_smoothing: float = 0.0, simp
 
 
 def hinge_loss(pairs: PairLogps, beta: float) -> Tensor:
-    """SLiC's hinge on DPO's margin, as normalised by RSO.
+    """Compute SLiC's hinge on DPO's margin, as normalised by RSO.
 
     `relu(1 - beta * delta)`
     Source: Zhao et al. 2023, "SLiC-HF", arXiv:2305.10425; Liu et al. 2023, "RSO", arXiv:2309.06657.
@@ -57,7 +58,7 @@ def hinge_loss(pairs: PairLogps, beta: float) -> Tensor:
 
 
 def ipo_loss(pairs: PairLogps, beta: float) -> Tensor:
-    """IPO on sums over the sequence, as in the paper, whose tau is beta.
+    """Compute IPO's loss on sums over the sequence, as in the paper, whose tau is beta.
 
     `(delta - 1 / (2 * beta)) ** 2`
     Source: Azar et al. 2023, arXiv:2310.12036, Eq. 17.
@@ -66,7 +67,7 @@ def ipo_loss(pairs: PairLogps, beta: float) -> Tensor:
 
 
 def ipo_norm_loss(pairs: PairLogps, beta: float) -> Tensor:
-    """IPO on means over the sequence: TRL's `ipo`.
+    """Compute IPO's loss on means over the sequence: TRL's `ipo`.
 
     `(chosen_logratios / chosen_lengths - rejected_logratios / rejected_lengths - 1 / (2 * beta)) ** 2`
     Source: Azar et al. 2023, arXiv:2310.12036, Eq. 17, averaged per token as TRL's DPOTrainer does.
@@ -75,7 +76,7 @@ def ipo_norm_loss(pairs: PairLogps, beta: float) -> Tensor:
 
 
 def robust_loss(pairs: PairLogps, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """Robust DPO: an unbiased estimate of the clean loss when labels flip with probability eps. Unbounded below.
+    """Compute an unbiased estimate of DPO's loss when labels flip with probability eps. Unbounded below.
 
     `(-(1 - eps) * logsigmoid(beta * delta) + eps * logsigmoid(-beta * delta)) / (1 - 2 * eps)`
     Source: Ray Chowdhury, Kini and Natarajan 2024, "Provably Robust DPO", arXiv:2403.00409.
@@ -87,7 +88,7 @@ def robust_loss(pairs: PairLogps, beta: float, label_smoothing: float = 0.0) -> 
 
 
 def exo_pair_loss(pairs: PairLogps, beta: float, label_smoothing: float = 1e-3) -> Tensor:
-    """EXO on pairs: reverse KL from the policy's preference p to the smoothed label (1 - eps, eps), eps > 0.
+    """Compute EXO's loss: reverse KL from the policy's preference p to the smoothed label (1 - eps, eps), eps > 0.
 
     `p = sigmoid(beta * delta); p * (log(p) - log(1 - eps)) + (1 - p) * (log(1 - p) - log(eps))`
     Source: Ji et al. 2024, arXiv:2402.00856, Eq. 16.
@@ -101,7 +102,7 @@ def exo_pair_loss(pairs: PairLogps, beta: float, label_smoothing: float = 1e-3) 
 
 
 def nca_pair_loss(pairs: PairLogps, beta: float) -> Tensor:
-    """NCA on pairs: contrast with noise, which also keeps the chosen likelihood from falling.
+    """Compute NCA's loss: contrast with noise, which also keeps the chosen likelihood from falling.
 
     `c, r = beta * logratios; -logsigmoid(c) - 0.5 * logsigmoid(-c) - 0.5 * logsigmoid(-r)`
     Source: Chen et al. 2024, "Noise Contrastive Alignment", arXiv:2402.05369.
@@ -111,7 +112,7 @@ def nca_pair_loss(pairs: PairLogps, beta: float) -> Tensor:
 
 
 def bco_pair_loss(pairs: PairLogps, beta: float, reward_shift: Tensor | float = 0.0) -> Tensor:
-    """BCO on pairs: classify rewards as above or below the shift, the mean reward so far; recent TRL has it at 0.
+    """Compute BCO's loss: rewards classified as above or below the shift, their mean so far; recent TRL has it at 0.
 
     `-logsigmoid(beta * chosen_logratios - shift) - logsigmoid(-(beta * rejected_logratios - shift))`
     Source: Jung et al. 2024, "Binary Classifier Optimization", arXiv:2404.04656.
@@ -122,7 +123,7 @@ def bco_pair_loss(pairs: PairLogps, beta: float, reward_shift: Tensor | float = 
 
 
 def sppo_hard_loss(pairs: PairLogps, beta: float) -> Tensor:
-    """SPPO with hard win probabilities: 1 for chosen, 0 for rejected.
+    """Compute SPPO's loss with hard win probabilities: 1 for chosen, 0 for rejected.
 
     `(chosen_logratios - 0.5 / beta) ** 2 + (rejected_logratios + 0.5 / beta) ** 2`
     Source: Wu et al. 2024, arXiv:2405.00675, Eq. 4.7.
@@ -131,7 +132,7 @@ def sppo_hard_loss(pairs: PairLogps, beta: float) -> Tensor:
 
 
 def apo_zero_loss(pairs: PairLogps, beta: float) -> Tensor:
-    """APO-zero: raise chosen, lower rejected. For chosen responses better than the model's own.
+    """Compute APO-zero: raise chosen, lower rejected. For chosen responses better than the model's own.
 
     `(1 - sigmoid(beta * chosen_logratios)) + sigmoid(beta * rejected_logratios)`
     Source: D'Oosterlinck et al. 2024, arXiv:2408.06266, Eq. 7.
@@ -140,7 +141,7 @@ def apo_zero_loss(pairs: PairLogps, beta: float) -> Tensor:
 
 
 def apo_down_loss(pairs: PairLogps, beta: float) -> Tensor:
-    """APO-down: lower both, rejected more. For chosen responses worse than the model's own.
+    """Compute APO-down: lower both, rejected more. For chosen responses worse than the model's own.
 
     `sigmoid(beta * chosen_logratios) + (1 - sigmoid(beta * delta))`
     Source: D'Oosterlinck et al. 2024, arXiv:2408.06266, Eq. 8.
@@ -149,7 +150,8 @@ def apo_down_loss(pairs: PairLogps, beta: float) -> Tensor:
 
 
 def aot_loss(pairs: PairLogps, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """AOT, paired: the policy's margins against the reference's, rank by rank. Entry i belongs to rank i, not pair i.
+    """Compute paired AOT: the policy's margins against the reference's, rank by rank. Entry i belongs to rank i, not
+    pair i.
 
     `d = sort(chosen - rejected) - sort(ref_chosen - ref_rejected); -logsigmoid(beta * d)`
     Source: Melnyk et al. 2024, "Distributional Preference Alignment via Optimal Transport", arXiv:2406.05882.
@@ -160,7 +162,8 @@ def aot_loss(pairs: PairLogps, beta: float, label_smoothing: float = 0.0) -> Ten
 
 
 def aot_unpaired_loss(pairs: PairLogps, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """AOT, unpaired (`aot_pair` in older TRL): chosen against rejected logratios, rank by rank, as in `aot_loss`.
+    """Compute unpaired AOT (`aot_pair` in older TRL): chosen against rejected logratios, rank by rank, as in
+    `aot_loss`.
 
     `d = sort(chosen_logratios) - sort(rejected_logratios); -logsigmoid(beta * d)`
     Source: Melnyk et al. 2024, arXiv:2406.05882.
@@ -170,7 +173,7 @@ def aot_unpaired_loss(pairs: PairLogps, beta: float, label_smoothing: float = 0.
 
 
 def discopop_loss(pairs: PairLogps, beta: float, tau: float = 0.05) -> Tensor:
-    """DiscoPOP's discovered, log-ratio modulated loss: logistic for negative margins, exponential for positive ones.
+    """Compute DiscoPOP's discovered loss: logistic for negative margins, exponential for positive ones.
 
     `x = beta * delta; m = sigmoid(x / tau); (1 - m) * -logsigmoid(x) + m * exp(-x)`
     Source: Lu et al. 2024, arXiv:2406.08414, Eq. 5.
@@ -182,7 +185,7 @@ def discopop_loss(pairs: PairLogps, beta: float, tau: float = 0.05) -> Tensor:
 
 
 def orpo_loss(pairs: PairLogps, beta: float) -> Tensor:
-    """ORPO's odds-ratio term, reference-free; beta is its lambda. The SFT term comes from `DPOLoss(sft_weight=1)`.
+    """Compute ORPO's odds-ratio term: no reference, beta is its lambda; `DPOLoss(sft_weight=1)` adds its SFT term.
 
     `log_odds(m) = m - log(1 - exp(m)); -beta * logsigmoid(log_odds(mean chosen) - log_odds(mean rejected))`
     Source: Hong, Lee and Thorne 2024, arXiv:2403.07691.
@@ -192,6 +195,6 @@ def orpo_loss(pairs: PairLogps, beta: float) -> Tensor:
 
 
 def _log_odds(logp: Tensor) -> Tensor:
-    """`log(p / (1 - p))` from `log(p)`; p = 1, whose odds are infinite, counts as the next number below it."""
+    """Compute `log(p / (1 - p))` from `log(p)`; p = 1, whose odds are infinite, counts as the next number below it."""
     logp = logp.clamp(max=-torch.finfo(logp.dtype).eps)
     return logp - torch.log(-torch.expm1(logp))

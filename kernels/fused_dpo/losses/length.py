@@ -10,7 +10,7 @@ from torch import Tensor
 def desensitized_weights(
     chosen_lengths: Sequence[int] | Tensor, rejected_lengths: Sequence[int] | Tensor, alpha: float
 ) -> Tensor:
-    """Token weights of LD-DPO: what a response has beyond the other one's length counts alpha.
+    """Compute LD-DPO's weights of tokens: what a response has beyond the other one's length counts alpha.
 
     `weight[t] = 1 if t < min(chosen_length, rejected_length) else alpha`
 

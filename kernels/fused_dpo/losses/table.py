@@ -73,5 +73,5 @@ def loss_spec(loss_type: str) -> LossSpec:
 
 
 def needs_reference(loss_type: str) -> bool:
-    """Whether the loss compares the policy with a reference model."""
+    """Tell whether the loss compares the policy with a reference model."""
     return loss_spec(loss_type).reference

@@ -6,7 +6,7 @@ from torch import Tensor
 
 @torch.library.custom_op("fused_dpo::sequence_sum", mutates_args=())
 def sequence_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Sums [N] of `values` [T] over the sequences `cu_seqlens` int64 [N+1]; an empty sequence gives 0.
+    """Sum `values` [T] over the sequences of `cu_seqlens` int64 [N+1], to [N]; an empty sequence gives 0.
 
     Added up in float64 and rounded once to the dtype of `values`: the result does not depend on how the rows of other
     sequences, or unscored rows (which are exactly 0), lie around it.

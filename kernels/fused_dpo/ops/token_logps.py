@@ -108,7 +108,7 @@ def token_logps(
     want_stats: bool,
     reuse_exponentials: bool = False,
 ) -> tuple[Tensor, TokenStats | None, FilterStats]:
-    """Differentiable per-token log-probs of canonical inputs (see `fused_dpo.validation.Scoring`)."""
+    """Compute differentiable per-token log-probs of canonical inputs (see `fused_dpo.validation.Scoring`)."""
     lora = LowRankAdapter(*head.lora) if head.lora is not None else None
     exponentials_kernel = reuse_exponentials and impl == "triton" and not (filtering.eps or want_stats or head.softcap)
     will_be_differentiated = torch.is_grad_enabled() and head.weight.requires_grad

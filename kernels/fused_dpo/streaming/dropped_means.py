@@ -30,9 +30,11 @@ class DroppedMeans:
         self._unit = 1.0 / torch.cat(everything).clamp(min=tiny) if everything else means.new_zeros(0).float()
 
     def columns(self, first: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Columns `first:stop` [blocks, stop - first]: of the probabilities, and of the gradient that they stand for.
+        """Give the dropped probabilities of columns `first:stop`, and the gradients that they stand for; both [blocks,
+        stop - first].
 
-        The second is the first with the derivative of what happens to the logits, as they are at that probability.
+        The gradients are the probabilities times the derivative of what happens to the logits, as these are at that
+        probability.
         """
         p = (_powers(self.means[:, first:stop]) * self._unit[:, None]).masked_fill_(self.keep[:, first:stop], 0.0)
         p = p.to(self.operands.acc_dtype)
@@ -40,7 +42,8 @@ class DroppedMeans:
         return p, self.operands.through_logits(p.clone(), z)
 
     def spread(self, width: int, buffer: Tensor) -> Tensor:
-        """`q @ weight` of every block [blocks, K], q the dropped probabilities over their sum; 0 where nothing is.
+        """Compute `q @ weight` of every block [blocks, K], q being its dropped probabilities divided by their sum; 0 if
+        none is dropped.
 
         Takes `width` columns at a time, and holds six times `width * blocks` numbers. `buffer` [width or more, K] is
         for operands.
@@ -57,6 +60,6 @@ class DroppedMeans:
 
 
 def _powers(exponents: Tensor) -> Tensor:
-    """2 to the power of biased exponents, 0 for the smallest; what is not finite counts for nothing."""
+    """Raise 2 to biased exponents; the smallest exponent gives 0, and so does that of what is not finite."""
     bits = exponents.to(torch.int32) << 23
     return bits.masked_fill_(exponents == 255, 0).view(torch.float32)

@@ -223,7 +223,9 @@ def _without_broken_rows(dlogps: Tensor, operands: Operands, state: SoftmaxState
 
 
 def _upstream_sums(kept: KeptProducts, upstream: Tensor, spans: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-    """Sums over each block's rows of upstream times hidden state, as operand [blocks, K], and of upstream [blocks]."""
+    """Sum upstream gradient times hidden state over each block's rows, as operand [blocks, K], and the gradients alone
+    [blocks].
+    """
     operands = kept.operands
     sums = torch.zeros(len(spans), operands.width, dtype=operands.acc_dtype, device=upstream.device)
     counts = upstream.new_zeros(len(spans))

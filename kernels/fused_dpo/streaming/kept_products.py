@@ -36,11 +36,13 @@ class KeptProducts:
         self._product: Tensor | None = None  # for gradients alone, so that a forward does not hold it
 
     def hidden(self, start: int, stop: int) -> Tensor:
-        """Operand of the scored rows `start:stop`, padded with zero rows; overwritten by the next block."""
+        """Read the scored rows `start:stop` as operand, padded with zero rows; overwritten by the next block."""
         return self.operands.read_hidden(start, stop, self._hidden[: round_up(stop - start, self._row_multiple)])
 
     def columns(self, keep: Tensor, first: int) -> Iterator[slice | Tensor]:
-        """The kept columns in chunks: slices where all are kept, else indices. `keep` bool [n] begins at `first`."""
+        """Walk the kept columns in chunks: slices where all are kept, else indices. `keep` bool [n] begins at column
+        `first`.
+        """
         if bool(keep.all()):
             stop = first + keep.numel()
             yield from (slice(at, min(at + self.width, stop)) for at in range(first, stop, self.width))
@@ -50,14 +52,14 @@ class KeptProducts:
                 yield from index.split(self.width)
 
     def weight(self, columns: slice | Tensor) -> Tensor:
-        """Operand of a chunk, padded with zero rows; overwritten by the next call."""
+        """Read the weight of a chunk as operand, padded with zero rows; overwritten by the next call."""
         count = self.operands.read_weight(columns, self.weight_buffer).shape[0]
         padded = self.weight_buffer[: round_up(count, self.multiple)]
         padded[count:] = 0.0
         return padded
 
     def logits(self, hidden: Tensor, weight: Tensor, columns: slice | Tensor, rows: int) -> Tensor:
-        """Logits `[rows, columns]` of the real rows and columns, overwritten by the next call."""
+        """Compute logits `[rows, columns]` of the real rows and columns, overwritten by the next call."""
         tile = self._tile(hidden, weight)
         with matmul_precision(self.operands.dtype):
             product(hidden, weight.T, out=tile)
@@ -65,7 +67,7 @@ class KeptProducts:
         return self.operands.to_logits(tile[:rows, :count], self.operands.bias(columns))
 
     def pad(self, dz: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
-        """`dz`, which is in the place of the last logits, with zeros around it to the size of the padded operands."""
+        """Put zeros around `dz`, which is in the place of the last logits, to the size of the padded operands."""
         tile = self._tile(hidden, weight)
         tile[dz.shape[0] :] = 0.0
         tile[:, dz.shape[1] :] = 0.0
@@ -76,7 +78,9 @@ class KeptProducts:
         return self._logits[: shape[0] * shape[1]].view(shape)
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
-        """`a @ b` in the accumulation dtype, for at most `width` rows or a block; overwritten by the next call."""
+        """Multiply `a @ b` in the accumulation dtype, for at most `width` rows or a block; overwritten by the next
+        call.
+        """
         if self._product is None:
             rows = max(self.width, BLOCK_ROWS)
             self._product = torch.empty(rows * self.operands.width, dtype=a.dtype, device=a.device)
@@ -86,7 +90,7 @@ class KeptProducts:
 
 
 def targets_among(columns: slice | Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Place of each row's target [n] within the chunk [n, 1], and whether it really is there [n, 1]."""
+    """Find the place of each row's target [n] within the chunk, [n, 1], and whether it is there at all, [n, 1]."""
     if isinstance(columns, slice):
         place, count = target - columns.start, columns.stop - columns.start
         return place.clamp(0, count - 1)[:, None], ((place >= 0) & (place < count))[:, None]

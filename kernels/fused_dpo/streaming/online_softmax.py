@@ -57,11 +57,11 @@ class OnlineSoftmax:
             self._sum[span] += plain
 
     def logps(self) -> Tensor:
-        """Log-prob of the targets [rows]."""
+        """Compute the log-prob of the targets [rows]."""
         return self.picked - self.peak - self.total.log()
 
     def stats(self, V: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Entropy, mean of the V logits, and whether no token is likelier than the target, each [rows]."""
+        """Compute entropy, mean of the V logits, and whether no token is likelier than the target, each [rows]."""
         entropy = self.total.log() - (self._weighted / self.total - self.peak)
         return entropy, self._sum / V, (self.picked >= self.peak).to(self.peak.dtype)
 
@@ -75,7 +75,7 @@ def logits_gradient(
     one_minus_p: Tensor,
     upstream: Tensor,
 ) -> Tensor:
-    """`upstream * (onehot(target) - exp(z - peak) / total)` of some columns, in the place of their logits `z`.
+    """Compute `upstream * (onehot(target) - exp(z - peak) / total)` of some columns, in the place of their logits `z`.
 
     Args:
         z: logits [n, columns].
@@ -89,7 +89,7 @@ def logits_gradient(
 
 
 def shifted_exp(z: Tensor, shift: Tensor) -> Tensor:
-    """`exp(z - shift)` in the place of `z`, with what would be near-subnormal lifted to a tiny number.
+    """Compute `exp(z - shift)` in the place of `z`, with what would be near-subnormal lifted to a tiny number.
 
     Subnormal numbers cost ten times the time on a CPU (measured: 5 ns an element against 0.4), and 1e-26 of a
     probability is far below the rounding of the sum it goes into.
@@ -98,5 +98,5 @@ def shifted_exp(z: Tensor, shift: Tensor) -> Tensor:
 
 
 def lowest_exponent(dtype: torch.dtype) -> float:
-    """What `shifted_exp` lifts exponents to."""
+    """Tell what `shifted_exp` lifts exponents to."""
     return -600.0 if dtype == torch.float64 else -60.0

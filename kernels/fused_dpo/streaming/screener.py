@@ -24,7 +24,7 @@ SCREEN_ROW_MULTIPLE = 32
 
 
 def block_spans(rows: Tensor, offsets: Tensor, block_rows: int) -> list[tuple[int, int]]:
-    """Spans of the scored rows, each within one sequence.
+    """Split the scored rows into spans, each within one sequence.
 
     Args:
         rows: int64 [R], ascending.
@@ -40,12 +40,12 @@ def block_spans(rows: Tensor, offsets: Tensor, block_rows: int) -> list[tuple[in
 
 
 def exponents(probabilities: Tensor) -> Tensor:
-    """Biased exponents of probabilities [V]; NaN has the one that every threshold keeps."""
+    """Take the biased exponents of probabilities [V]; NaN has the one that every threshold keeps."""
     return (probabilities.float().view(torch.int32) >> 23).to(torch.uint8)
 
 
 def screens_coarsely(hidden: Tensor, head: LMHead) -> bool:
-    """Whether the screen's logits are rounded to bf16: where that is faster, and the product is the logits."""
+    """Tell whether the screen's logits are rounded to bf16: where that is faster, and the product is the logits."""
     return (
         hidden.dtype == torch.bfloat16
         and hidden.device.type == "cpu"
@@ -57,7 +57,8 @@ def screens_coarsely(hidden: Tensor, head: LMHead) -> bool:
 
 
 def rows_screened(hidden: Tensor, head: LMHead, workspace_mib: int) -> int:
-    """Rows whose screen over the whole vocabulary fits into the workspace beside what else there is: 32 to 512 or 256.
+    """Count the rows whose screen over the whole vocabulary fits into the workspace beside what else there is: 32 to
+    512, or to 256 if it is coarse.
 
     A coarse one has logits and probabilities, in half of the workspace. Any other has them one after the other in the
     same memory, three quarters of it, as it needs no buffers for kept columns.
@@ -71,7 +72,7 @@ def rows_screened(hidden: Tensor, head: LMHead, workspace_mib: int) -> int:
 
 
 def screen_shape(hidden: Tensor, head: LMHead, rows: int, sequences: int, workspace_mib: int) -> tuple[int, int, int]:
-    """Shape of the screen of `fused_dpo.filtering`, for `rows` rows at most: no block straddles two sequences."""
+    """Tell the shape of the screen for at most `rows` rows in so many sequences: no block straddles two of them."""
     block_rows = min(rows_screened(hidden, head, workspace_mib), BLOCK_ROWS)
     return ceil_div(rows, block_rows) + sequences, 2, head.weight.shape[0]
 
@@ -100,7 +101,7 @@ class Screener:
         self._probabilities = Buffer()
 
     def groups(self, spans: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
-        """Consecutive blocks, as many as are screened at once."""
+        """Walk the blocks in groups of consecutive ones, as many as are screened at once."""
         group: list[tuple[int, int]] = []
         for span in spans:
             if group and span[1] - group[0][0] > self.rows:
@@ -111,7 +112,7 @@ class Screener:
             yield group
 
     def look(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Coarse logits and probabilities [stop - start, V] of scored rows, overwritten by the next call."""
+        """Compute coarse logits and probabilities [stop - start, V] of scored rows, overwritten by the next call."""
         for _ in self._products(start, stop):
             pass
         z = self._logits[: round_up(stop - start, SCREEN_ROW_MULTIPLE)]
@@ -119,12 +120,13 @@ class Screener:
         return z[: stop - start], probabilities[: stop - start]
 
     def tiles(self, start: int, stop: int) -> Iterator[tuple[slice, Tensor]]:
-        """Columns and their logits [stop - start, columns] of scored rows, overwritten by the next call."""
+        """Walk columns and their logits [stop - start, columns] of scored rows, overwritten by the next call."""
         for columns, z in self._products(start, stop):
             yield columns, z[: stop - start]
 
     def probabilities(self, peaks: list[Tensor], total: Tensor) -> Tensor:
-        """Probabilities [rows, V] of the last call of `tiles`, each of whose tiles is now `exp(logit - peak)`.
+        """Turn what the last call of `tiles` has left, of which each tile is now `exp(logit - peak)`, into
+        probabilities [rows, V].
 
         `peaks` [rows] of each tile are those then subtracted; `total` [rows] is the sum of `exp(logit - peaks[-1])`.
         What the softmax lifted to its tiny number is 0 here, and so is a tile that is all below it.
@@ -137,7 +139,7 @@ class Screener:
         return self._logits[: len(total)]
 
     def _products(self, start: int, stop: int) -> Iterator[tuple[slice, Tensor]]:
-        """Columns and their logits of scored rows, padded."""
+        """Walk columns and their logits of scored rows, padded."""
         operands = self.operands
         rows = round_up(stop - start, SCREEN_ROW_MULTIPLE)
         hidden = operands.read_hidden(start, stop, self._hidden[:rows])
@@ -153,7 +155,7 @@ class Screener:
 
 
 def largest_of(probabilities: Tensor) -> Tensor:
-    """Largest of each column, in the dtype of the probabilities. Blocks with NaN are left to the guard."""
+    """Take the largest of each column, in the dtype of the probabilities. Blocks with NaN are left to the guard."""
     if probabilities.dtype != torch.bfloat16:
         return probabilities.amax(0)
     # Numbers that are not negative order like their bits, and integers are compared three times as fast.

@@ -19,7 +19,7 @@ TILE_ROW_MULTIPLE = 64
 
 @lru_cache(maxsize=64)
 def row_multiple(K: int, dtype: torch.dtype, tile_rows: int, threads: int) -> int:
-    """Fewest rows whose product over K dimensions has the same bits as in a tile of `tile_rows`, on this CPU.
+    """Find the fewest rows whose product over K dimensions has the same bits as in a tile of `tile_rows`, on this CPU.
 
     BLAS takes other inner loops for fewer rows and answers with other bits, which would make a sequence's log-prob
     depend on the batch around it. Below 8 rows it always does; where the limit lies beyond that depends on the release,
@@ -50,7 +50,9 @@ class _Slice(NamedTuple):
     bias: Tensor | None
 
     def targets(self, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Column of each row's target within the slice [rows, 1], and whether it really lies there [rows, 1]."""
+        """Find the column of each row's target within the slice, [rows, 1], and whether it lies there at all, [rows,
+        1].
+        """
         column = (target - self.start)[:, None]
         width = self.stop - self.start
         return column.clamp(0, width - 1), (column >= 0) & (column < width)
@@ -65,7 +67,9 @@ class _Block(NamedTuple):
 
 
 def rows_per_tile(K: int, workspace_mib: int, dtype: torch.dtype) -> int:
-    """Rows of a block: ROWS_PER_TILE, or the halves of it whose hidden states fit into a quarter of the workspace."""
+    """Choose the rows of a block: ROWS_PER_TILE, or the half of it, and so on, whose hidden states fit into a quarter
+    of the workspace.
+    """
     rows = ROWS_PER_TILE
     while rows > TILE_ROW_MULTIPLE and 2 * rows * K * accumulation_dtype(dtype).itemsize > workspace_mib * 2**18:
         rows //= 2
@@ -73,7 +77,7 @@ def rows_per_tile(K: int, workspace_mib: int, dtype: torch.dtype) -> int:
 
 
 def slice_bounds(V: int, K: int, workspace_mib: int, dtype: torch.dtype, device: torch.device) -> list[tuple[int, int]]:
-    """Bounds of the vocabulary slices: nearly equal, and a function of V, K, dtype and workspace alone.
+    """Split the vocabulary into nearly equal slices, by V, K, dtype and workspace alone, and give their bounds.
 
     Per column a slice holds K numbers of weight (and those once more while they are converted), K of its gradient, and
     two tiles of logits; beside it stands one block of hidden states (and that once more while it is gathered).
@@ -107,31 +111,31 @@ class Tiles:
         self._logits = torch.empty(tile_rows * self.width, dtype=operands.acc_dtype, device=device)
 
     def of_rows(self, values: Tensor, fill: float) -> Tensor:
-        """Values of the scored rows out of those of all rows, padded with `fill`."""
+        """Take the values of the scored rows out of those of all rows, padded with `fill`."""
         state = values.new_full((self.padded_rows,), fill)
         state[: self.rows.numel()] = values[self.rows]
         return state
 
     def to_rows(self, state: Tensor) -> Tensor:
-        """The inverse of `of_rows`, with 0 where a row is not scored."""
+        """Put values of the scored rows back among all rows, with 0 where a row is not scored."""
         T = self.operands.hidden.shape[0]
         return state.new_zeros(T).index_copy_(0, self.rows, state[: self.rows.numel()])
 
     def slices(self) -> Iterator[_Slice]:
-        """The head, a slice at a time, converted once into a buffer that the next slice overwrites."""
+        """Walk the head, a slice at a time, converted once into a buffer that the next slice overwrites."""
         for start, stop in self.bounds:
             which = slice(start, stop)
             yield _Slice(start, stop, self.operands.read_weight(which, self._weight), self.operands.bias(which))
 
     def blocks(self) -> Iterator[_Block]:
-        """The scored rows, a block at a time; the next block may overwrite it."""
+        """Walk the scored rows, a block at a time; the next block may overwrite it."""
         for start in range(0, self.padded_rows, self._rows_per_tile):
             stop = min(start + self._rows_per_tile, self.padded_rows)
             buffer = self._block[: stop - start]
             yield _Block(slice(start, stop), self.operands.hidden_rows(start, min(stop, self.rows.numel()), buffer))
 
     def logits(self, block: _Block, cut: _Slice) -> Tensor:
-        """One tile `[rows, columns]`, in a buffer that the next call overwrites."""
+        """Compute one tile `[rows, columns]`, in a buffer that the next call overwrites."""
         shape = block.hidden.shape[0], cut.stop - cut.start
         tile = self._logits[: shape[0] * shape[1]].view(shape)
         with matmul_precision(self.operands.dtype):
@@ -140,5 +144,5 @@ class Tiles:
 
 
 def widest_tile(device: torch.device) -> int:
-    """Vocabulary columns per tile at most: it has to stay in a CPU's cache, and to fill any other device."""
+    """Tell how many columns a tile has at most: it has to stay in a CPU's cache, and to fill any other device."""
     return 2048 if device.type == "cpu" else 32768

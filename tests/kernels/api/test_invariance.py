@@ -112,7 +112,7 @@ def test_batch_composition_of_odd_heads(V: int, D: int, dtype: torch.dtype) -> N
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_id)
 def test_batch_composition_of_a_transposed_weight(dtype: torch.dtype) -> None:
-    """BLAS answers for one with bits that hang on a row's place."""
+    """BLAS answers for one with bits that depend on a row's place."""
     for seed in (1, 8, 21, 51, 74):
         rng = torch.Generator().manual_seed(seed)
         weight = (torch.randn(256, 5, generator=rng) / 4).to(dtype).T

@@ -85,7 +85,9 @@ def _add_kept(
 
 
 def _spread_of_blocks(sums: GradientSums, means: DroppedMeans, workspace_mib: int) -> Tensor:
-    """`q @ [weight | b]` of every block, the columns that the sums have; q what it drops over what that sums to."""
+    """Compute `q @ [weight | b]` of every block, q being its dropped probabilities divided by their sum; of the columns
+    that the sums have.
+    """
     head, dtype = sums.operands.head, means.values.dtype
     spread = means.mass.new_zeros(len(means.mass), sums.dhidden_sum.shape[1])
     # In one piece, unless the weight has to be converted.

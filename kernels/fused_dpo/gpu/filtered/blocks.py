@@ -23,16 +23,16 @@ def screening_config(hidden: Tensor, head: LMHead, *, want_stats: bool) -> TileC
 
 
 def triton_screen_shape(hidden: Tensor, head: LMHead, rows: int) -> tuple[int, int, int]:
-    """Shape of the screen for `rows` rows at most."""
+    """Tell the shape of the screen for at most `rows` scored rows."""
     return ceil_div(rows, backward_config(hidden, head).block_t), 2, head.weight.shape[0]
 
 
 def of_blocks(values: Tensor, blocks: int, block_t: int) -> Tensor:
-    """Values of the scored rows [R] as [blocks, block_t], 0 beyond the last row."""
+    """Arrange values of the scored rows [R] as [blocks, block_t], 0 beyond the last row."""
     return F.pad(values, (0, blocks * block_t - values.numel())).view(blocks, block_t)
 
 
 def block_sizes(R: int, blocks: int, config: TileConfig, device: torch.device) -> Tensor:
-    """Rows of each block, [blocks]: all have `block_t` but the last."""
+    """Count the rows of each block, [blocks]: all have `block_t` but the last."""
     starts = torch.arange(blocks, device=device) * config.block_t
     return (R - starts).clamp(max=config.block_t)

@@ -20,7 +20,7 @@ TAIL_BLOCK = 8192
 
 @triton.jit
 def _power(exponent):
-    """2 to the power of a biased exponent, 0 for the smallest; what is not finite counts for nothing."""
+    """Raise 2 to a biased exponent; the smallest exponent gives 0, and so does that of what is not finite."""
     bits = exponent.to(tl.int32)
     return tl.where(bits == 255, 0.0, (bits << 23).to(tl.float32, bitcast=True))
 
@@ -41,7 +41,7 @@ def _dropped_means_kernel(
     HAS_SOFTCAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """`DroppedMeans` of one block of rows.
+    """Compute the `DroppedMeans` of one block of rows.
 
     Grid: blocks. Reads 2·V bytes twice and writes 2·V or 4·V; bound by latency.
     """

@@ -32,7 +32,7 @@ from fused_dpo.stats import SoftmaxState
 
 @triton.jit
 def _compact_kernel(flags_ptr, list_ptr, counts_ptr, N, stride_fg, stride_lg, BLOCK_N: tl.constexpr):
-    """Positions of the set flags of each group, ascending, and how many there are.
+    """List the positions of the set flags of each group, ascending, and count them.
 
     Grid: groups. Reads N contiguous bytes and writes at most 4·N a group; bound by latency.
     """
@@ -77,7 +77,7 @@ def _kept_dlogits_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """dz of what is kept, in the hidden states' dtype.
+    """Compute dz of what is kept, in the hidden states' dtype.
 
     Grid: (groups, programs that share the tiles of a list). BY_COLUMNS: group g is the g-th block of BLOCK_T scored
     rows, its list holds columns, and slots `first` to `first + capacity` of it go to dz `[R, capacity]`, with zeros
@@ -171,14 +171,14 @@ def _gathered_product_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """`out[group] (+)= a[group] @ b[list[group]]`: rows of `b` gathered by the group's list, in ascending order.
+    """Compute `out[group] (+)= a[group] @ b[list[group]]`, rows of `b` gathered by the group's list in its order.
 
     Grid: (tiles of N, groups). `a` is `[BLOCK_M, slots]` by its strides, for slots `first` to `first + capacity` of the
-    list: if PADDED the slots are contiguous, and 0 from the list's end to the next multiple of BLOCK_K; else the rows
-    are, and all BLOCK_M can be read. With INDIRECT a list's entry goes through `index` first. `out` `[M, N]` has
-    BLOCK_M rows a group: with ACCUMULATE fp32, added to, and left alone where no slot is live; else written once, times
-    `unit`. Every entry has one writer, and no atomics. CORRECT takes `means` `[blocks, M]`, in memory whole groups
-    wide, with `sums` `[blocks, N]` in as so many rows more.
+    list. PADDED: the slots are contiguous, and `a` is 0 from the list's end to the next multiple of BLOCK_K. Else the
+    rows are contiguous, and all BLOCK_M can be read. INDIRECT: a list's entry is looked up in `index` first. `out`
+    `[M, N]` has BLOCK_M rows a group. ACCUMULATE: `out` is fp32, is added to, and is left alone where no slot is live.
+    Else it is written once, times `unit`. CORRECT: `means.T @ sums` is added, for `means` `[blocks, M]` and `sums`
+    `[blocks, N]`; the memory of `means` is whole groups wide. Every entry has one writer, and there are no atomics.
 
     Roofline: 2·BLOCK_M·N FLOP a slot, bound by the matrix units; `b`'s gathered rows come from L2.
     """
@@ -329,7 +329,8 @@ class KeptLists:
                 self._product(b, out[start:stop], lists | strides, 0, narrow, unit, index, correction)
 
     def _block_sums(self, upstream: Tensor, b: Tensor, index: Tensor | None) -> Tensor:
-        """Sums over each block's rows of minus the upstream [blocks, rows] times row of `b`, [blocks, N].
+        """Sum minus the upstream gradient [blocks, rows] times each row of `b` over the rows of each block, [blocks,
+        N].
 
         In the unit that makes up for that of `DroppedMeans`.
         """
@@ -347,7 +348,7 @@ class KeptLists:
         return sums.squeeze(1)
 
     def _compact(self, flags: Tensor, lists: Tensor) -> None:
-        """Lists of the set flags, bool [groups, N] with contiguous rows, and their lengths."""
+        """List the set flags, bool [groups, N] with contiguous rows, and count them."""
         groups, N = flags.shape
         arguments: dict[str, Any] = {"flags_ptr": flags, "list_ptr": lists, "counts_ptr": self._counts, "N": N}
         arguments |= {"stride_fg": flags.stride(0), "stride_lg": lists.stride(0)}
@@ -363,7 +364,7 @@ class KeptLists:
         first: int,
         residual: Tensor | None = None,
     ) -> None:
-        """dz of the lists into the workspace: of columns if the rows' sums go to `residual`, else of rows.
+        """Write dz of the lists into the workspace: of columns if the rows' sums go to `residual`, else of rows.
 
         Of at most so many tiles a list.
         """
@@ -384,7 +385,7 @@ class KeptLists:
         index: Tensor | None = None,
         correction: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        """`out (+)= dz @ b[lists]`, written times `unit` where there is one, else added."""
+        """Compute `out (+)= dz @ b[lists]`: written times `unit` where that is given, else added."""
         M, N = out.shape
         shape = self.product
         grid = ceil_div(N, shape.block_n), ceil_div(M, block_m)

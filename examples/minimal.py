@@ -48,8 +48,8 @@ def main() -> list[float]:
         output.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(output.loss))
-        print(f"step {step}: loss {losses[-1]:.4f}, margin {float(output.metrics['rewards/margins']):.4f}")
+        losses.append(output.loss.item())
+        print(f"step {step}: loss {losses[-1]:.4f}, margin {output.metrics['rewards/margins']:.4f}")
     return losses
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_dpo_engine.attention.call import Backend
 from fused_dpo_engine.attention.gather import gather_rows
-from fused_dpo_engine.attention.interface.plan import AttentionPlan, Segment, offsets_of, plan_attention
+from fused_dpo_engine.attention.plan import AttentionPlan, Segment, offsets_of, plan_attention
 from fused_dpo_engine.batching.batch import HeadCall, PairBatch
 from fused_dpo_engine.batching.sharing import place_sequences
 from fused_dpo_engine.data.pairs import TokenPair

@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 from torch.nn import functional as F
+from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fused_dpo.gpu.configs import TileConfig
@@ -41,7 +42,7 @@ def named(stem: str, **flags: tuple[str, str]) -> Callable[[Any], str]:
 
 def interpreted() -> bool:
     """Tell whether Triton runs its kernels in Python, on CPU tensors (TRITON_INTERPRET=1 when triton was imported)."""
-    return bool(triton.knobs.runtime.interpret)
+    return bool(knobs.runtime.interpret)
 
 
 def architecture(device: torch.device) -> int:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from fused_dpo.losses import LOSS_TYPES, needs_reference
 from fused_dpo_engine.model.policy import Policy
+from fused_dpo_engine.reference.scoring import score_reference
 from tests.engine.support.runs import FIRST_LOSS, FLAT, LN2, toy_pairs, toy_steps, without_clock
 from tests.engine.support.toys import assert_same_weights, largest_difference, own_logps, read_weights, save_folder
 
@@ -151,23 +152,26 @@ class TestLearning:
     def test_reference_sees_the_batches_of_training(self, train_tiny, monkeypatch):
         """In larger models another batch shape gives other last bits, and the first rewards were not exactly 0."""
         scored, trained = [], []
-        forward, score = Policy.forward, Policy.score  # of the reference, and of everything
+        forward, passes = Policy.forward, []
 
-        def recorded_forward(self, batch):
-            scored.append(batch.pair_indices)
-            return forward(self, batch)
-
-        def recorded_score(self, batch):
+        def recorded(self, batch):
+            passes.append(batch)
             if torch.is_grad_enabled():
                 trained.append(batch.pair_indices)
-            return score(self, batch)
+            return forward(self, batch)
 
-        monkeypatch.setattr(Policy, "forward", recorded_forward)
-        monkeypatch.setattr(Policy, "score", recorded_score)
+        def recorded_score(policy, pairs, batches, *arguments, **settings):
+            batches = list(batches)
+            scored.extend(batch.pair_indices for batch in batches)
+            return score_reference(policy, pairs, batches, *arguments, **settings)
+
+        monkeypatch.setattr(Policy, "forward", recorded)
+        monkeypatch.setattr("fused_dpo_engine.reference.scoring.score_reference", recorded_score)
         train_tiny(max_steps=6)
         assert sorted(i for indices in scored for i in indices) == list(range(24))
         assert trained[: len(scored)] == scored
         assert len(trained) > len(scored)
+        assert len(passes) == len(trained) + len(scored) + 1, "and the set-up test"
 
     @pytest.mark.parametrize("loss_type", LOSS_TYPES)
     def test_every_loss(self, train_tiny, tiny_llama, monkeypatch, loss_type):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fused_dpo import KernelOptions, fused_dpo_logps
 from fused_dpo.linalg.operands import Operands
-from fused_dpo.streaming import exact as streaming
+from fused_dpo.streaming import tiles
 from fused_dpo.streaming.tiles import ROWS_PER_TILE, row_multiple, rows_per_tile, slice_bounds
 from tests.kernels.support.problems import (
     DTYPES,
@@ -209,7 +209,7 @@ def test_rows_are_padded_to_the_multiple(multiple: int, monkeypatch: pytest.Monk
         return read_hidden(self, start, stop, out)
 
     monkeypatch.setattr(Operands, "read_hidden", noted)
-    monkeypatch.setattr(streaming, "row_multiple", lambda K, dtype, tile_rows, threads: multiple)
+    monkeypatch.setattr(tiles, "row_multiple", lambda K, dtype, tile_rows, threads: multiple)
     # 2 eps of the sum of 65 log-probs; another multiple may have other bits, which is why it is found by trying.
     torch.testing.assert_close(
         fused(problem, grad_mode="exact"), expected, rtol=2 * torch.finfo(torch.float32).eps, atol=0

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from itertools import chain, combinations
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -177,7 +177,7 @@ def rows_of(problem: Problem) -> Tensor:
 @pytest.mark.parametrize("impl", ["streaming", "reference"])
 def test_row_index_of_all_scored_rows_changes_nothing(impl: str, padded: bool) -> None:
     problem = make_problem((5, 63, 1, 200), padded=padded, **EVERY_FEATURE)
-    options = {"impl": impl, "row_index": rows_of(problem)}
+    options: Any = {"impl": impl, "row_index": rows_of(problem)}
     plain, indexed = tokens(problem, STATS, impl=impl), tokens(problem, STATS, **options)
     assert all(torch.equal(a, b) for a, b in zip(map(present, plain[:4]), map(present, indexed[:4]), strict=True))
     expected, got = (

@@ -310,7 +310,7 @@ def test_what_is_flat_throughout_is_not_gathered(monkeypatch: pytest.MonkeyPatch
     def gathers(*_: object) -> None:
         raise AssertionError("columns are gathered")
 
-    monkeypatch.setattr(filtered, "Kept", gathers)
+    monkeypatch.setattr(filtered, "KeptProducts", gathers)
     grads = torch.autograd.grad(logps["flat"], list(fresh["flat"].tensors.values()), upstream)
     for got, exact in zip(grads, expected, strict=True):
         torch.testing.assert_close(got, exact)

@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-import fused_dpo
+import fused_dpo.gpu
 from fused_dpo import KernelOptions, LMHead
 from fused_dpo.filtering import Filtering
-from fused_dpo.gpu import tile as triton_tile
+from fused_dpo.gpu import launch as gpu_launch
 from fused_dpo.gpu.exponentials import Exponentials
 from fused_dpo.gpu.filtered import dropped_means as triton_tail
 from fused_dpo.gpu.forward import _logps_forward_kernel
@@ -167,7 +167,7 @@ def as_on_cuda() -> Iterator[None]:
     with (
         mock.patch.object(Tensor, "is_cuda", True),
         mock.patch.object(type(_logps_forward_kernel), "run", launch),
-        mock.patch.object(triton_tile, "interpreted", return_value=False),
+        mock.patch.object(gpu_launch, "interpreted", return_value=False),
         mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)),
         mock.patch.object(torch.cuda, "device", return_value=nullcontext()),
     ):
@@ -284,7 +284,7 @@ def launched() -> dict[bool, set[str]]:
 
 KERNELS = {
     name
-    for module in pkgutil.iter_modules(fused_dpo.__path__, "fused_dpo.")
+    for module in pkgutil.walk_packages(fused_dpo.gpu.__path__, "fused_dpo.gpu.")
     for name, value in vars(importlib.import_module(module.name)).items()
     if isinstance(value, type(_logps_forward_kernel)) and name.endswith("_kernel")
 }

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fused_dpo.gpu import configs as triton_configs
-from fused_dpo.gpu import tile as triton_tile
+from fused_dpo.gpu import launch
 from tests.kernels.support.gpu import DEVICE, TRITON_DTYPES, on_device
 from tests.kernels.support.problems import EVERY_FEATURE, Problem, assert_same_bits, evaluate, fused, make_problem
 
@@ -22,15 +22,15 @@ def names(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     config = replace(triton_configs.INTERPRETER_CONFIG, described=True, flattened=True)
     monkeypatch.setattr(triton_configs, "INTERPRETER_CONFIG", config)
     seen: list[str] = []
-    real = triton_tile.Tiles.arguments
+    real = launch.Tiles.arguments
 
-    def noted(tiles: triton_tile.Tiles, operand: Any = None) -> dict[str, Any]:
+    def noted(tiles: launch.Tiles, operand: Any = None) -> dict[str, Any]:
         found = real(tiles, operand)
         if operand is not None:  # kept columns and rows are gathered by pointers
             seen.append("descriptors" if found["OPTIONS"].DESCRIBED else "pointers")
         return found
 
-    monkeypatch.setattr(triton_tile.Tiles, "arguments", noted)
+    monkeypatch.setattr(launch.Tiles, "arguments", noted)
     return seen
 
 
@@ -69,7 +69,7 @@ def test_what_descriptors_cannot_name_keeps_its_pointers(
 
 def test_which_tensors_descriptors_can_name() -> None:
     """Contiguous rows that begin at multiples of 16 bytes, of one dtype."""
-    hidden, weight, can = torch.zeros(6, 16), torch.zeros(40, 16), triton_tile.describable
+    hidden, weight, can = torch.zeros(6, 16), torch.zeros(40, 16), launch.describable
     assert can(hidden, weight)
     assert can(torch.zeros(6, 20)[:, 4:], weight)
     assert not can(torch.zeros(6, 20)[:, 1:17], weight), "between multiples of 16 bytes"

@@ -16,8 +16,8 @@ from torch import Tensor
 from fused_dpo import KernelOptions, LMHead, fused_dpo_logps
 from fused_dpo.filtering import Filtering
 from fused_dpo.gpu import forward as triton_forward
+from fused_dpo.gpu import launch
 from fused_dpo.gpu import library as triton_library
-from fused_dpo.gpu import tile as triton_tile
 from fused_dpo.gpu.backward import slice_width
 from fused_dpo.gpu.configs import SPLIT_COLUMNS, library_config
 from fused_dpo.gpu.launch import architecture
@@ -282,11 +282,11 @@ def test_positions_beyond_32_bits(grad_mode: str) -> None:
 def test_a_weight_in_fp32_is_converted_in_slices(impl: str, grad_mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As autocast leaves it: the bits of a weight in fp16, but for its own gradient, which is not rounded to that."""
     V, split = 600, 64
-    slices: list[triton_tile.WeightSlice] = []
+    slices: list[launch.WeightSlice] = []
 
-    def of_one_split(weight: Tensor, dtype: torch.dtype, rows: int) -> Iterator[triton_tile.WeightSlice]:
+    def of_one_split(weight: Tensor, dtype: torch.dtype, rows: int) -> Iterator[launch.WeightSlice]:
         fits = split if impl == "triton" and weight.dtype != dtype else rows
-        for part in triton_tile.weight_slices(weight, dtype, fits):
+        for part in launch.weight_slices(weight, dtype, fits):
             slices.append(part)
             yield part
 

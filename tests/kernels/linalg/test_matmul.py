@@ -11,8 +11,7 @@ from torch import Tensor
 
 from fused_dpo import LMHead, fused_dpo_logps
 from fused_dpo.linalg.matmul import add_matmul_fp32, fp32_sums, matmul_fp32, matmul_precision
-from fused_dpo.streaming import exact as streaming
-from fused_dpo.streaming import kept_products as kept
+from fused_dpo.streaming import exact, kept_products, tiles
 from tests.kernels.support.problems import (
     Problem,
     assert_close,
@@ -119,17 +118,17 @@ def test_flags_survive_an_exception(where: str, flag: str, monkeypatch: pytest.M
     torch.set_float32_matmul_precision(flag)
     before = flags()
     if where == "product":
-        monkeypatch.setattr(streaming, "product", fail)
+        monkeypatch.setattr(tiles, "product", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             fused(problem, grad_mode="exact")
     elif where == "filtered":
         # On a CPU with bf16 units the forward multiplies what the coarse screen kept; else only the backward does.
-        monkeypatch.setattr(kept, "product", fail)
+        monkeypatch.setattr(kept_products, "product", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             fused(problem).sum().backward()
     else:
         loss = fused(problem, grad_mode="exact").sum()
-        monkeypatch.setattr(streaming, "accumulate_product", fail)
+        monkeypatch.setattr(exact, "accumulate_product", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             loss.backward()
     assert flags() == before

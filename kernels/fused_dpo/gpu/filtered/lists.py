@@ -14,11 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fused_dpo.gpu.adapter import through_adapter
-from fused_dpo.gpu.configs import (
-    ProductConfig,
-    TileConfig,
-    product_config,
-)
+from fused_dpo.gpu.configs import ProductConfig, TileConfig, product_config
 from fused_dpo.gpu.filtered.blocks import backward_config
 from fused_dpo.gpu.filtered.dropped_means import TAIL_SCALE
 from fused_dpo.gpu.launch import OF_BATCH, Tiles, architecture, launch, named

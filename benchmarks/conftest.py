@@ -98,9 +98,7 @@ def refuse(record_rows: list[Row]) -> Refuse:
 def measure_head(
     request: pytest.FixtureRequest, record_rows: list[Row], time_row: TimeRow, refuse: Refuse
 ) -> MeasureHead:
-    """Make `measure_head(row, case, phase, name)`, which checks an implementation of the head, then measures memory and
-    time.
-    """
+    """Make `measure_head(row, case, phase, name)`, which checks an implementation, then measures memory and time."""
     hidden_file = request.config.getoption("--hidden")
 
     def measure(row: Row, case: Case, phase: str, name: str) -> None:

@@ -119,8 +119,7 @@ def step_rows(model: str, hidden_file: Path | None) -> Iterator[Row]:
 
 
 def sanitizer(deadline: float = math.inf) -> dict[str, Any]:
-    """Run a small case under compute-sanitizer, where it is there, until `deadline` on the clock of
-    `time.perf_counter`.
+    """Run a small case under compute-sanitizer, where it is there, until `deadline` of `time.perf_counter`.
 
     Memcheck sees reads and writes outside of what was allocated, racecheck races in shared memory only.
     """

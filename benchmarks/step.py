@@ -125,9 +125,7 @@ def examine(case: Case, way: str, true: Logps) -> tuple[dict[str, Any], Step | N
 
 
 def measure(case: Case, way: str, true: Logps, rounds: int) -> dict[str, Any]:
-    """Make the row of a way with the times of `rounds` steps after the one that was checked; on a CPU in a fresh
-    process.
-    """
+    """Make the row of a way with the times of `rounds` steps after the one checked; on a CPU in a fresh process."""
     row, step = examine(case, way, true)
     if step is None or not rounds:
         return row

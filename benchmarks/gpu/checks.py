@@ -118,9 +118,7 @@ def evaluate_deterministic(
 
 
 def check_batch_invariance(scale: Scale) -> None:
-    """Compare the bits of a sequence's log-prob in a batch with those alone and without gradient, with and without an
-    adapter.
-    """
+    """Compare the bits of a sequence's log-prob in a batch with those alone, without gradient and with an adapter."""
     if scale.device == "cpu":
         raise NotHereError("the interpreter's NumPy loops round by an element's place in the array")
     for dtype in scale.dtypes:
@@ -227,9 +225,7 @@ def check_memory(scale: Scale) -> dict[str, Any]:
 
 
 def check_no_synchronisation(scale: Scale) -> None:
-    """Run forward and backward with the scored rows given, where waiting for the device is an error; labels shifted or
-    not.
-    """
+    """Run forward and backward with the scored rows given, where to wait for the device is an error."""
     if scale.device == "cpu":
         raise NotHereError("nothing to synchronise with")
     for (_, function, case), shift in product(cases_of(scale, torch.bfloat16), (False, True)):

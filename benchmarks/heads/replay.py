@@ -75,8 +75,7 @@ def replay(
     device: str = "cpu",
     seed: int = 0,
 ) -> Replay:
-    """Replay real logits for N tokens of hidden size D (at least that of the file) over V tokens, the same for the same
-    seed.
+    """Replay real logits for N tokens of hidden size D (at least that of the file) over V tokens, by the seed.
 
     The file's own sequences are of hh_helpful; with other `lengths` its tokens follow each other in their order. Unless
     a file is named, logits are synthetic where the shared one is absent, or of a larger hidden size.

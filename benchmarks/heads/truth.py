@@ -48,9 +48,7 @@ Exact is off by 2e-6 nat and 8e-7. Gradients that were rounded to bf16 are over 
 
 
 def upstream(problem: Replay) -> Tensor:
-    """Make the gradient of a DPO loss at equal policy and reference, up to its scale: -1 for chosen, +1 for rejected,
-    [S].
-    """
+    """Make the gradient of a DPO loss before its first step, up to its scale: -1 for chosen, +1 for rejected, [S]."""
     signs = torch.ones(len(problem.cu_seqlens) - 1, device=problem.hidden.device)
     signs[0::2] = -1.0
     return signs

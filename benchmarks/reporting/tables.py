@@ -68,9 +68,7 @@ class Source(NamedTuple):
         return f"{machine}{f', {threads} threads' if threads else ''}; {versions}; commit {commit}"
 
     def table(self, rows: Sequence[Row], time: Quantity, others: Sequence[Quantity]) -> str:
-        """Write one line a row: the implementation, its time, which links to the results file, and what `others` ask
-        for.
-        """
+        """Write one line a row: the implementation, its time, linked to the results file, and what `others` ask for."""
         contenders = [row for row in rows if row.get("implementation") != BARE]
         columns = [time, *(column for column in others if column.among(rows))]
         best: dict[Quantity, str] = {}

@@ -61,8 +61,7 @@ def model_config(name: str) -> LlamaConfig:
 
 
 def token_pairs(name: str, mix: str, count: int, max_length: int) -> list[TokenPair]:
-    """Draw the first `count` pairs of a mix of real lengths that fit into `max_length` tokens a sequence, with random
-    ids.
+    """Draw the first `count` pairs of a mix of real lengths, at most `max_length` tokens a sequence, with random ids.
 
     Raises:
         ValueError: there is no such mix, or it has fewer pairs.

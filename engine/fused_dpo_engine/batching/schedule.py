@@ -71,9 +71,7 @@ class Schedule:
         return (self._step_of_pairs(order[at : at + size]) for at in range(0, len(order), size))
 
     def _steps_in(self, epochs: float) -> int:
-        """Count the steps of so many epochs; only with full forward passes does their number differ from epoch to
-        epoch.
-        """
+        """Count the steps of so many epochs; with full forward passes their number differs from epoch to epoch."""
         if self.packing.batches_per_step is None:
             return math.ceil(epochs * math.ceil(len(self.pairs) / self.run.pairs_per_step))
         whole, part = int(epochs), epochs % 1

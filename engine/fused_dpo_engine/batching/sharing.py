@@ -27,8 +27,7 @@ class Placement(NamedTuple):
 
 
 def shared_length(trunk: np.ndarray, ids: np.ndarray) -> int:
-    """Count the tokens of `ids` that need not be computed beside `trunk`: the common prefix, but one token is left
-    over.
+    """Count the tokens of `ids` that need not be computed beside `trunk`: their common prefix, less the last of all.
 
     What is left has to hold at least one row, as an attention segment without queries is none.
     """

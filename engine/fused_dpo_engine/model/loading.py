@@ -119,9 +119,7 @@ def load_model(
 
 
 def _own_attention(config: Any) -> str | None:
-    """Leave the choice to transformers, but never SDPA for a model with softcap: some releases leave the cap out
-    silently.
-    """
+    """Leave the choice to transformers, but no SDPA for a model with softcap: some releases leave the cap out."""
     return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
 
 

@@ -29,9 +29,7 @@ every new kind of batch.
 
 
 def named(stem: str, **flags: tuple[str, str]) -> Callable[[Any], str]:
-    """Make a function that names a kernel's variants for profilers: the stem, and a word for each flag, as it is true
-    or false.
-    """
+    """Make a function that names a kernel's variants for profilers: the stem, and a word for each flag's value."""
 
     def name(specialization: Any) -> str:
         words = (words[not specialization.constants.get(flag)] for flag, words in flags.items())

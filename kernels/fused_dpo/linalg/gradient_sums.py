@@ -84,9 +84,7 @@ class GradientSums:
             self.dbias[start:stop] = self.dbias_sum
 
     def add_hidden(self, out: Tensor, dz: Tensor, weight: Tensor, start: int, stop: int) -> None:
-        """Add `dz @ [weight | b[start:stop]]` to `out`, the columns of it that `dhidden_sum` has; `dz` in the compute
-        dtype.
-        """
+        """Add `dz @ [weight | b[start:stop]]` to `out`, the columns that `dhidden_sum` has; `dz` in compute dtype."""
         D, rank, head = self.operands.D, self.operands.rank, self.operands.head
         if self.needs.hidden:
             add_matmul_fp32(out[:, :D], dz, weight)

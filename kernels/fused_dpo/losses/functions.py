@@ -38,8 +38,7 @@ def sigmoid_norm_loss(pairs: PairLogps, beta: float, label_smoothing: float = 0.
 
 
 def simpo_loss(pairs: PairLogps, beta: float, label_smoothing: float = 0.0, simpo_gamma: float = 0.5) -> Tensor:
-    """Compute SimPO's loss: no reference, mean log-probs, and a target margin gamma on the scale of rewards, after
-    beta.
+    """Compute SimPO's loss: mean log-probs without a reference, and a target margin gamma in units of rewards.
 
     `-logsigmoid(beta * (chosen / chosen_lengths - rejected / rejected_lengths) - gamma)`
     Source: Meng, Xia and Chen 2024, arXiv:2405.14734.
@@ -150,8 +149,7 @@ def apo_down_loss(pairs: PairLogps, beta: float) -> Tensor:
 
 
 def aot_loss(pairs: PairLogps, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """Compute paired AOT: the policy's margins against the reference's, rank by rank. Entry i belongs to rank i, not
-    pair i.
+    """Compute paired AOT: the policy's margins against the reference's, by rank. Entry i belongs to rank i, not pair i.
 
     `d = sort(chosen - rejected) - sort(ref_chosen - ref_rejected); -logsigmoid(beta * d)`
     Source: Melnyk et al. 2024, "Distributional Preference Alignment via Optimal Transport", arXiv:2406.05882.
@@ -162,8 +160,7 @@ def aot_loss(pairs: PairLogps, beta: float, label_smoothing: float = 0.0) -> Ten
 
 
 def aot_unpaired_loss(pairs: PairLogps, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """Compute unpaired AOT (`aot_pair` in older TRL): chosen against rejected logratios, rank by rank, as in
-    `aot_loss`.
+    """Compute unpaired AOT (`aot_pair` in older TRL): chosen against rejected logratios, by rank, as `aot_loss`.
 
     `d = sort(chosen_logratios) - sort(rejected_logratios); -logsigmoid(beta * d)`
     Source: Melnyk et al. 2024, arXiv:2406.05882.

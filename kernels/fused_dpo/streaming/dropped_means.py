@@ -30,10 +30,9 @@ class DroppedMeans:
         self._unit = 1.0 / torch.cat(everything).clamp(min=tiny) if everything else means.new_zeros(0).float()
 
     def columns(self, first: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Give the dropped probabilities of columns `first:stop`, and the gradients that they stand for; both [blocks,
-        stop - first].
+        """Give what columns `first:stop` drop, [blocks, stop - first]: probabilities, and gradients of the product.
 
-        The gradients are the probabilities times the derivative of what happens to the logits, as these are at that
+        A gradient is the probability times the derivative of what happens to the logits, as these are at that
         probability.
         """
         p = (_powers(self.means[:, first:stop]) * self._unit[:, None]).masked_fill_(self.keep[:, first:stop], 0.0)
@@ -42,8 +41,9 @@ class DroppedMeans:
         return p, self.operands.through_logits(p.clone(), z)
 
     def spread(self, width: int, buffer: Tensor) -> Tensor:
-        """Compute `q @ weight` of every block [blocks, K], q being its dropped probabilities divided by their sum; 0 if
-        none is dropped.
+        """Compute `q @ weight` of every block [blocks, K].
+
+        q is what the block drops, its probabilities divided by their sum; 0 if it drops nothing.
 
         Takes `width` columns at a time, and holds six times `width * blocks` numbers. `buffer` [width or more, K] is
         for operands.

@@ -223,9 +223,7 @@ def _without_broken_rows(dlogps: Tensor, operands: Operands, state: SoftmaxState
 
 
 def _upstream_sums(kept: KeptProducts, upstream: Tensor, spans: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-    """Sum upstream gradient times hidden state over each block's rows, as operand [blocks, K], and the gradients alone
-    [blocks].
-    """
+    """Sum upstream times hidden state over each block's rows, as operand [blocks, K], and upstream alone [blocks]."""
     operands = kept.operands
     sums = torch.zeros(len(spans), operands.width, dtype=operands.acc_dtype, device=upstream.device)
     counts = upstream.new_zeros(len(spans))

@@ -40,9 +40,7 @@ class KeptProducts:
         return self.operands.read_hidden(start, stop, self._hidden[: round_up(stop - start, self._row_multiple)])
 
     def columns(self, keep: Tensor, first: int) -> Iterator[slice | Tensor]:
-        """Walk the kept columns in chunks: slices where all are kept, else indices. `keep` bool [n] begins at column
-        `first`.
-        """
+        """Walk the kept columns in chunks: slices if all are kept, else indices. `keep` bool [n] begins at `first`."""
         if bool(keep.all()):
             stop = first + keep.numel()
             yield from (slice(at, min(at + self.width, stop)) for at in range(first, stop, self.width))
@@ -78,9 +76,7 @@ class KeptProducts:
         return self._logits[: shape[0] * shape[1]].view(shape)
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
-        """Multiply `a @ b` in the accumulation dtype, for at most `width` rows or a block; overwritten by the next
-        call.
-        """
+        """Multiply `a @ b` in the accumulation dtype, at most `width` rows or a block; overwritten by the next call."""
         if self._product is None:
             rows = max(self.width, BLOCK_ROWS)
             self._product = torch.empty(rows * self.operands.width, dtype=a.dtype, device=a.device)

@@ -57,8 +57,7 @@ def screens_coarsely(hidden: Tensor, head: LMHead) -> bool:
 
 
 def rows_screened(hidden: Tensor, head: LMHead, workspace_mib: int) -> int:
-    """Count the rows whose screen over the whole vocabulary fits into the workspace beside what else there is: 32 to
-    512, or to 256 if it is coarse.
+    """Count the rows whose screen over the whole vocabulary fits into the workspace: 32 to 512, or 256 if coarse.
 
     A coarse one has logits and probabilities, in half of the workspace. Any other has them one after the other in the
     same memory, three quarters of it, as it needs no buffers for kept columns.
@@ -125,8 +124,7 @@ class Screener:
             yield columns, z[: stop - start]
 
     def probabilities(self, peaks: list[Tensor], total: Tensor) -> Tensor:
-        """Turn what the last call of `tiles` has left, of which each tile is now `exp(logit - peak)`, into
-        probabilities [rows, V].
+        """Turn the tiles of the last call of `tiles` into probabilities [rows, V]; each is now `exp(logit - peak)`.
 
         `peaks` [rows] of each tile are those then subtracted; `total` [rows] is the sum of `exp(logit - peaks[-1])`.
         What the softmax lifted to its tiny number is 0 here, and so is a tile that is all below it.

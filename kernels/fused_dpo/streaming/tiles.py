@@ -50,9 +50,7 @@ class _Slice(NamedTuple):
     bias: Tensor | None
 
     def targets(self, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Find the column of each row's target within the slice, [rows, 1], and whether it lies there at all, [rows,
-        1].
-        """
+        """Find the column of each row's target within the slice, and whether it lies there at all, both [rows, 1]."""
         column = (target - self.start)[:, None]
         width = self.stop - self.start
         return column.clamp(0, width - 1), (column >= 0) & (column < width)
@@ -67,9 +65,7 @@ class _Block(NamedTuple):
 
 
 def rows_per_tile(K: int, workspace_mib: int, dtype: torch.dtype) -> int:
-    """Choose the rows of a block: ROWS_PER_TILE, or the half of it, and so on, whose hidden states fit into a quarter
-    of the workspace.
-    """
+    """Choose the rows of a block: ROWS_PER_TILE, halved until they fit into a quarter of the workspace."""
     rows = ROWS_PER_TILE
     while rows > TILE_ROW_MULTIPLE and 2 * rows * K * accumulation_dtype(dtype).itemsize > workspace_mib * 2**18:
         rows //= 2

@@ -85,8 +85,9 @@ def _add_kept(
 
 
 def _spread_of_blocks(sums: GradientSums, means: DroppedMeans, workspace_mib: int) -> Tensor:
-    """Compute `q @ [weight | b]` of every block, q being its dropped probabilities divided by their sum; of the columns
-    that the sums have.
+    """Compute `q @ [weight | b]` of every block, the columns of it that the sums have.
+
+    q is what the block drops, its probabilities divided by their sum.
     """
     head, dtype = sums.operands.head, means.values.dtype
     spread = means.mass.new_zeros(len(means.mass), sums.dhidden_sum.shape[1])

@@ -325,8 +325,7 @@ class KeptLists:
                 self._product(b, out[start:stop], lists | strides, 0, narrow, unit, index, correction)
 
     def _block_sums(self, upstream: Tensor, b: Tensor, index: Tensor | None) -> Tensor:
-        """Sum minus the upstream gradient [blocks, rows] times each row of `b` over the rows of each block, [blocks,
-        N].
+        """Sum minus the upstream gradient times each row of `b` over the rows of each block, to [blocks, N].
 
         In the unit that makes up for that of `DroppedMeans`.
         """

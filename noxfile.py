@@ -10,7 +10,10 @@ too. They are kept, and brought up to date by the next run; `nox --reuse-venv no
 import nox
 
 nox.options.reuse_venv = "yes"
-TESTS = ("tests/kernels", "tests/engine")
+TESTS = (
+    *("tests/kernels", "tests/engine"),
+    *(f"tests/benchmarks/test_{name}.py" for name in ("compile_table", "gpu_checks", "step")),
+)
 
 
 def run_tests(session: nox.Session, *choice: str) -> None:

@@ -186,7 +186,8 @@ class Source(NamedTuple):
         for case, rows in plain_cases(self.rows).items():
             device, commit = (self.record.environment.get(key) for key in ("device", "commit"))
             title = f"**{device}**, commit {commit}: {self.linked(case, rows)}, forward and backward"
-            return f"{title}\n\n{self.table(rows, time_of(rows), HEAD_SHORT)}"
+            measured = [row for row in rows if failure(row) is None]
+            return f"{title}\n\n{self.table(measured, time_of(rows), HEAD_SHORT)}"
         return ""
 
     def short(self, images: str) -> str:

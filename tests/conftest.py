@@ -1,6 +1,7 @@
 """Shared set-up of the tests."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,3 +27,11 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of subprocesses
 def _seed() -> None:
     """Every test draws the same random numbers, alone or in the suite."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder; nobody writes into it."""
+    from tests.engine.support.toys import save_folder
+
+    return save_folder(tmp_path_factory.mktemp("models") / "llama")

@@ -68,7 +68,7 @@ def test_a_kernel_compiled_for_a_batch_is_called_out() -> None:
     """Without their exemptions the kernels are compiled anew for other numbers of rows."""
     code = """if True:
         from benchmarks.compile_table import compiled
-        from fused_dpo.gpu.forward import _merge_splits_kernel
+        from fused_dpo.gpu.merge import _merge_splits_kernel
 
         def of_batch():
             return [row for row in compiled(set(), "plain", 80, "fp32", "triton", 0.0) if row.of_batch]

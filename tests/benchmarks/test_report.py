@@ -85,6 +85,19 @@ def test_readme_holds_the_selection_and_keeps_the_rest(project: Path) -> None:
         assert (project / image).is_file()
 
 
+def test_the_readme_of_a_project_has_a_table_a_device(project: Path) -> None:
+    """The main case of the head without what failed, and nothing else of the page."""
+    readme = project / "SHORT.md"
+    readme.write_text(f"# Short\n\n{BEGIN}\n{END}\n")
+    assert report(project, "--readme", str(readme)) == 0
+    text = readme.read_text()
+    assert cells(text, "naive bf16")[1:] == ["201", "0.638", "1.19"]
+    assert "Liger" not in text
+    assert "step" not in text
+    assert "![" not in text
+    assert len((project / "README.md").read_text()) > 2 * len(text)
+
+
 @pytest.mark.parametrize("document", ["README.md", "results/README.md"])
 def test_links_lead_to_the_line_of_their_row(project: Path, document: str) -> None:
     report(project)

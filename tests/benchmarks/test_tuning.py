@@ -82,12 +82,12 @@ def test_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert rows[3]["failed"].startswith("inaccurate: token_logp_rms_nat")
 
     records.write(tmp_path / "results" / "tuning.json", rows)
-    report([str(tmp_path / "results" / "tuning.json"), "--readme", str(readme(tmp_path))])
+    report([str(tmp_path / "results" / "tuning.json"), "--page", str(page(tmp_path))])
     text = (tmp_path / "results" / "README.md").read_text()
     assert "### Tuning: [noted, forward+backward]" in text
     assert "| as shipped: first |" in text
     assert "predicted (" in text
-    selection = (tmp_path / "README.md").read_text().splitlines()
+    selection = (tmp_path / "page.md").read_text().splitlines()
     assert [line[:10] for line in selection if line and "<!--" not in line] == ["All cases,"], "nothing of it there"
 
 
@@ -110,10 +110,10 @@ def test_an_older_device_takes_other_tiles(monkeypatch: pytest.MonkeyPatch) -> N
         assert rows["group"]["median_s"] > 0
 
 
-def readme(folder: Path) -> Path:
+def page(folder: Path) -> Path:
     from benchmarks.report import BEGIN, END
 
-    path = folder / "README.md"
+    path = folder / "page.md"
     path.write_text(f"{BEGIN}\n{END}\n")
     return path
 

@@ -8,13 +8,7 @@ import pytest
 
 from fused_dpo_engine.cli import main, parse
 from fused_dpo_engine.commands.train import train
-from tests.engine.support.toys import Outcome, Run, options, save_folder, toy_rows, write_rows
-
-
-@pytest.fixture(scope="session")
-def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder; nobody writes into it."""
-    return save_folder(tmp_path_factory.mktemp("models") / "llama")
+from tests.engine.support.toys import Outcome, Run, options, toy_rows, write_rows
 
 
 @pytest.fixture(scope="session")

@@ -64,7 +64,7 @@ def test_peak_memory_on_windows(tmp_path: Path) -> None:
     """Ours is imported without `resource`, which others ask for where they find Unix, and memory is asked of psutil."""
     code = (
         "import torch\nfrom types import SimpleNamespace\n"
-        "from fused_dpo_engine import metrics\n"
+        "from fused_dpo_engine.training import metrics\n"
         "process = SimpleNamespace(memory_info=lambda: SimpleNamespace(peak_wset=3 * 2**30))\n"
         "sys.modules['psutil'] = SimpleNamespace(Process=lambda: process)\n"
         "metrics.sys = SimpleNamespace(platform='win32')\n"

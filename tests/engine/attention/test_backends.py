@@ -38,7 +38,7 @@ from fused_dpo_engine.attention.varlen import flash_backend, torch_backend
 from fused_dpo_engine.attention.verify import verify_backend
 from fused_dpo_engine.config.options import ModelOptions
 from fused_dpo_engine.errors import UnsupportedModelError, UserError
-from fused_dpo_engine.model import policy as policy_module
+from fused_dpo_engine.model import build
 from fused_dpo_engine.model.build import attention_for
 from tests.engine.support import kernels_in_torch as kernels
 from tests.engine.support.policies import BATCH, GRADIENT_TOLERANCE, ORDERED, VALUE_TOLERANCE, policy_of, relative
@@ -411,8 +411,8 @@ class TestAttentionFor:
             "varlen": rounded(KERNELS["varlen"], torch.bfloat16),
             "sdpa": segment_attention,
         }
-        monkeypatch.setattr(policy_module, "candidates", lambda *_: self.names)
-        monkeypatch.setattr(policy_module, "load_backend", functions.__getitem__)
+        monkeypatch.setattr(build, "candidates", lambda *_: self.names)
+        monkeypatch.setattr(build, "load_backend", functions.__getitem__)
 
     def test_what_is_wrong_is_passed_over(self):
         self.names = ["flash_attn_2", "varlen", "sdpa"]

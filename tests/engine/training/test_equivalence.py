@@ -167,7 +167,7 @@ class TestOneWayIn:
 
     def test_every_forward_is_a_call_of_the_policy(self, train_tiny, monkeypatch):
         forwards, calls = count_forwards(monkeypatch)
-        run = train_tiny(eval_fraction=0.2, eval_steps=1, tokens_per_batch=60)
+        run = train_tiny(eval_fraction=0.2, eval_steps=1, tokens_per_batch=60, max_length=30)
         passes = sum(run.column("micro_batches"))
         assert len(calls) == len(forwards) > 3 * passes / 2, "training, reference, set-up test and evaluations"
 

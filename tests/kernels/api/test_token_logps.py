@@ -177,13 +177,10 @@ def rows_of(problem: Problem) -> Tensor:
 @pytest.mark.parametrize("impl", ["streaming", "reference"])
 def test_row_index_of_all_scored_rows_changes_nothing(impl: str, padded: bool) -> None:
     problem = make_problem((5, 63, 1, 200), padded=padded, **EVERY_FEATURE)
-    options: Any = {"impl": impl, "row_index": rows_of(problem)}
-    plain, indexed = tokens(problem, STATS, impl=impl), tokens(problem, STATS, **options)
+    ways: list[dict[str, Any]] = [{"impl": impl}, {"impl": impl, "row_index": rows_of(problem)}]
+    plain, indexed = (tokens(problem, STATS, **way) for way in ways)
     assert all(torch.equal(a, b) for a, b in zip(map(present, plain[:4]), map(present, indexed[:4]), strict=True))
-    expected, got = (
-        evaluate(lambda p: fused(p, **chosen), problem)  # noqa: B023
-        for chosen in ({"impl": impl}, options)
-    )
+    expected, got = (evaluate(lambda p, way=way: fused(p, **way), problem) for way in ways)
     assert bits_equal(got.logps, expected.logps)
     assert all(bits_equal(grad, expected.grads[name]) for name, grad in got.grads.items())
 

@@ -237,6 +237,21 @@ def test_every_room_says_what_it_is(package: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("tests", "code"),
+    [
+        ("kernels", PACKAGES["fused_dpo"]),
+        ("engine", PACKAGES["fused_dpo_engine"]),
+        ("benchmarks", ROOT / "benchmarks"),
+    ],
+)
+def test_tests_mirror_the_rooms(tests: str, code: Path) -> None:
+    """A folder of tests is named like the room or module that it tests; what tests share is in `support`."""
+    for folder in (ROOT / "tests" / tests).iterdir():
+        if folder.is_dir() and folder.name not in ("support", "__pycache__"):
+            assert (code / folder.name).is_dir() or (code / f"{folder.name}.py").is_file(), folder
+
+
+@pytest.mark.parametrize(
     ("module", "source"),
     [
         ("fused_dpo.losses.pairs", "import numpy"),

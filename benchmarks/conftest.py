@@ -16,7 +16,7 @@ from benchmarks.reporting import records
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = compute_dtype(DEVICE)
-"""Of the cases: on a CPU without bf16 units bf16 ones would tell how slow those are missed, and take hours."""
+"""What the cases are in: on a CPU without bf16 units bf16 ones would tell how slow those are missed, and take hours."""
 ROUNDS = 10 if DEVICE == "cuda" else 3
 SECONDS = 6.0
 """Where rounds of twice the bare products' time would take longer, there are fewer of them."""

@@ -40,7 +40,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @cache
 def true_logps_of(case: Case) -> Logps:
-    """Once a case; on a CPU in a process of its own, as the memory of this one is not given back."""
+    """Compute the truth once a case; on a CPU in a process of its own, as memory of this one is not given back."""
     return isolated(true_logps, case) if case.device == "cpu" else true_logps(case)
 
 

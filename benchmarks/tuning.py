@@ -50,12 +50,12 @@ class Variant:
 
     @property
     def id(self) -> str:
-        """Of its row."""
+        """The id of its row."""
         return f"tuning/{self.phase}/{self.implementation}/{self.name}"
 
 
 def tile(*shape: int, warps: int = 8, stages: int = 3, epilogue: int = PLAIN, **flags: bool) -> Change:
-    """List other tiles of the kernels that multiply."""
+    """Change the tile of the kernels that multiply."""
     return (
         configs.TILE_CONFIGS,
         (ARCHITECTURE, 2, epilogue),
@@ -64,17 +64,17 @@ def tile(*shape: int, warps: int = 8, stages: int = 3, epilogue: int = PLAIN, **
 
 
 def gathered(*shape: int, warps: int = 8, stages: int = 3) -> Change:
-    """List other tiles of the products with gathered rows."""
+    """Change the tile of the products with gathered rows."""
     return configs.PRODUCT_CONFIGS, (ARCHITECTURE, 2), ProductConfig(*shape, num_warps=warps, num_stages=stages)
 
 
 def library(**changes: Any) -> Change:
-    """List other shapes of the library's products."""
+    """Change the shape of the library's products."""
     return configs.LIBRARY_CONFIGS, 2, replace(configs.LIBRARY_CONFIGS[2], **changes)
 
 
 def group_mib(size: int) -> Change:
-    """List more or less of the hidden states at work at a time."""
+    """Change how much of the hidden states is at work at a time."""
     return configs, "GROUP_MIB", size
 
 

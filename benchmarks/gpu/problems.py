@@ -37,7 +37,7 @@ class Scale:
     filter_vocab: int = 151936
     filter_dim: int = 1024
     hidden_file: Path | None = None
-    """Of real hidden states, for the check of filtered gradients; see `replay`."""
+    """File of real hidden states, for the check of filtered gradients; see `replay`."""
 
 
 SMALL = Scale("cpu", (torch.float16, torch.float32), (1, 17, 30), V=200, D=32, large_vocab=100, large_dim=16,

@@ -13,7 +13,7 @@ ROWS = 256
 
 
 class Truth(NamedTuple):
-    """Of one problem, from its numbers as they are."""
+    """Log-probs and gradients of one problem, from its numbers as they are."""
 
     logps: Tensor
     """float64 [S]."""

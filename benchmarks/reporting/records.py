@@ -21,7 +21,7 @@ class Record(NamedTuple):
     path: Path
     environment: dict[str, Any]
     rows: dict[str, dict[str, Any]]
-    """By id, in the order of the file."""
+    """The rows by their ids, in the order of the file."""
     lines: dict[str, int]
     """Line of the file, from 1, that each row is on."""
 

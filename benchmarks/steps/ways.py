@@ -41,7 +41,7 @@ class Case:
     dtype: str = "bfloat16"
     device: str = "cpu"
     hidden_file: Path | None = None
-    """Of real hidden states, for a random model; see `replay`."""
+    """File of real hidden states, for a random model; see `replay`."""
 
     @property
     def name(self) -> str:
@@ -124,7 +124,7 @@ class Way(NamedTuple):
     layout: dict[str, bool]
     score: Callable[[Policy, Any], Tensor] = fused
     grad_mode: str = "auto"
-    """Of the fused head; auto is filtered in bfloat16."""
+    """What the fused head takes; auto is filtered in bfloat16."""
 
 
 OURS = {

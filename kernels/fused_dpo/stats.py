@@ -45,12 +45,12 @@ class SoftmaxState:
 
     @property
     def tail(self) -> Tensor:
-        """As in `FilterStats` [T]."""
+        """Probability of the small tokens [T], see `FilterStats`."""
         return self.values[3]
 
     @property
     def kept_fraction(self) -> Tensor:
-        """As in `FilterStats` [T]."""
+        """Fraction of the vocabulary that is kept [T], see `FilterStats`."""
         return self.values[4]
 
     def of(self, rows: slice | Tensor) -> "SoftmaxState":

@@ -23,10 +23,10 @@ class AttentionNeeds:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    """Of queries and keys."""
+    """Width of queries and keys."""
     value_dim: int
     window: int | None = None
-    """Of the layers that have a sliding window."""
+    """Tokens that a layer with a sliding window sees, itself included; None if no layer has one."""
     softcap: float | None = None
     sinks: bool = False
 

@@ -15,7 +15,7 @@ class Segment(NamedTuple):
     start: int
     stop: int
     trunk: int
-    """Which segment; itself where nothing is shared."""
+    """Number of the segment whose rows are shared; its own where nothing is."""
     shared: int
 
 
@@ -27,8 +27,8 @@ class AttentionPlan:
     """
 
     segments: tuple[Segment, ...]
-    """In the order of the row, without gaps. What is compiled must not look at them: `torch.compile` would make it anew
-    for every number of segments."""
+    """Segments in the order of the row, without gaps. What is compiled must not look at them: `torch.compile` would
+    compile it anew for every number of segments."""
     num_rows: int
     """T."""
     cu_q: Tensor = field(repr=False)

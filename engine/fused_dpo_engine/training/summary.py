@@ -11,8 +11,8 @@ class Summary:
     planned_steps: int = 0
     pairs: int = 0
     tokens: int = 0
-    """Of whole sequences: a prompt counts in each response's, whether it was computed once or twice; padding does
-    not."""
+    """Tokens of whole sequences. A prompt counts in each response's sequence, whether it was computed once or twice;
+    padding does not count."""
     seconds: float = 0.0
     """Time in training steps, without evaluation and saving."""
     tokens_per_second: float = 0.0

@@ -17,7 +17,7 @@ from fused_dpo.linalg.sizes import ceil_div
 ADAPTER_ROWS = 64
 """Scored rows of a program."""
 BLOCK_BYTES = 128
-"""Of the hidden dimension, a step of the accumulation."""
+"""How much of a row of hidden states a step of the accumulation takes."""
 
 
 @triton.jit(do_not_specialize=OF_BATCH)

@@ -47,7 +47,7 @@ class TileConfig:
 
     @property
     def constants(self) -> dict[str, Any]:
-        """As keyword arguments of a kernel launch."""
+        """The shape as keyword arguments of a kernel launch."""
         return {
             "BLOCK_T": self.block_t,
             "BLOCK_V": self.block_v,
@@ -70,7 +70,7 @@ class ProductConfig:
 
     @property
     def constants(self) -> dict[str, Any]:
-        """As keyword arguments of a kernel launch."""
+        """The shape as keyword arguments of a kernel launch."""
         return {
             "BLOCK_N": self.block_n,
             "BLOCK_K": self.block_k,
@@ -90,9 +90,9 @@ class LibraryConfig:
     split_columns: int
     """Vocabulary columns that one program of the forward walks: several tiles."""
     tile: TileConfig
-    """Of the forward; its rows are those of a screen's blocks. Nothing is multiplied, so `block_d` is not used."""
+    """Tile of the forward; its rows are the blocks of a screen. Nothing is multiplied, so `block_d` is not used."""
     dz_tile: TileConfig
-    """Of the exact backward."""
+    """Tile of the exact backward."""
 
 
 NARROW_COLUMNS = 64

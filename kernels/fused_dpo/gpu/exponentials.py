@@ -22,7 +22,7 @@ SIDE = 64
 
 
 class Exponentials(NamedTuple):
-    """Of the first scored rows, as the forward's tiles have them; of none where no backward will come."""
+    """Exponentials of the first scored rows, as the forward's tiles have them; of none where no backward will come."""
 
     gradient: Tensor
     """The weight's gradient to be [V, D]: each row begins with the column's exponentials, in the hidden states' dtype.

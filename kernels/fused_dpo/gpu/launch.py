@@ -57,8 +57,8 @@ def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
 
 
 LAUNCH_OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
-"""Of every kernel. Multiplications and additions are fused; where they are not, sums have other bits. Triton's choice
-depends on its release (3.10 turns fusion off) and on the environment (TRITON_DEFAULT_FP_FUSION)."""
+"""How every kernel is compiled: multiplications and additions are fused; otherwise sums have other bits. Left to
+itself, Triton decides by its release (3.10 turns fusion off) and by the environment (TRITON_DEFAULT_FP_FUSION)."""
 
 
 def launch(kernel: Any, grid: tuple[int, ...], tensor: Tensor, /, **arguments: Any) -> None:
@@ -125,7 +125,7 @@ class TileOptions(NamedTuple):
     """What `logits_tile` is compiled for."""
 
     RANK: int
-    """Of the adapter, 0 without one."""
+    """Rank of the adapter, 0 without one."""
     BLOCK_R: int
     """How much of it is multiplied at a time."""
     HAS_SCALE: bool

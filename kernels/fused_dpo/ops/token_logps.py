@@ -76,7 +76,7 @@ class Arguments(NamedTuple):
 
     @property
     def screen_shape(self) -> tuple[int, int, int]:
-        """Of the screen, as if all rows that may be scored were."""
+        """Shape of the screen, as if all rows that may be scored were scored."""
         if not self.filter_eps:
             return 0, 0, 0
         may_be_scored = self.target if self.row_index is None else self.row_index

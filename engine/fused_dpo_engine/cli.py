@@ -40,7 +40,7 @@ USAGE = "usage: fused-dpo COMMAND [options]\n\ncommands:\n" + "".join(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0 done, 1 training diverged, 2 wrong input, 130 interrupted."""
+    """Run one command and return its exit status: 0 done, 1 diverged or not saved, 2 wrong input, 130 interrupted."""
     try:
         with _sigterm_as_interrupt():
             return _run(arguments)
@@ -79,7 +79,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         print(f"fused-dpo: {name} takes no options, got {' '.join(rest)}\n\n{USAGE}", file=sys.stderr)
         return 2
     try:
-        from fused_dpo_engine.errors import TrainingDivergedError, UserError
+        from fused_dpo_engine.errors import SaveError, TrainingDivergedError, UserError
 
         work = getattr(importlib.import_module(f"fused_dpo_engine.commands.{name}"), name)
         importlib.import_module("fused_dpo_engine.config.commands")
@@ -91,7 +91,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     except UserError as error:
         print(f"fused-dpo: {error}", file=sys.stderr)
         return 2
-    except TrainingDivergedError as error:
+    except (TrainingDivergedError, SaveError) as error:
         print(f"fused-dpo: {error}", file=sys.stderr)
         return 1
     return 0
@@ -115,19 +115,22 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
 
     from fused_dpo_engine.config import commands
     from fused_dpo_engine.config.files import arguments_of_file
+    from fused_dpo_engine.config.paths import refuse_overlap
 
     command = COMMANDS[name]
     config = getattr(commands, str(command.config))
     rest: list[str] = []
     from_files: list[str] = []
+    files: list[str] = []
     remaining = iter(arguments)
     for argument in remaining:
         if argument == "--config" or argument.startswith("--config="):
             path = argument.partition("=")[2] or next(remaining, "")
             from_files += arguments_of_file(path, config)
+            files.append(path)
         else:
             rest.append(argument)
-    return tyro.cli(
+    parsed: Any = tyro.cli(
         config,
         prog=f"fused-dpo {name}",
         description=(
@@ -138,6 +141,10 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
         args=from_files + rest,
         config=(tyro.conf.OmitArgPrefixes,),
     )
+    if name == "train":
+        for path in files:
+            refuse_overlap(parsed.run.output, {"--config": path})
+    return parsed
 
 
 if __name__ == "__main__":

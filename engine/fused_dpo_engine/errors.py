@@ -13,6 +13,16 @@ class TrainingDivergedError(RuntimeError):
     """The loss or its gradient is no longer a number; the last good weights have been saved."""
 
 
+class SaveError(RuntimeError):
+    """A file of a run could not be written; what was there before still is."""
+
+    def __init__(self, path: object, cause: BaseException):
+        self.reason = str(getattr(cause, "strerror", None) or first_line(cause)).rstrip(".")
+        super().__init__(
+            f"{path} could not be written: {self.reason}; free some space, or check permissions and quota."
+        )
+
+
 def first_line(error: BaseException) -> str:
     """Shorten an error's message to one sentence."""
     line = str(error).strip().split("\n")[0]

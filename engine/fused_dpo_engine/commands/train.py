@@ -13,6 +13,7 @@ from fused_dpo.losses import loss_spec, needs_reference
 from fused_dpo_engine.batching.schedule import Schedule
 from fused_dpo_engine.config.commands import TrainConfig
 from fused_dpo_engine.config.options import LoraOptions, ModelOptions
+from fused_dpo_engine.config.paths import refuse_overlap
 from fused_dpo_engine.data.load import load_pairs
 from fused_dpo_engine.data.pairs import TokenPair
 from fused_dpo_engine.errors import UserError
@@ -22,7 +23,7 @@ from fused_dpo_engine.model.parity import pairs_to_test, self_test
 from fused_dpo_engine.model.policy import Policy
 from fused_dpo_engine.reference.scoring import score_run
 from fused_dpo_engine.reports.tables import summary_table
-from fused_dpo_engine.training.run_folder import check_output, open_output
+from fused_dpo_engine.training.run_folder import check_output, open_output, write
 from fused_dpo_engine.training.summary import Summary
 from fused_dpo_engine.training.trainer import Trainer
 
@@ -37,13 +38,14 @@ def train(config: TrainConfig) -> Summary:
 
     Raises:
         UserError: settings, data or model cannot work.
-        TrainingDivergedError: see `Trainer.train`.
+        TrainingDivergedError, SaveError: see `Trainer.train`.
     """
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(config.run.seed)
     device = choose_device(config.model)
     output = Path(config.run.output).expanduser()
+    refuse_overlap(config.run.output, config.inputs)
     check_output(output, config.run.overwrite)
     if warning := dtype_warning(config.model, device):
         console.print(warning)
@@ -77,12 +79,12 @@ def train(config: TrainConfig) -> Summary:
         reference, held_out_reference = score_run(policy, schedule, held_out, console)
 
     open_output(output)  # not before everything that can be wrong has been found
-    config.save(output / "config.json")
+    write(output / "config.json", config.as_json())
     trainer = Trainer(policy, config, tokenizer, schedule, reference, held_out, held_out_reference, output)
     try:
         summary = trainer.train()
     finally:
-        (output / "summary.json").write_text(json.dumps(trainer.summary.as_dict(), indent=2) + "\n", encoding="utf-8")
+        write(output / "summary.json", json.dumps(trainer.summary.as_dict(), indent=2))
     console.print(summary_table(summary, config.run.best_metric))
     console.print(f"model: {output / 'model'}    metrics: {output / 'metrics.jsonl'}")
     return summary

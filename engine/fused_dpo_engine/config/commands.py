@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from fused_dpo.losses import needs_reference
@@ -68,13 +67,24 @@ class TrainConfig:
             "without packing the model takes its own attention; leave out --attention, or give --attention auto.",
         )
 
+    @property
+    def inputs(self) -> dict[str, str | None]:
+        """What the run reads, by option: paths, or names on the Hub."""
+        return {
+            "--model": self.model.model,
+            "--ref-model": self.model.ref_model,
+            "--data": self.data.data,
+            "--eval-data": self.data.eval_data,
+            "--chat-template": self.data.chat_template,
+        }
+
     def flat(self) -> dict[str, Any]:
         """List all settings by their option names (underscores for dashes); readable as a --config file."""
         return {key: value for group in vars(self).values() for key, value in dataclasses.asdict(group).items()}
 
-    def save(self, path: Path) -> None:
+    def as_json(self) -> str:
         """Write the settings as JSON."""
-        path.write_text(json.dumps(self.flat(), indent=2) + "\n", encoding="utf-8")
+        return json.dumps(self.flat(), indent=2)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What is measured, and where it is written: sums on the device, token slots, metrics.jsonl, TensorBoard, memory."""
 
+import contextlib
 import json
 import sys
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from fused_dpo import LossOutput
 from fused_dpo_engine.batching.batch import PairBatch
+from fused_dpo_engine.errors import SaveError
 from fused_dpo_engine.model.policy import HeadStats
 
 
@@ -112,9 +114,16 @@ class MetricsWriter:
             self._board = SummaryWriter(str(folder / "tensorboard"))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record a step's metrics."""
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._file.flush()
+        """Record a step's metrics.
+
+        Raises:
+            SaveError: the system refuses.
+        """
+        try:
+            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise SaveError(self._file.name, error) from error
         self.plot(step, metrics)
 
     def plot(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -124,8 +133,9 @@ class MetricsWriter:
                 self._board.add_scalar(_tag(name), value, step)
 
     def close(self) -> None:
-        """Finish both files."""
-        self._file.close()
+        """Finish both files; what could not be written has raised its error before."""
+        with contextlib.suppress(OSError):
+            self._file.close()
         if self._board is not None:
             self._board.close()
 

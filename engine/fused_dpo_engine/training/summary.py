@@ -24,6 +24,8 @@ class Summary:
     """Share of the tokens that prefix sharing did not have to compute."""
     peak_memory_gib: float = 0.0
     stopped: str = "all steps done"
+    saved: dict[str, str] = field(default_factory=dict)
+    """Of model/ and best/: the step after which it was saved, or why it could not be."""
     eval_before: dict[str, float] = field(default_factory=dict)
     eval_after: dict[str, float] = field(default_factory=dict)
     best_step: int | None = None

@@ -3,6 +3,7 @@
 import math
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from fused_dpo_engine.batching.schedule import Schedule, Step
 from fused_dpo_engine.checkpoint.export import save_model
 from fused_dpo_engine.config.commands import TrainConfig
 from fused_dpo_engine.data.pairs import TokenPair
-from fused_dpo_engine.errors import TrainingDivergedError
+from fused_dpo_engine.errors import SaveError, TrainingDivergedError
 from fused_dpo_engine.model.policy import Policy, SequenceLogps
 from fused_dpo_engine.reference.scoring import ReferenceLogps
 from fused_dpo_engine.training.metrics import MetricsWriter, PairMetrics, SlotMetrics, peak_memory_gib
@@ -65,6 +66,7 @@ class Trainer:
 
         Raises:
             TrainingDivergedError: loss or gradient is not a number; the weights before that step are in model/.
+            SaveError: model/ or best/ could not be written; what was there before still is.
         """
         run = self.config.run
         writer = MetricsWriter(self.output, tensorboard=run.tensorboard)
@@ -94,21 +96,32 @@ class Trainer:
                     break
                 if run.save_steps and number % run.save_steps == 0:
                     self._save("model")
+            self._save("model")
         except BaseException as error:
             self.summary.stopped = self._reason(error)
+            # Whatever stopped the run, the weights are those of the last whole step: a step changes them at its end.
+            if not self.summary.saved.get("model", "").startswith("failed"):
+                self._save_what_is_there()
             raise
         finally:
-            # Whatever stopped the run, the weights are those of the last whole step: a step changes them at its end.
             bar.close()
             writer.close()
-            self._save("model")
             self.summary.peak_memory_gib = peak_memory_gib(self.policy.device)
         return self.summary
+
+    def _save_what_is_there(self) -> None:
+        """Save model/ after something went wrong; if that fails too, say so, and let the first error be raised."""
+        try:
+            self._save("model")
+        except SaveError as error:
+            warnings.warn(str(error), stacklevel=2)
 
     def _reason(self, error: BaseException) -> str:
         """Say why the run stopped, for the summary."""
         if isinstance(error, TrainingDivergedError):
             return f"diverged at step {self.summary.steps + 1}"
+        if isinstance(error, SaveError):
+            return "not saved"
         return "interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {type(error).__name__}"
 
     def _step(self, number: int, step: Step) -> dict[str, float]:
@@ -215,7 +228,12 @@ class Trainer:
         return metrics
 
     def _save(self, name: str) -> None:
-        save_model(self.policy.model, self.tokenizer, self.output / name)
+        try:
+            save_model(self.policy.model, self.tokenizer, self.output / name)
+        except SaveError as error:
+            self.summary.saved[name] = f"failed after step {self.summary.steps}: {error.reason}"
+            raise
+        self.summary.saved[name] = f"after step {self.summary.steps}"
 
     def _diverged(
         self, number: int, metrics: dict[str, float], outputs: list[tuple[PairBatch, LossOutput]]

@@ -1,5 +1,6 @@
 """Model folders: complete, or as they were."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fused_dpo_engine.checkpoint.export import save_model
+from fused_dpo_engine.checkpoint.export import MANIFEST, remove_model, save_model
+from fused_dpo_engine.errors import SaveError
 from tests.engine.support.toys import assert_same_weights, byte_tokenizer, read_weights, snapshot, tiny_model
 
 
@@ -35,12 +37,43 @@ def test_loads_again(saved):
     assert names(saved.parent) == {"model"}
 
 
-def test_replaces_all_of_the_folder(saved):
-    (saved / "left-over.txt").write_text("from an older run")
+def test_replaces_what_it_has_saved(saved):
+    """A shard of an earlier save goes, a file of somebody else stays."""
+    manifest = json.loads((saved / MANIFEST).read_text())
+    assert set(manifest) == names(saved) - {MANIFEST}
+    (saved / "shard-2.safetensors").write_text("saved by an earlier call")
+    (saved / MANIFEST).write_text(json.dumps([*manifest, "shard-2.safetensors"]))
+    (saved / "card").mkdir()
+    (saved / "card" / "notes.txt").write_text("mine")
     save_model(small(1), byte_tokenizer(), saved)
-    assert "left-over.txt" not in names(saved)
+    assert "shard-2.safetensors" not in names(saved)
+    assert (saved / "card" / "notes.txt").read_text() == "mine"
+    assert "card/notes.txt" not in json.loads((saved / MANIFEST).read_text())
     assert_same_weights(read_weights(saved), dict(small(1).state_dict()))
     assert names(saved.parent) == {"model"}
+
+
+def test_removes_what_it_has_saved(saved):
+    """All of it, and the folder with it unless something else is there; what nobody has listed stays."""
+    (saved / "notes.txt").write_text("mine")
+    remove_model(saved)
+    assert names(saved) == {"notes.txt"}
+    remove_model(saved)
+    assert names(saved) == {"notes.txt"}
+    save_model(small(1), byte_tokenizer(), saved)
+    (saved / "notes.txt").unlink()
+    remove_model(saved)
+    assert not saved.exists()
+    remove_model(saved)
+
+
+@pytest.mark.parametrize("manifest", ["", "{}", "not JSON", '["../other.txt", "config.json"]'])
+def test_a_damaged_list_removes_nothing_else(saved, manifest):
+    (saved.parent / "other.txt").write_text("mine")
+    (saved / MANIFEST).write_text(manifest)
+    remove_model(saved)
+    assert (saved.parent / "other.txt").read_text() == "mine"
+    assert "model.safetensors" in names(saved)
 
 
 class TestInterrupted:
@@ -56,7 +89,7 @@ class TestInterrupted:
 
         with monkeypatch.context() as patch:
             patch.setattr(type(tokenizer), "save_pretrained", fail)
-            with pytest.raises(error):
+            with pytest.raises(SaveError if error is OSError else error):
                 save_model(small(1), tokenizer, saved)
         assert snapshot(saved) == before
         save_model(small(2), tokenizer, saved)

@@ -1,5 +1,13 @@
 """What a user can mend: printed by the command line as one message, without a traceback."""
 
+import reprlib
+from typing import Any
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+_SHORT.maxlevel = 3
+_SHORT.maxlist = _SHORT.maxdict = 3
+
 
 class UserError(ValueError):
     """Input or settings that cannot work; the message says why and what to do instead."""
@@ -35,3 +43,13 @@ class DataError(UserError):
     def __init__(self, message: str, *, reason: str = "unusable"):
         super().__init__(message)
         self.reason = reason
+
+
+def bad_row(where: str, message: str, reason: str) -> DataError:
+    """Make the error for a single unusable row, with the way out that all of them share."""
+    return DataError(f"{where}: {message}. --skip-bad-rows drops and counts such rows", reason=reason)
+
+
+def short(value: Any) -> str:
+    """Show a value of a row, cut to fit into a message."""
+    return _SHORT.repr(value)

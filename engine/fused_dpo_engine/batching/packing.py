@@ -80,9 +80,9 @@ def pack(pairs: Sequence[TokenPair], indices: Sequence[int], *, share: bool = Tr
         trunk = segments[placement.trunk].start
         # The row of every position of the sequence: in its trunk as far as they go together, then its own.
         rows = np.concatenate((np.arange(trunk, trunk + placement.shared), np.arange(start, stop)))
-        first = pairs[indices[placement.sequence // 2]].prompt_length
-        scored[placement.sequence] = rows[first - 1 : -1]
-        targets[placement.sequence] = placement.ids[first:]
+        ids, positions = pairs[indices[placement.sequence // 2]].sides[placement.sequence % 2]
+        scored[placement.sequence] = rows[positions - 1]
+        targets[placement.sequence] = ids[positions]
 
     lengths = [len(rows) for rows in scored]
     return PackedBatch(

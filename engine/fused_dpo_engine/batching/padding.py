@@ -48,17 +48,17 @@ class PaddedBatch(PairBatch):
 def pad(pairs: Sequence[TokenPair], indices: Sequence[int]) -> PaddedBatch:
     """Build the padded batch of `pairs[i] for i in indices`; padding is token 0, which nothing ever looks at."""
     chosen = [pairs[index] for index in indices]
-    sequences = [(pair.prompt_length, ids) for pair in chosen for ids in (pair.chosen_ids, pair.rejected_ids)]
-    width = max(len(ids) for _, ids in sequences)
+    sequences = [side for pair in chosen for side in pair.sides]
+    width = max(len(ids) for ids, _ in sequences)
     input_ids = torch.zeros(len(sequences), width, dtype=torch.int64)
     attention_mask, labels = torch.zeros_like(input_ids), torch.full_like(input_ids, IGNORE_INDEX)
-    for row, (prompt_length, ids) in enumerate(sequences):
-        tokens = torch.from_numpy(ids.astype(np.int64))
+    for row, (ids, positions) in enumerate(sequences):
+        tokens, scored = torch.from_numpy(ids.astype(np.int64)), torch.from_numpy(positions)
         input_ids[row, : len(ids)] = tokens
         attention_mask[row, : len(ids)] = 1
-        labels[row, prompt_length : len(ids)] = tokens[prompt_length:]
+        labels[row, scored] = tokens[scored]
     num_tokens = sum(pair.num_tokens for pair in chosen)
-    lengths = [len(ids) - prompt_length for prompt_length, ids in sequences]
+    lengths = [len(positions) for _, positions in sequences]
     return PaddedBatch(
         pair_indices=list(indices),
         input_ids=input_ids,

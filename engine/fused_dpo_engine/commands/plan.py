@@ -9,6 +9,7 @@ from fused_dpo_engine.config.options import RunOptions
 from fused_dpo_engine.data.load import load_pairs
 from fused_dpo_engine.model.loading import choose_max_length, load_tokenizer
 from fused_dpo_engine.reports.plan import report
+from fused_dpo_engine.reports.rows import show_pairs
 
 
 def plan(config: PlanConfig) -> None:
@@ -24,4 +25,6 @@ def plan(config: PlanConfig) -> None:
     pairs, _ = load_pairs(data, config.seed, tokenizer, console)
     run = RunOptions(output="", pairs_per_step=config.pairs_per_step, seed=config.seed)
     wide = console if console.is_terminal else Console(highlight=False, width=140)
+    if config.show:
+        wide.print(show_pairs(pairs[: config.show], tokenizer), soft_wrap=True)
     wide.print(report(pairs, run, config.packing))

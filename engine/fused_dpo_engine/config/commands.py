@@ -99,12 +99,15 @@ class PlanConfig:
     """Pairs per optimizer step."""
     seed: int = 0
     """Seed of the order of pairs and the held-out split."""
+    show: int = 0
+    """Print so many pairs as they will be trained: prompt, answers, and what of them is scored."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Only for models you trust."""
 
     def __post_init__(self) -> None:
         require(self.pairs_per_step >= 1, f"pairs-per-step must be at least 1, got {self.pairs_per_step}.")
         require(0 <= self.seed < 2**63, f"seed must lie in [0, 2^63), got {self.seed}.")
+        require(self.show >= 0, f"show must be 0 (none) or positive, got {self.show}.")
         _require_room(self.data, self.packing)
 
     @property

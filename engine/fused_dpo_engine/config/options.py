@@ -88,7 +88,7 @@ class DataOptions:
     """The preference pairs."""
 
     data: str
-    """Training pairs: a .jsonl, .json or .parquet file, a folder of `datasets`, or a Hugging Face name."""
+    """Training pairs: a .jsonl, .json, .parquet, .csv or .tsv file, a folder of `datasets`, or a Hugging Face name."""
     split: str = "train"
     """Split to read from a folder or a Hugging Face name."""
     eval_data: str | None = None
@@ -106,7 +106,12 @@ class DataOptions:
     skip_bad_rows: bool = False
     """Leave out rows that cannot be used, and count them, instead of stopping with an error."""
     chat_template: str | None = None
-    """File with a Jinja chat template to use instead of the tokenizer's."""
+    """File with a Jinja chat template to use instead of the tokenizer's, or the name of one of those that it has."""
+    columns: tuple[str, ...] = ()
+    """Names for columns that a row lacks under their usual names, such as prompt=question chosen=better."""
+    score: Literal["assistant", "last", "all"] = "assistant"
+    """What is scored of an answer of several messages: the assistant's turns, the last of them, or all of it with tool
+    results and other turns."""
 
     def __post_init__(self) -> None:
         _expand_home(self, "chat_template")

@@ -6,6 +6,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from fused_dpo_engine.config.options import DataOptions
+from fused_dpo_engine.data.columns import renaming
 from fused_dpo_engine.data.pairs import TokenizedPairs, TokenPair, split_pairs
 from fused_dpo_engine.data.sources import read_rows
 from fused_dpo_engine.data.tokenization import tokenize_pairs
@@ -20,20 +21,16 @@ def load_pairs(
     Args:
         data: its `max_length` is set.
         seed: of the split, if a fraction is held out.
-        tokenizer: of the model.
+        tokenizer: of the model; gets the chat template that `data` names.
         console: for reports and progress.
 
     Raises:
         UserError: files, rows or template that cannot be used.
     """
-    template = None
     if data.chat_template:
-        if not Path(data.chat_template).is_file():
-            raise UserError(f"--chat-template {data.chat_template}: no such file.")
-        try:
-            template = Path(data.chat_template).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"--chat-template {data.chat_template} is no UTF-8 text: {error}") from error
+        # What serves the model has to write conversations as training does: it is saved with the tokenizer.
+        tokenizer.chat_template = find_template(data.chat_template, tokenizer)
+    columns = renaming(data.columns)
 
     def load(source: str, split: str, kind: str) -> list[TokenPair]:
         tokenized: TokenizedPairs = tokenize_pairs(
@@ -42,7 +39,8 @@ def load_pairs(
             max_length=data.max_length or 0,
             truncate_prompts=data.truncate_prompts,
             skip_bad_rows=data.skip_bad_rows,
-            chat_template=template,
+            columns=columns,
+            score=data.score,
             progress=console.is_terminal,
         )
         console.print(f"{kind} data {source}: {tokenized.report.summary()}")
@@ -56,3 +54,21 @@ def load_pairs(
         console.print(f"held out: {len(held_out)} of {len(pairs) + len(held_out)} pairs")
         return pairs, held_out
     return pairs, []
+
+
+def find_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Read a chat template from a file, or take one of the tokenizer's by its name.
+
+    Raises:
+        UserError: there is neither.
+    """
+    named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+    if name in named and not Path(name).is_file():
+        return named[name]
+    if not Path(name).is_file():
+        has = f", and the tokenizer has templates named {', '.join(sorted(named))}" if named else ""
+        raise UserError(f"--chat-template {name}: no such file{has}.")
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--chat-template {name} is no UTF-8 text: {error}") from error

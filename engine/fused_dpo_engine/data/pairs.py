@@ -13,7 +13,8 @@ from fused_dpo_engine.errors import DataError
 class TokenPair:
     """Two token sequences that begin with the same prompt; compared by identity.
 
-    `prompt_length` (>= 1) tokens are common to both and not scored; the rest of each sequence (>= 1 token) is scored.
+    `prompt_length` (>= 1) tokens are common to both and not scored. Of the rest of each sequence (>= 1 token) all is
+    scored, or what `chosen_scored` and `rejected_scored` say: the turns of the assistant in an answer of several.
     `chosen_ids` and `rejected_ids` are int32 arrays of the full sequences; `where` names the row they came from.
     """
 
@@ -21,16 +22,33 @@ class TokenPair:
     chosen_ids: np.ndarray
     rejected_ids: np.ndarray
     where: str
+    chosen_scored: np.ndarray | None = None
+    """int64, ascending, positions in `chosen_ids`, each at least `prompt_length`; None: all of these."""
+    rejected_scored: np.ndarray | None = None
+    """int64, the same for `rejected_ids`."""
+
+    @property
+    def sides(self) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+        """Tokens and scored positions of the chosen sequence, and of the rejected one."""
+        return (
+            (self.chosen_ids, self._positions(self.chosen_ids, self.chosen_scored)),
+            (self.rejected_ids, self._positions(self.rejected_ids, self.rejected_scored)),
+        )
+
+    def _positions(self, ids: np.ndarray, scored: np.ndarray | None) -> np.ndarray:
+        return np.arange(self.prompt_length, len(ids)) if scored is None else scored
 
     @property
     def chosen_length(self) -> int:
         """Scored tokens of the chosen sequence."""
-        return len(self.chosen_ids) - self.prompt_length
+        scored = self.chosen_scored
+        return len(self.chosen_ids) - self.prompt_length if scored is None else len(scored)
 
     @property
     def rejected_length(self) -> int:
         """Scored tokens of the rejected sequence."""
-        return len(self.rejected_ids) - self.prompt_length
+        scored = self.rejected_scored
+        return len(self.rejected_ids) - self.prompt_length if scored is None else len(scored)
 
     @property
     def num_tokens(self) -> int:
@@ -61,7 +79,8 @@ class TokenizationReport:
 
     `skipped` counts rows by reason; `tokens_cut` adds prompt tokens (once a pair) and response tokens;
     `merged_boundaries` counts rows whose prompt, tokenized alone, does not begin both sequences.
-    `chosen_tokens` and `rejected_tokens` count scored tokens.
+    `implied_prompts` counts rows without a prompt, whose answers share their beginning; `unused_columns` names columns
+    that held something which no row's pair came from. `chosen_tokens` and `rejected_tokens` count scored tokens.
     """
 
     max_length: int
@@ -72,6 +91,8 @@ class TokenizationReport:
     responses_cut: int
     tokens_cut: int
     merged_boundaries: int
+    implied_prompts: int
+    unused_columns: tuple[str, ...]
     prompt_tokens: LengthStatistics
     chosen_tokens: LengthStatistics
     rejected_tokens: LengthStatistics
@@ -87,6 +108,10 @@ class TokenizationReport:
             lines.append(f"{what} to fit max_length {self.max_length}, {self.tokens_cut} tokens lost")
         if self.merged_boundaries:
             lines.append(f"{self.merged_boundaries} prompts merge with the response; the merged tokens are scored")
+        if self.implied_prompts:
+            lines.append(f"{self.implied_prompts} rows have no prompt: the words that their texts share are the prompt")
+        if self.unused_columns:
+            lines.append(f"columns not used: {', '.join(self.unused_columns)}")
         lines.append(f"prompt tokens: {self.prompt_tokens}")
         lines.append(f"chosen tokens: {self.chosen_tokens}")
         lines.append(f"rejected tokens: {self.rejected_tokens}")

@@ -8,19 +8,22 @@ counted.
 from __future__ import annotations
 
 import codecs
+import csv
 import gzip
+import io
 import json
 import os
 import re
+import sys
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fused_dpo_engine.data.formats import Row, bad_row, short
-from fused_dpo_engine.errors import DataError
+from fused_dpo_engine.data.formats import Row
+from fused_dpo_engine.errors import DataError, bad_row, short
 
-_FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
+_FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".parquet", ".csv", ".tsv")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -28,9 +31,9 @@ def read_rows(source: str | Path, split: str = "train") -> list[Row]:
     """Read every row of a file, a folder or a Hugging Face data set.
 
     Args:
-        source: a `.jsonl`, `.jsonl.gz`, `.json` (a list of objects, or an object with such a list under "data") or
-            `.parquet` file; a folder written by `Dataset.save_to_disk` or full of data files; else the name of a data
-            set on the Hugging Face Hub.
+        source: a `.jsonl`, `.jsonl.gz`, `.jsonl.zst`, `.json` (a list of objects, or an object with such a list under
+            "data"), `.parquet`, `.csv` or `.tsv` file; a folder written by `Dataset.save_to_disk` or full of data
+            files; else the name of a data set on the Hugging Face Hub.
         split: which split of a folder or hub data set; a single file has no splits and is read whole.
 
     Returns:
@@ -45,7 +48,7 @@ def read_rows(source: str | Path, split: str = "train") -> list[Row]:
             rows = _read_folder(path, name, split)
         elif path.exists():
             rows = _read_file(path, name)
-        elif isinstance(source, Path) or name.endswith(_FILE_SUFFIXES) or not _HUB_NAME.fullmatch(name):
+        elif isinstance(source, Path) or name.lower().endswith(_FILE_SUFFIXES) or not _HUB_NAME.fullmatch(name):
             raise DataError(f"{name}: no such file or folder (looked for {os.path.abspath(path)})")
         else:
             rows = _read_hub(name, split)
@@ -57,25 +60,58 @@ def read_rows(source: str | Path, split: str = "train") -> list[Row]:
 
 
 def _read_file(path: Path, name: str) -> list[Row]:
-    if name.endswith((".jsonl", ".jsonl.gz")):
+    suffix = name.lower()
+    if suffix.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
         return _read_jsonl(path, name)
-    if name.endswith(".json"):
+    if suffix.endswith(".json"):
         return _read_json(path, name)
-    if name.endswith(".parquet"):
+    if suffix.endswith(".parquet"):
         return _read_parquet(path, name)
+    if suffix.endswith((".csv", ".tsv")):
+        return _read_table(path, name)
     raise DataError(f"{name}: the file's name must end in one of {', '.join(_FILE_SUFFIXES)}")
 
 
 def _read_jsonl(path: Path, name: str) -> list[Row]:
     rows = []
     # Bytes, not text: lines end at \n alone, and a line that is not UTF-8 spoils only itself.
-    with gzip.open(path) if name.endswith(".gz") else open(path, "rb") as file:
+    with _opened(path, name.lower()) as file:
         for number, line in enumerate(file, start=1):
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
             if line.strip():
                 rows.append(_read_line(line, f"{name}:{number}"))
     return rows
+
+
+def _opened(path: Path, name: str) -> Any:
+    """Open a file of lines, compressed or not."""
+    if name.endswith(".gz"):
+        return gzip.open(path)
+    if name.endswith(".zst"):
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    return open(path, "rb")
+
+
+def _read_table(path: Path, name: str) -> list[Row]:
+    """Read comma- or tab-separated values; their first line names the columns, and an empty cell is no value."""
+    usual = csv.field_size_limit(sys.maxsize)  # a conversation may be longer than the usual 128 KiB
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, delimiter="\t" if name.lower().endswith(".tsv") else ",", restkey="")
+            rows = [({k: v or None for k, v in row.items()}, f"{name}:{reader.line_num}") for row in reader]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{name}: not a readable table in UTF-8: {error}") from error
+    finally:
+        csv.field_size_limit(usual)
+    return [
+        Row({}, where, bad_row(where, "the line has more cells than the first one has names", "malformed line"))
+        if "" in values
+        else Row(values, where)
+        for values, where in rows
+    ]
 
 
 def _read_line(line: bytes, where: str) -> Row:

@@ -8,32 +8,25 @@ prompt tokens are the same in both sequences, which lets the trainer compute the
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple, cast
 
-import jinja2
 import numpy as np
 
-from fused_dpo_engine.data.formats import Message, Preference, Row, bad_row, parse_row
+from fused_dpo_engine.data.columns import renamed
+from fused_dpo_engine.data.formats import Preference, Row, parse_row
 from fused_dpo_engine.data.pairs import TokenizationReport, TokenizedPairs, TokenPair, common_prefix, length_statistics
-from fused_dpo_engine.errors import DataError
+from fused_dpo_engine.data.rendering import Rendered, Renderer, Score, check_template
+from fused_dpo_engine.errors import DataError, bad_row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ROWS_PER_BATCH = 333  # three texts each: about 1000 to a call, enough for a fast tokenizer to use every core
-_TEMPLATE_FAILURES = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)
-
-
-@dataclass(frozen=True, slots=True)
-class _Rendered:
-    """A preference as the texts to tokenize: chosen, rejected and, where the row has one, the prompt alone."""
-
-    texts: tuple[str, ...]
-    plain: bool  # False: a rendered conversation, which holds its special tokens already
-    where: str
+CHANCE = 0.1
+"""Share of the rows without a prompt that may have no words in common. Where it is more, the others' are chance."""
 
 
 class _Skips:
@@ -61,6 +54,8 @@ def tokenize_pairs(
     truncate_prompts: bool = False,
     skip_bad_rows: bool = False,
     chat_template: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    score: Score = "assistant",
     progress: bool = False,
 ) -> TokenizedPairs:
     """Turn rows into token pairs of at most `max_length` tokens a sequence, and report what was cut or left out.
@@ -77,6 +72,8 @@ def tokenize_pairs(
             leaves no room for a response makes the row a bad one.
         skip_bad_rows: drop and count rows that cannot be used, instead of raising at the first.
         chat_template: Jinja template to use instead of the tokenizer's own.
+        columns: columns of the rows, by the names they are to have.
+        score: what of an answer of several messages is scored: the assistant's turns, the last of them, or all.
         progress: show a progress bar.
 
     Raises:
@@ -86,11 +83,18 @@ def tokenize_pairs(
         raise DataError(f"max_length must be at least 2, a prompt token and a response token, got {max_length}")
     skips = _Skips(allowed=skip_bad_rows)
     preferences: list[Preference] = []
+    used: set[str] = set()
     for row in rows:  # all of them first: a malformed last line should not cost the tokenization of the others
         with skips.bad_rows():
+            if columns and row.error is None:
+                row = replace(row, values=renamed(row.values, columns, row.where))
             preferences.append(parse_row(row))
-    if any(isinstance(preference.chosen, list) for preference in preferences):
-        chat_template = _resolve_template(tokenizer, chat_template)
+            used |= preferences[-1].used
+    implied = sum(preference.implied for preference in preferences)
+    _check_implied(implied, skips)
+    if any(not isinstance(preference.prompt, str) for preference in preferences):
+        check_template(tokenizer, chat_template)
+    renderer = Renderer(tokenizer, chat_template, score)
 
     pairs: list[TokenPair] = []
     merged_boundaries, prompt_cuts, response_cuts = 0, [], []
@@ -98,15 +102,15 @@ def tokenize_pairs(
         rendered = []
         for preference in batch:
             with skips.bad_rows():
-                rendered.append(_render(preference, tokenizer, chat_template))
+                rendered.append(renderer.render(preference))
         for item, ids in zip(rendered, _encode(rendered, tokenizer), strict=True):
             with skips.bad_rows():
-                pair, merged = _find_boundary(ids, item.where)
+                sequences, merged = _find_boundary(ids, item)
                 prompt_cut = 0
                 if truncate_prompts:
-                    pair, prompt_cut = _cut_prompt(pair, max_length, cast("int | None", tokenizer.bos_token_id))
-                pair, cuts = _cut_responses(pair, max_length)
-                pairs.append(pair)
+                    prompt_cut = sequences.cut_prompt(max_length, cast("int | None", tokenizer.bos_token_id))
+                cuts = sequences.cut_answers(max_length)
+                pairs.extend(sequences.pairs())
                 merged_boundaries += merged
                 prompt_cuts.append(prompt_cut)
                 response_cuts.extend(cuts)
@@ -123,6 +127,8 @@ def tokenize_pairs(
         responses_cut=sum(cut > 0 for cut in response_cuts),
         tokens_cut=sum(prompt_cuts) + sum(response_cuts),
         merged_boundaries=merged_boundaries,
+        implied_prompts=implied,
+        unused_columns=_unused(rows, used | set((columns or {}).values())),
         prompt_tokens=length_statistics(pair.prompt_length for pair in pairs),
         chosen_tokens=length_statistics(pair.chosen_length for pair in pairs),
         rejected_tokens=length_statistics(pair.rejected_length for pair in pairs),
@@ -140,74 +146,68 @@ def _batches(preferences: list[Preference], progress: bool) -> Iterator[list[Pre
             bar.update(len(batch))
 
 
-def _resolve_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> str:
-    try:
-        template = tokenizer.get_chat_template(chat_template)
-    except ValueError as error:
+def _check_implied(implied: int, skips: _Skips) -> None:
+    """Refuse rows without a prompt of which many have nothing in common: these hold answers alone.
+
+    Raises:
+        DataError: whether or not bad rows may be skipped.
+    """
+    apart = skips.counts["no common beginning"]
+    if apart > CHANCE * (implied + apart) and implied:
         raise DataError(
-            f"the rows hold conversations, but the tokenizer {tokenizer.name_or_path!r} has no chat template for them; "
-            "pass chat_template (command line: --chat-template FILE), use the tokenizer of a chat model, or give the "
-            "rows as plain text"
-        ) from error
-    try:
-        tokenizer.apply_chat_template([{"role": "user", "content": "a"}], chat_template=template, tokenize=False)
-    except jinja2.TemplateSyntaxError as error:
-        raise DataError(f"the chat template is not valid Jinja: line {error.lineno}: {error}") from error
-    except _TEMPLATE_FAILURES:
-        pass  # it may well refuse this conversation
-    return template
+            f"{apart} of {implied + apart} rows without a prompt have answers with nothing in common, so what the "
+            "others begin with is chance and no question; put the question into prompt, or name its column, such as "
+            "--columns prompt=text"
+        )
 
 
-def _render(preference: Preference, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> _Rendered:
-    prompt, chosen, rejected, where = preference.prompt, preference.chosen, preference.rejected, preference.where
-    if isinstance(prompt, list):
-        conversations = (prompt + cast("list[Message]", chosen), prompt + cast("list[Message]", rejected), prompt)
-        return _render_conversations(conversations, tokenizer, chat_template, where)
-    chosen, rejected = cast(str, chosen), cast(str, rejected)
-    if prompt is None:
-        return _Rendered((chosen, rejected), True, where)
-    return _Rendered((prompt + chosen, prompt + rejected, prompt), True, where)
+def _unused(rows: Sequence[Row], used: set[str]) -> tuple[str, ...]:
+    """List the columns that hold something in some row and are not used, in the order of the rows."""
+    names: dict[str, None] = {}
+    for row in rows:
+        for name, value in row.values.items():
+            if value is not None and name not in used:
+                names[name] = None
+    return tuple(names)
 
 
-def _render_conversations(
-    conversations: tuple[list[Message], ...], tokenizer: PreTrainedTokenizerBase, chat_template: str | None, where: str
-) -> _Rendered:
-    prompt, texts = conversations[-1], []
-    for messages in conversations:
-        try:
-            text = tokenizer.apply_chat_template(
-                messages, chat_template=chat_template, tokenize=False, add_generation_prompt=messages is prompt
-            )
-        except _TEMPLATE_FAILURES as error:
-            roles = ", ".join(message["role"] for message in messages)
-            what = f"the chat template refuses a conversation with the roles {roles}: {error}"
-            raise bad_row(where, what, "refused by the chat template") from error
-        texts.append(cast(str, text))
-    for message in prompt:
-        # Templates leave out roles they do not know without a word. (What an assistant said earlier they may shorten.)
-        if message["role"] != "assistant" and message["content"].strip() not in texts[0]:
-            what = f"the chat template leaves out the prompt's {message['role']!r} message"
-            way_out = "it may expect other names for the roles, such as user and assistant"
-            raise bad_row(where, f"{what}; {way_out}", "left out by the chat template")
-    return _Rendered(tuple(texts), False, where)
-
-
-def _encode(rendered: list[_Rendered], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[np.ndarray]]:
+def _encode(rendered: list[Rendered], tokenizer: PreTrainedTokenizerBase) -> Iterator[_Ids]:
     """Encode each item's texts, in one tokenizer call for all plain texts and one for all conversations."""
-    plain_texts = [text for item in rendered if item.plain for text in item.texts]
-    chat_texts = [text for item in rendered if not item.plain for text in item.texts]
+    plain_texts = [text for item in rendered if item.plain for text in (*item.answers, item.prompt)]
+    chat_texts = [text for item in rendered if not item.plain for text in _chat_texts(item)]
     plain_ids = iter(_tokenize(plain_texts, tokenizer, add_special_tokens=True))
     chat_ids = iter(_tokenize(chat_texts, tokenizer, add_special_tokens=False))
     appended = _appended_ids(tokenizer) if plain_texts else []
     eos = cast("int | None", tokenizer.eos_token_id)
     ending = appended if eos is None or appended[-1:] == [eos] else [*appended, eos]
     for item in rendered:
-        if not item.plain:
-            yield [next(chat_ids) for _ in item.texts]
+        if item.plain:
+            bodies = [_without_ending(next(plain_ids), appended) for _ in range(len(item.answers) + 1)]
+            *answers, prompt = bodies
+            ended = [np.append(_without_ending(ids, ending), np.array(ending, dtype=np.int32)) for ids in answers]
+            yield _Ids(ended, prompt, [None] * len(ended))
             continue
-        bodies = [_without_ending(next(plain_ids), appended) for _ in item.texts]
-        sequences = [np.append(_without_ending(ids, ending), np.array(ending, dtype=np.int32)) for ids in bodies[:2]]
-        yield [*sequences, *bodies[2:]]
+        answers = [next(chat_ids) for _ in item.answers]
+        prompt = next(chat_ids)
+        edges = [spans and [next(chat_ids) for _ in range(2 * len(spans))] for spans in item.spans]
+        yield _Ids(answers, prompt, edges)
+
+
+class _Ids(NamedTuple):
+    """A rendered item in tokens."""
+
+    answers: list[np.ndarray]
+    prompt: np.ndarray
+    edges: list[list[np.ndarray] | None]
+    """For each answer, the text up to each end of what is scored; None where all that follows the prompt is."""
+
+
+def _chat_texts(item: Rendered) -> Iterator[str]:
+    yield from item.answers
+    yield item.prompt
+    for text, spans in zip(item.answers, item.spans, strict=True):
+        for span in spans or ():
+            yield from (text[:edge] for edge in span)
 
 
 def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool) -> list[np.ndarray]:
@@ -239,47 +239,82 @@ def _without_ending(ids: np.ndarray, ending: list[int]) -> np.ndarray:
     return ids[: -len(ending)] if ending and ids[-len(ending) :].tolist() == ending else ids
 
 
-def _find_boundary(ids: list[np.ndarray], where: str) -> tuple[TokenPair, bool]:
-    """Find where the prompt ends; returns the pair, and whether the prompt alone is more than both begin with."""
-    chosen, rejected = ids[:2]
-    if np.array_equal(chosen, rejected):
-        what = '"chosen" and "rejected" become the same tokens'
-        raise bad_row(where, what, "identical after tokenization")
-    common, merged = common_prefix(chosen, rejected), False
-    if len(ids) == 3:
-        common = min(common, common_prefix(chosen, ids[2]))
-        merged = common < len(ids[2])
-    # A response that is empty, or that the other one begins with, still needs a token to score.
-    prompt_length = min(common, len(chosen) - 1, len(rejected) - 1)
+def _find_boundary(ids: _Ids, item: Rendered) -> tuple[_Sequences, bool]:
+    """Find where the prompt ends; also tells whether the prompt alone is more than all answers begin with."""
+    _require_different(ids.answers, item.where, "become the same tokens", "identical after tokenization")
+    first = ids.answers[0]
+    common = min(common_prefix(first, other) for other in (*ids.answers[1:], ids.prompt))
+    merged = common < len(ids.prompt)
+    # A response that is empty, or that another one begins with, still needs a token to score.
+    prompt_length = min(common, *(len(answer) - 1 for answer in ids.answers))
     if prompt_length < 1:
         what = "both sequences must begin with a token that is not scored, as nothing predicts a first token, got none"
         way_out = "give a prompt that is not empty, or use a tokenizer that begins a text with a BOS token"
-        raise bad_row(where, f"{what}; {way_out}", "no common beginning")
-    return TokenPair(prompt_length, chosen, rejected, where), merged
+        raise bad_row(item.where, f"{what}; {way_out}", "no common beginning")
+    scored = [
+        edges and _between(answer, edges, prompt_length) for answer, edges in zip(ids.answers, ids.edges, strict=True)
+    ]
+    return _Sequences(prompt_length, ids.answers, scored, item.where), merged
 
 
-def _cut_prompt(pair: TokenPair, max_length: int, bos: int | None) -> tuple[TokenPair, int]:
-    """Shorten the prompt of a pair that does not fit at its beginning; also the number of tokens it lost."""
-    longest_response = max(pair.chosen_length, pair.rejected_length)
-    cut = pair.prompt_length - max(max_length - longest_response, max_length // 2)
-    if cut <= 0:
-        return pair, 0
-    kept = int(pair.chosen_ids[0] == bos)
-    chosen, rejected = (np.delete(ids, slice(kept, kept + cut)) for ids in (pair.chosen_ids, pair.rejected_ids))
-    return TokenPair(pair.prompt_length - cut, chosen, rejected, pair.where), cut
+def _between(answer: np.ndarray, edges: list[np.ndarray], prompt_length: int) -> np.ndarray:
+    """Find the tokens between pairs of edges; one that merges across the first edge is within, as a response's is."""
+    ends = [common_prefix(answer, edge) for edge in edges]
+    spans = [np.arange(max(start, prompt_length), stop) for start, stop in zip(ends[::2], ends[1::2], strict=True)]
+    return np.concatenate(spans)
 
 
-def _cut_responses(pair: TokenPair, max_length: int) -> tuple[TokenPair, list[int]]:
-    """Cut both sequences at `max_length`; also the number of tokens each response lost."""
-    cuts = [max(0, len(ids) - max_length) for ids in (pair.chosen_ids, pair.rejected_ids)]
-    if not any(cuts):
-        return pair, cuts
-    if pair.prompt_length >= max_length:
-        what = f"the prompt's {pair.prompt_length} tokens leave no room for a response in max_length {max_length}"
-        way_out = "raise --max-length, or shorten such prompts with --truncate-prompts"
-        raise bad_row(pair.where, f"{what}; {way_out}", "prompt leaves no room")
-    chosen, rejected = (ids[:max_length].copy() for ids in (pair.chosen_ids, pair.rejected_ids))
-    if np.array_equal(chosen, rejected):
-        what = f"chosen and rejected agree in all of the first max_length {max_length} tokens"
-        raise bad_row(pair.where, f"{what}; raise --max-length", "identical after truncation")
-    return TokenPair(pair.prompt_length, chosen, rejected, pair.where), cuts
+def _require_different(answers: list[np.ndarray], where: str, what: str, reason: str) -> None:
+    for number, answer in enumerate(answers):
+        if any(np.array_equal(answer, other) for other in answers[:number]):
+            names = "chosen and rejected" if len(answers) == 2 else "two of the answers"
+            raise bad_row(where, f"{names} {what}", reason)
+
+
+@dataclass
+class _Sequences:
+    """The answers of a row, each after the prompt."""
+
+    prompt_length: int
+    answers: list[np.ndarray]
+    scored: list[np.ndarray | None]
+    where: str
+
+    def cut_prompt(self, max_length: int, bos: int | None) -> int:
+        """Shorten the prompt of a row that does not fit at its beginning; returns the number of tokens it lost."""
+        longest = max(len(answer) for answer in self.answers) - self.prompt_length
+        cut = self.prompt_length - max(max_length - longest, max_length // 2)
+        if cut <= 0:
+            return 0
+        kept = int(self.answers[0][0] == bos)
+        self.answers = [np.delete(answer, slice(kept, kept + cut)) for answer in self.answers]
+        self.scored = [None if positions is None else positions - cut for positions in self.scored]
+        self.prompt_length -= cut
+        return cut
+
+    def cut_answers(self, max_length: int) -> list[int]:
+        """Cut all sequences at `max_length`; returns the number of tokens each lost."""
+        cuts = [max(0, len(answer) - max_length) for answer in self.answers]
+        if any(cuts):
+            if self.prompt_length >= max_length:
+                what = f"the prompt's {self.prompt_length} tokens leave no room for a response in max_length"
+                way_out = "raise --max-length, or shorten such prompts with --truncate-prompts"
+                raise bad_row(self.where, f"{what} {max_length}; {way_out}", "prompt leaves no room")
+            self.answers = [answer[:max_length].copy() for answer in self.answers]
+            self.scored = [
+                None if positions is None else positions[positions < max_length] for positions in self.scored
+            ]
+            what = f"agree in all of the first max_length {max_length} tokens; raise --max-length"
+            _require_different(self.answers, self.where, what, "identical after truncation")
+        if any(positions is not None and not len(positions) for positions in self.scored):
+            what = "a response has no token of the assistant's within max_length; raise --max-length"
+            raise bad_row(self.where, what, "nothing to score")
+        return cuts
+
+    def pairs(self) -> list[TokenPair]:
+        """Pair the best answer with each of the others."""
+        best, scored = self.answers[0], self.scored[0]
+        return [
+            TokenPair(self.prompt_length, best, other, self.where, scored, other_scored)
+            for other, other_scored in zip(self.answers[1:], self.scored[1:], strict=True)
+        ]

@@ -54,12 +54,12 @@ def self_test(policy: Policy, pairs: Sequence[TokenPair], options: PackingOption
     batch = build_batch(pairs, range(len(pairs)), options).to(policy.device)
     got = policy(batch).plain.tolist()
     bound = 0.1 if policy.compute_dtype.itemsize == 2 else 1e-3
-    sequences = [(pair, ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
+    sequences = [(pair, *side) for pair in pairs for side in pair.sides]
     with _own_attention(policy):
-        for ours, (pair, ids) in zip(got, sequences, strict=True):
+        for ours, (pair, ids, positions) in zip(got, sequences, strict=True):
             tokens = torch.tensor([ids.tolist()], device=policy.device)
-            labels = tokens.clone()
-            labels[:, : pair.prompt_length] = IGNORE_INDEX
+            labels = torch.full_like(tokens, IGNORE_INDEX)
+            labels[:, positions] = tokens[:, positions]
             with policy.autocast():
                 logits = policy.causal_lm(input_ids=tokens, use_cache=False).logits
             own = float(get_batch_logps(logits, labels)[0])
@@ -68,7 +68,7 @@ def self_test(policy: Policy, pairs: Sequence[TokenPair], options: PackingOption
                     f"the model's own log-prob of {pair.where} is not finite, by its own attention and logits: its "
                     f"weights may be damaged, or --dtype float32 may help."
                 )
-            count = len(ids) - pair.prompt_length
+            count = len(positions)
             if not abs(ours - own) / count <= bound:
                 layout = "packed" if options.packing else "padded"
                 raise UserError(

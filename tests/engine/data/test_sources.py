@@ -10,9 +10,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from fused_dpo_engine.data.formats import Row, bad_row, parse_row
+from fused_dpo_engine.data.formats import Row, parse_row
 from fused_dpo_engine.data.sources import read_rows
-from fused_dpo_engine.errors import DataError
+from fused_dpo_engine.errors import DataError, bad_row
 from tests.engine.support.toys import PREFERENCES, assistant, user
 
 REAL_FILES = {
@@ -134,9 +134,9 @@ class TestSources:
                 read_rows(source)
 
     def test_unknown_suffix(self, tmp_path):
-        (tmp_path / "pairs.csv").write_text("prompt,chosen,rejected\n")
-        with pytest.raises(DataError, match=r"pairs\.csv: the file's name must end in one of \.jsonl, .*\.parquet"):
-            read_rows(tmp_path / "pairs.csv")
+        (tmp_path / "pairs.xlsx").write_text("prompt,chosen,rejected\n")
+        with pytest.raises(DataError, match=r"pairs\.xlsx: the file's name must end in one of \.jsonl, .*\.parquet"):
+            read_rows(tmp_path / "pairs.xlsx")
 
 
 class TestDataSets:
@@ -214,9 +214,66 @@ class TestFormats:
         assert (preference.prompt, preference.chosen, preference.rejected) == tuple(STRINGS.values())
         assert preference.where == "pairs.jsonl:17"
 
-    def test_strings_without_prompt(self):
-        preference = parse({"chosen": "ab", "rejected": "ac"})
-        assert (preference.prompt, preference.chosen, preference.rejected) == (None, "ab", "ac")
+    @pytest.mark.parametrize(
+        ("chosen", "rejected", "prompt"),
+        [
+            ("The sky is blue.", "The sky is black.", "The sky is"),
+            ("Q: Why?\n\nA: So.", "Q: Why?\n\nA: Soon.", "Q: Why?\n\nA:"),
+            ("Q: Why? A", "Q: Why? A B", "Q: Why? A"),
+            ("你好吗？我很好", "你好吗？我不好", "你好吗？我"),
+        ],
+    )
+    def test_strings_without_prompt_part_after_whole_words(self, chosen, rejected, prompt):
+        preference = parse({"chosen": chosen, "rejected": rejected})
+        assert preference.prompt == prompt
+        assert preference.implied
+        assert (prompt + preference.chosen, prompt + preference.rejected) == (chosen, rejected)
+
+    @pytest.mark.parametrize(
+        ("chosen", "rejected"), [("ab", "ac"), ("The cat", "There"), ("The cat", "The dog"), ("我很好", "我不好")]
+    )
+    def test_letters_or_a_word_that_answers_happen_to_share_are_no_prompt(self, chosen, rejected):
+        with pytest.raises(DataError, match="at least two words or a message") as caught:
+            parse({"chosen": chosen, "rejected": rejected})
+        assert caught.value.reason == "no common beginning"
+
+    @pytest.mark.parametrize("name", ["problem", "context", "history", "article"])
+    def test_a_question_in_another_column_is_named(self, name):
+        values = {name: "Why?", "chosen": "The sky is blue.", "rejected": "The sky is black."}
+        with pytest.raises(DataError, match=f"columns that look like one: {name}; .*--columns prompt={name}") as caught:
+            parse(values)
+        assert caught.value.reason == "prompt in another column"
+        assert parse({**values, name: None}).prompt == "The sky is"
+
+    @pytest.mark.parametrize("prompt", ["What is that?", "abcdefgh"])
+    def test_a_prompt_that_both_texts_repeat_is_split_off(self, prompt):
+        preference = parse({"prompt": prompt, "chosen": f"{prompt} A.", "rejected": f"{prompt} B."})
+        assert (preference.prompt, preference.chosen, preference.rejected) == (prompt, " A.", " B.")
+        preference = parse({"prompt": prompt, "chosen": f"{prompt} A.", "rejected": "B."})
+        assert preference.chosen == f"{prompt} A."
+
+    def test_a_short_word_that_both_answers_begin_with_is_no_repeated_prompt(self):
+        assert parse({"prompt": "Hi", "chosen": "Hi there", "rejected": "Hi."}).chosen == "Hi there"
+
+    def test_a_conversation_that_both_answers_repeat_is_split_off(self):
+        asked = [user("a")]
+        preference = parse({"prompt": asked, "chosen": [*asked, assistant("b")], "rejected": [*asked, assistant("c")]})
+        assert (preference.prompt, preference.chosen, preference.rejected) == (
+            asked,
+            [assistant("b")],
+            [assistant("c")],
+        )
+
+    @pytest.mark.parametrize("missing", [{}, {"prompt": None}])
+    def test_no_prompt_and_a_null_prompt_are_the_same(self, missing):
+        preference = parse({**missing, "chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]})
+        assert preference.prompt == [user("a")]
+
+    @pytest.mark.parametrize("name", ["images", "audio"])
+    def test_what_a_model_of_text_cannot_see_is_refused(self, name):
+        with pytest.raises(DataError, match=f"the row has {name}; text alone can be trained on"):
+            parse({**STRINGS, name: ["x.png"]})
+        assert parse({**STRINGS, name: []}).prompt == STRINGS["prompt"]
 
     @pytest.mark.parametrize("response", [[assistant("b")], assistant("b"), "b"])
     def test_conversations(self, response):
@@ -242,13 +299,15 @@ class TestFormats:
         ("values", "reason", "message"),
         [
             ({"prompt": "a", "chosen": "b"}, "missing key", r"missing \['rejected'\], got the keys 'prompt', 'chosen'"),
-            ({}, "missing key", r"missing \['chosen', 'rejected'\], got the keys none; rename"),
-            ({**STRINGS, "prompt": None}, "wrong type", '"prompt" must be text or a list of messages, got None'),
+            (
+                {},
+                "missing key",
+                r"missing \['chosen', 'rejected'\], got the keys none; name the columns with --columns",
+            ),
             ({**STRINGS, "prompt": 3}, "wrong type", '"prompt" must be text or a list of messages, got 3'),
-            ({**STRINGS, "chosen": None}, "wrong type", '"chosen" must be text, got None'),
+            ({**STRINGS, "chosen": None}, "missing key", r"missing \['chosen'\]"),
             ({**STRINGS, "rejected": 1.5}, "wrong type", r'"rejected" must be text, got 1\.5'),
-            ({"chosen": None, "rejected": None}, "wrong type", '"chosen" must be text or a list of messages, got None'),
-            ({"chosen": "a", "rejected": None}, "wrong type", '"rejected" must be text, got None'),
+            ({"chosen": None, "rejected": None}, "missing key", r"missing \['chosen', 'rejected'\]"),
             (
                 {"prompt": ["a"], "chosen": "b", "rejected": "c"},
                 "wrong type",
@@ -289,26 +348,31 @@ class TestFormats:
                 "chosen equals rejected",
                 '"chosen" and "rejected" must differ',
             ),
-            ({"chosen": [user("a")], "rejected": [user("a")]}, "chosen equals rejected", "must differ"),
+            ({"chosen": [assistant("a")], "rejected": [assistant("a")]}, "chosen equals rejected", "must differ"),
+            (
+                {"chosen": [user("a"), user("b")], "rejected": [user("a"), user("c")]},
+                "response of another role",
+                "must begin with a message of the role assistant .*gpt.*, got the role 'user'",
+            ),
+            (
+                {"prompt": "a", "chosen": '[{"role": "assistant", "content": "b', "rejected": "c"},
+                "malformed messages",
+                '"chosen" looks like messages written as JSON, but they cannot be read',
+            ),
             (
                 {"prompt": "a", "chosen": [assistant("b")], "rejected": [assistant("c")]},
                 "mixed formats",
                 'must not mix text and messages, got: "prompt" is text but "chosen" is .*remove prompt',
             ),
             ({**STRINGS, "rejected": assistant("b")}, "mixed formats", '"prompt" is text but "rejected" is'),
-            ({"chosen": "a", "rejected": [user("a")]}, "mixed formats", 'one response is text but "rejected" is'),
+            ({"chosen": "a", "rejected": [user("a")]}, "mixed formats", 'one answer is text but "rejected" is'),
             (
                 {"chosen": [user("a"), assistant("b")], "rejected": [user("x"), assistant("b")]},
                 "no common beginning",
-                'without "prompt", "chosen" and "rejected" must share a beginning, got .*put the question into',
+                'without "prompt", "chosen" and "rejected" must share a beginning, .*put the question into',
             ),
             ({"chosen": [assistant("b")], "rejected": [assistant("c")]}, "no common beginning", "must share a beginn"),
             ({"chosen": "yes", "rejected": "no"}, "no common beginning", "got 'yes' and 'no'; put the question"),
-            (
-                {"prompt": [user("a")], "chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]},
-                "repeated prompt",
-                '"chosen" and "rejected" must not repeat the messages of "prompt".*remove the column prompt',
-            ),
             (
                 {**STRINGS, "chosen": "ab\ud800"},
                 "invalid Unicode",

@@ -44,14 +44,17 @@ class TestBoundary:
         pair = tokenize_one(strings("efa", "bg", "bh"), letter_tokenizer())
         assert scored(letter_tokenizer(), pair) == ("abg", "abh")
 
-    def test_without_prompt_all_that_is_common_is_prompt(self):
-        pair = tokenize_one({"chosen": "efag", "rejected": "efabh"}, letter_tokenizer())
-        assert scored(letter_tokenizer(), pair) == ("ag", "abh")
+    def test_without_prompt_the_words_in_common_are_prompt(self):
+        result = tokenize_pairs(
+            make_rows({"chosen": "the ab abba", "rejected": "the ab abab"}), bpe_tokenizer(), max_length=9
+        )
+        assert scored(bpe_tokenizer(), result.pairs[0]) == (" abba</s>", " abab</s>")
+        assert result.report.implied_prompts == 1
+        assert "1 rows have no prompt: the words that their texts share are the prompt" in result.report.summary()
 
     @pytest.mark.parametrize(
         ("values", "expected"),
         [
-            ({"chosen": "efg", "rejected": "efgh"}, ("g", "gh")),
             (strings("ef", "", "g"), ("f", "fg")),
             (strings("ef", "g", ""), ("fg", "f")),
         ],
@@ -63,9 +66,7 @@ class TestBoundary:
         tokenizer = bpe_tokenizer()
         assert scored(tokenizer, tokenize_one(strings("ab", "", "c"), tokenizer)) == ("</s>", "c</s>")
 
-    @pytest.mark.parametrize(
-        "values", [strings("", "e", "f"), strings("a", "b", "g"), {"chosen": "ab", "rejected": "ag"}]
-    )
+    @pytest.mark.parametrize("values", [strings("", "e", "f"), strings("a", "b", "g")])
     def test_nothing_in_common(self, values):
         with pytest.raises(
             DataError, match=r"^pairs\.jsonl:1: both sequences must begin with a token that is not scored.*BOS"
@@ -113,11 +114,13 @@ class TestSpecialTokens:
     def test_plain_and_conversational_rows_keep_their_order(self, monkeypatch):
         monkeypatch.setattr(tokenization, "ROWS_PER_BATCH", 3)
         talk = {"prompt": [user("a")], "chosen": "b", "rejected": "c"}
-        rows = make_rows(strings("x", "b", "c"), talk, {"chosen": "xb", "rejected": "xc"}, talk, strings("x", "e", "f"))
+        rows = make_rows(
+            strings("x", "b", "c"), talk, {"chosen": "the ab b", "rejected": "the ab c"}, talk, strings("x", "e", "f")
+        )
         pairs = tokenize_pairs(rows, chat_tokenizer(), max_length=100).pairs
         assert [pair.where for pair in pairs] == [f"pairs.jsonl:{number}" for number in range(1, 6)]
         endings = [scored(chat_tokenizer(), pair)[0] for pair in pairs]
-        assert endings == ["b</s>", "b<|im_end|>\n", "b</s>", "b<|im_end|>\n", "e</s>"]
+        assert endings == ["b</s>", "b<|im_end|>\n", " b</s>", "b<|im_end|>\n", "e</s>"]
 
 
 TALK = {"prompt": [user("a")], "chosen": "b", "rejected": "c"}
@@ -145,7 +148,7 @@ class TestTemplates:
         template = "{% if messages[0].role == 'system' %}{{ " + fault + " }}{% endif %}" + CHATML
         system = {**TALK, "prompt": [{"role": "system", "content": "s"}, user("a")]}
         rows = make_rows(TALK, system)
-        message = r"^pairs\.jsonl:2: the chat template refuses a conversation with the roles system, user, assistant: "
+        message = r"^pairs\.jsonl:2: the chat template refuses a conversation with the roles system, user: "
         with pytest.raises(DataError, match=message):
             tokenize_pairs(rows, bpe_tokenizer(), max_length=100, chat_template=template)
         report = tokenize_pairs(
@@ -157,9 +160,9 @@ class TestTemplates:
         template = (
             "{% for message in messages if message.role in ['user', 'assistant'] %}[{{ message.content }}]{% endfor %}"
         )
-        talk = {**TALK, "prompt": [{"role": "human", "content": "question"}, user("a")]}
+        talk = {**TALK, "prompt": [{"role": "critic", "content": "question"}, user("a")]}
         with pytest.raises(
-            DataError, match=r"^pairs\.jsonl:1: .*leaves out the prompt's 'human' message; .*other names"
+            DataError, match=r"^pairs\.jsonl:1: .*leaves out the prompt's 'critic' message; .*other names"
         ):
             tokenize_one(talk, bpe_tokenizer(), chat_template=template)
 
@@ -172,5 +175,10 @@ class TestTemplates:
 
     def test_a_template_that_renders_both_responses_the_same(self):
         with pytest.raises(DataError, match=r"^pairs\.jsonl:1: .*become the same tokens") as caught:
-            tokenize_one(TALK, bpe_tokenizer(), chat_template="{{ messages[0].content }}")
+            # Both hold all of both answers.
+            tokenize_one(
+                {**TALK, "chosen": "bc"},
+                bpe_tokenizer(),
+                chat_template="{{ messages[0].content }}{{ 'bc' if messages[1] }}",
+            )
         assert caught.value.reason == "identical after tokenization"

@@ -17,6 +17,7 @@ Message = dict[str, Any]
 WRITTEN = re.compile(r"""\s*(\[\s*)?\{\s*["'](role|from|messages|content)["']\s*:""")
 """The beginning of messages that are written out as text."""
 ROLES = {
+    **{role: role for role in ("system", "user", "assistant", "tool")},
     "human": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
@@ -25,7 +26,7 @@ ROLES = {
     "ai": "assistant",
     "observation": "tool",
 }
-"""Names of roles in other formats, and what they are called here. Any other name is left as it is."""
+"""Names of roles, in small letters, and what they are called here. Any other name is left as it is."""
 
 
 def conversation(value: Any) -> Any:
@@ -159,7 +160,7 @@ def require_assistant(messages: list[Message], key: str, where: str) -> None:
     """
     role = messages[0]["role"]
     if role != "assistant":
-        known = ", ".join(name for name, meaning in ROLES.items() if meaning == "assistant")
+        known = ", ".join(name for name, meaning in ROLES.items() if meaning == "assistant" != name)
         what = f'the response in "{key}" must begin with a message of the role assistant ({known} are understood)'
         raise bad_row(where, f"{what}, got the role {role!r}", "response of another role")
 

@@ -27,8 +27,9 @@ def show_pairs(pairs: Sequence[TokenPair], tokenizer: PreTrainedTokenizerBase) -
             parts.append((name, ids[pair.prompt_length :], marks[pair.prompt_length :]))
         for name, ids, marks in parts:
             shown.append(f"  {name}\n    ")
-            shown.append_text(_marked(ids, marks, tokenizer))
-            shown.append("\n")
+            text = _marked(ids, marks, tokenizer)
+            text.rstrip()
+            shown.append_text(text).append("\n")
     return shown
 
 
@@ -36,6 +37,9 @@ def _marked(ids: np.ndarray, marks: np.ndarray, tokenizer: PreTrainedTokenizerBa
     text = Text()
     for scored, run in groupby(range(len(ids)), key=lambda at: bool(marks[at])):
         written = str(tokenizer.decode([int(ids[at]) for at in run], skip_special_tokens=False))
-        written = written.replace("\n", f"{NEWLINE}\n    ")
+        lines = written.split("\n")
+        ended = written.endswith("\n")
+        written = f"{NEWLINE}\n    ".join(lines[:-1] if ended else lines) + NEWLINE * ended
         text.append(f"{OPEN}{written}{CLOSE}" if scored else written, style="green" if scored else "")
+        text.append("\n    " * ended)
     return text

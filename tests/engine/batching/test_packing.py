@@ -35,12 +35,12 @@ def check(batch: PackedBatch, pairs: list[TokenPair]) -> None:
     assert offsets[-1] == len(rows) == len(targets)
     for place, index in enumerate(batch.pair_indices):
         pair = pairs[index]
-        for side, ids in enumerate((pair.chosen_ids.tolist(), pair.rejected_ids.tolist())):
+        for side, (ids, scored_positions) in enumerate(pair.sides):
             scored = slice(offsets[2 * place + side], offsets[2 * place + side + 1])
-            assert targets[scored] == ids[pair.prompt_length :]
-            for at, row in enumerate(rows[scored], start=pair.prompt_length):
+            assert targets[scored] == ids[scored_positions].tolist()
+            for at, row in zip(scored_positions.tolist(), rows[scored], strict=True):
                 seen = seen_by(batch, row)
-                assert [tokens[i] for i in seen] == ids[:at]
+                assert [tokens[i] for i in seen] == ids[:at].tolist()
                 assert [positions[i] for i in seen] == list(range(at))
     assert batch.chosen_lengths.tolist() == [pairs[i].chosen_length for i in batch.pair_indices]
     assert batch.rejected_lengths.tolist() == [pairs[i].rejected_length for i in batch.pair_indices]
@@ -140,15 +140,15 @@ class TestPad:
     def test_rows_are_the_sequences(self, pairs, order):
         indices = order.sample(range(len(pairs)), order.randint(1, len(pairs)))
         batch = pad(pairs, indices)
-        sequences = [(pairs[i], ids) for i in indices for ids in (pairs[i].chosen_ids, pairs[i].rejected_ids)]
-        width = max(len(ids) for _, ids in sequences)
+        sequences = [side for i in indices for side in pairs[i].sides]
+        width = max(len(ids) for ids, _ in sequences)
         assert batch.input_ids.shape == batch.labels.shape == batch.attention_mask.shape == (len(sequences), width)
-        for row, (pair, ids) in enumerate(sequences):
-            left, prompt = width - len(ids), pair.prompt_length
+        for row, (ids, scored) in enumerate(sequences):
+            left, kept = width - len(ids), set(scored.tolist())
             assert batch.input_ids[row, : len(ids)].tolist() == ids.tolist()
             assert batch.attention_mask[row].tolist() == [1] * len(ids) + [0] * left
-            expected = [IGNORE_INDEX] * prompt + ids[prompt:].tolist() + [IGNORE_INDEX] * left
-            assert batch.labels[row].tolist() == expected
+            expected = [int(token) if at in kept else IGNORE_INDEX for at, token in enumerate(ids)]
+            assert batch.labels[row].tolist() == expected + [IGNORE_INDEX] * left
         assert batch.num_slots == batch.num_tokens + batch.num_padding == len(sequences) * width
         assert batch.chosen_lengths.tolist() == [pairs[i].chosen_length for i in indices]
         assert batch.rejected_lengths.tolist() == [pairs[i].rejected_length for i in indices]

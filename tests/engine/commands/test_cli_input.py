@@ -27,7 +27,7 @@ BAD_DATA: dict[str, tuple[str, str]] = {
     "chosen equals rejected": (jsonl(PAIR, {**PAIR, "rejected": "b"}), '{data}:2: "chosen" and "rejected" must differ'),
     "prompt too long": (jsonl(PAIR, {**PAIR, "prompt": "a" * 60}), "{data}:2: the prompt's 60 tokens leave no room"),
     "number for text": (jsonl(PAIR, {**PAIR, "chosen": 3}), '{data}:2: "chosen" must be text, got 3'),
-    "null for text": (jsonl(PAIR, {**PAIR, "rejected": None}), '{data}:2: "rejected" must be text, got None'),
+    "null for text": (jsonl(PAIR, {**PAIR, "rejected": None}), '{data}:2: a row needs "chosen" and "rejected"'),
     "empty prompt": (jsonl(PAIR, {**PAIR, "prompt": ""}), "{data}:2: both sequences must begin with a token"),
 }
 """What is in the file, and what the message says of it."""

@@ -153,7 +153,7 @@ class TestConfigFile:
     )
     def test_a_saved_config_reads_back(self, tmp_path, settings):
         config = with_required(**settings)
-        config.save(tmp_path / "config.json")
+        (tmp_path / "config.json").write_text(config.as_json(), encoding="utf-8")
         assert parse("train", ["--config", str(tmp_path / "config.json")]) == config
         assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8")).keys() == {f.name for f in FIELDS}
 

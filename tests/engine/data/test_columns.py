@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -45,8 +46,9 @@ class TestExamples:
         assert row.values == {**values, "more": None}
         assert parts(parse_row(row)) == example[1:]
 
-    def test_the_documentation_shows_it(self, name):
-        assert table() in (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+
+def test_the_documentation_shows_them():
+    assert table() in (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 
 
 class TestFormats:
@@ -99,7 +101,7 @@ class TestFormats:
 
 
 class TestNames:
-    ROW = {"ask": "A?", "good": "B", "bad": "C", "prompt": "not this"}
+    ROW: ClassVar = {"ask": "A?", "good": "B", "bad": "C", "prompt": "not this"}
 
     def test_columns_get_their_names(self):
         columns = renaming(("prompt=ask", "chosen=good", "rejected=bad"))

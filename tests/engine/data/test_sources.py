@@ -220,7 +220,7 @@ class TestFormats:
             ("The sky is blue.", "The sky is black.", "The sky is"),
             ("Q: Why?\n\nA: So.", "Q: Why?\n\nA: Soon.", "Q: Why?\n\nA:"),
             ("Q: Why? A", "Q: Why? A B", "Q: Why? A"),
-            ("你好吗？我很好", "你好吗？我不好", "你好吗？我"),
+            ("你好吗\uff1f我很好", "你好吗\uff1f我不好", "你好吗\uff1f我"),
         ],
     )
     def test_strings_without_prompt_part_after_whole_words(self, chosen, rejected, prompt):

@@ -175,14 +175,15 @@ few = st.lists(st.integers(0, 1), min_size=1, max_size=5)
 
 @st.composite
 def any_pairs(draw) -> list[TokenPair]:
-    """Pairs of all shapes; a rare one whose sequences have not even the first token in common."""
+    """Pairs of all shapes, all or some of their tokens scored; of a rare one the sequences begin with other tokens."""
     pairs = []
-    for prompt, chosen, rejected, odd in draw(
-        st.lists(st.tuples(few, few, few, st.integers(0, 9)), min_size=1, max_size=6)
+    for prompt, chosen, rejected, odd, step in draw(
+        st.lists(st.tuples(few, few, few, st.integers(0, 9), st.integers(0, 3)), min_size=1, max_size=6)
     ):
         other = [1 - prompt[0], *prompt[1:]] if odd == 0 else prompt
         sides = (np.array(prompt + chosen, np.int32), np.array(other + rejected, np.int32))
-        pairs.append(TokenPair(len(prompt), *sides, f"x:{len(pairs) + 1}"))
+        scored = [np.arange(len(prompt), len(ids), step) if step else None for ids in sides]
+        pairs.append(TokenPair(len(prompt), *sides, f"x:{len(pairs) + 1}", *scored))
     return pairs
 
 

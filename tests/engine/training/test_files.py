@@ -58,12 +58,14 @@ class TestFiles:
 
     def test_config_is_resolved_and_readable_again(self, run):
         path = run.output / "config.json"
-        again = parse("train", ["--config", str(path)])
-        assert json.loads(json.dumps(again.flat())) == json.loads(path.read_text(encoding="utf-8"))
+        with pytest.raises(UserError, match="contains what --config names"):  # this run would lose its settings
+            parse("train", ["--config", str(path)])
+        again = parse("train", ["--config", str(path), "--output", "elsewhere"])
+        written = json.loads(path.read_text(encoding="utf-8"))
+        assert json.loads(json.dumps(again.flat())) == {**written, "output": "elsewhere"}
         assert again.model.device in ("cpu", "cuda")
         assert again.model.dtype == "float32"
         assert again.optimizer.learning_rate == 1e-3
-        assert parse("train", ["--config", str(path), "--output", "elsewhere"]).run.output == "elsewhere"
 
     @pytest.mark.cpu_units
     def test_automatic_choices_are_in_the_config(self, train_tiny):

@@ -201,8 +201,9 @@ def assert_within_theorem(got: Probe, target: Tensor, upstream: Tensor, eps: flo
 
     stand_in = -got.of_weight.masked_fill(got.keep, 0.0) * upstream.sign()[:, None]
     above = g * (g > eps * S * (1 + known) + slack)  # what is not takes no part, or may not
-    # A coarse screen has logits of -100 roughly; one in fp32 takes what is below 2e-26 of the row's largest for 0.
-    faint = 2.0**-40 if coarse else 0.0 if dtype == torch.float64 else 2e-26
+    # A coarse screen has logits of -100 roughly; one in fp32 takes what is below 2e-26 of the row's largest for 0. As a
+    # share of the powers that is up to twice as much: these add up to more than a half.
+    faint = 2.0**-40 if coarse else 0.0 if dtype == torch.float64 else 4e-26
     tiny = 4 * torch.finfo(torch.float32).tiny + faint * g[:, None]
     assert (stand_in >= low * (above * (1 - 4 * unit))[:, None] - tiny).all(), "4, less than the means"
     assert (stand_in <= high * (g * (1 + 4 * unit))[:, None] + tiny).all(), "4, more than the means"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fused_dpo import DPOLoss
+from fused_dpo.losses import loss_spec
 from fused_dpo_engine.errors import UserError
 
 BestMetric = Literal["eval_loss", "eval_rewards/accuracies", "eval_rewards/margins"]
@@ -134,13 +135,17 @@ class LossOptions:
     loss_type: str = "sigmoid"
     """Which loss; sigmoid is the one of the DPO paper.
     Others: sigmoid_norm, hinge, ipo, ipo_norm, robust, exo_pair, nca_pair, bco_pair, sppo_hard, apo_zero, apo_down,
-    aot, aot_unpaired, discopop, simpo, orpo."""
+    aot, aot_unpaired, discopop, dpop, plackett_luce (whole rankings), simpo, orpo."""
     label_smoothing: float = 0.0
     """Share of the labels taken to be wrong, 0 to less than 0.5 (sigmoid: conservative DPO; robust: its noise rate)."""
     sft_weight: float = 0.0
     """Weight of a negative log-likelihood term on the chosen responses, per token."""
     simpo_gamma: float = 0.5
     """Target margin of the simpo loss."""
+    dpop_lambda: float = 50.0
+    """Weight of the penalty of the dpop loss (DPO-Positive) on chosen responses that become less likely."""
+    odpo_alpha: float = 0.0
+    """Offset of the sigmoid loss for each unit by which chosen scored better than rejected (ODPO); 0: no offset."""
     ld_alpha: float | None = None
     """Weight (0 to 1) of response tokens beyond the length of the shorter response (LD-DPO); by default off."""
 
@@ -149,12 +154,22 @@ class LossOptions:
             self.module()
         except ValueError as error:
             raise UserError(str(error)) from None
+        require(
+            self.ld_alpha is None or not loss_spec(self.loss_type).ranked,
+            f"ld-alpha compares the two lengths of a pair, {self.loss_type} all answers of a row; leave ld-alpha out.",
+        )
         require(self.ld_alpha is None or 0 <= self.ld_alpha <= 1, f"ld-alpha must lie in [0, 1], got {self.ld_alpha}.")
 
     def module(self) -> DPOLoss:
         """Make the loss that these options describe."""
         return DPOLoss(
-            self.beta, self.label_smoothing, self.loss_type, sft_weight=self.sft_weight, simpo_gamma=self.simpo_gamma
+            self.beta,
+            self.label_smoothing,
+            self.loss_type,
+            sft_weight=self.sft_weight,
+            simpo_gamma=self.simpo_gamma,
+            dpop_lambda=self.dpop_lambda,
+            odpo_alpha=self.odpo_alpha,
         )
 
 

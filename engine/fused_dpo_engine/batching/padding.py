@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_dpo_engine.attention.call import Backend
-from fused_dpo_engine.batching.batch import HeadCall, PairBatch
+from fused_dpo_engine.batching.batch import HeadCall, PairBatch, margins_and_rankings
 from fused_dpo_engine.data.pairs import TokenPair
 
 IGNORE_INDEX = -100
@@ -66,6 +66,7 @@ def pad(pairs: Sequence[TokenPair], indices: Sequence[int]) -> PaddedBatch:
         labels=labels,
         chosen_lengths=torch.tensor(lengths[0::2]),
         rejected_lengths=torch.tensor(lengths[1::2]),
+        **margins_and_rankings(chosen),
         scored_lengths=lengths,
         num_tokens=num_tokens,
         num_padding=input_ids.numel() - num_tokens,

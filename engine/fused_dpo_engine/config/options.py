@@ -9,6 +9,7 @@ from fused_dpo import DPOLoss
 from fused_dpo.losses import loss_spec
 from fused_dpo_engine.errors import UserError
 
+Pairing = Literal["best", "all"]
 BestMetric = Literal["eval_loss", "eval_rewards/accuracies", "eval_rewards/margins"]
 
 
@@ -104,6 +105,8 @@ class DataOptions:
     truncate_prompts: bool = False
     """Cut what is longer than max-length from the beginning of the prompt, down to half of max-length, before responses
     lose their end. Without it responses alone are cut, and a prompt that leaves no room for one is an error."""
+    pairs: Pairing = "best"
+    """Pairs of a row with more than two answers: the best one against each other one, or all of different score."""
     skip_bad_rows: bool = False
     """Leave out rows that cannot be used, and count them, instead of stopping with an error."""
     chat_template: str | None = None

@@ -13,7 +13,7 @@ from fused_dpo_engine.errors import UserError
 
 
 def load_pairs(
-    data: DataOptions, seed: int, tokenizer: PreTrainedTokenizerBase, console: Console
+    data: DataOptions, seed: int, tokenizer: PreTrainedTokenizerBase, console: Console, *, rankings: bool = False
 ) -> tuple[list[TokenPair], list[TokenPair]]:
     """Load training and held-out pairs of the sources that `data` names, with a report on the console.
 
@@ -22,6 +22,7 @@ def load_pairs(
         seed: of the split, if a fraction is held out.
         tokenizer: of the model.
         console: for reports and progress.
+        rankings: number the pairs of a row as one ranking, for a loss that looks at it as a whole.
 
     Raises:
         UserError: files, rows or template that cannot be used.
@@ -43,6 +44,8 @@ def load_pairs(
             truncate_prompts=data.truncate_prompts,
             skip_bad_rows=data.skip_bad_rows,
             chat_template=template,
+            pairing=data.pairs,
+            rankings=rankings,
             progress=console.is_terminal,
         )
         console.print(f"{kind} data {source}: {tokenized.report.summary()}")

@@ -15,12 +15,16 @@ class TokenPair:
 
     `prompt_length` (>= 1) tokens are common to both and not scored; the rest of each sequence (>= 1 token) is scored.
     `chosen_ids` and `rejected_ids` are int32 arrays of the full sequences; `where` names the row they came from.
+    `margin` (>= 0) is how much better chosen scored, 0 without scores. Pairs with the same `ranking` (>= 0) are the
+    best answer of one row against each of its others: they have the same prompt and stay in one forward pass.
     """
 
     prompt_length: int
     chosen_ids: np.ndarray
     rejected_ids: np.ndarray
     where: str
+    margin: float = 0.0
+    ranking: int | None = None
 
     @property
     def chosen_length(self) -> int:
@@ -162,4 +166,13 @@ def prompt_groups(pairs: Sequence[TokenPair], indices: Sequence[int]) -> list[li
     groups: dict[bytes, list[int]] = {}
     for index in indices:
         groups.setdefault(pairs[index].prompt_key, []).append(index)
+    return list(groups.values())
+
+
+def ranking_groups(pairs: Sequence[TokenPair], indices: Sequence[int]) -> list[list[int]]:
+    """Group the indices of each ranking, groups and members in the order given; a pair without one stands alone."""
+    groups: dict[tuple[bool, int], list[int]] = {}
+    for index in indices:
+        ranking = pairs[index].ranking
+        groups.setdefault((False, index) if ranking is None else (True, ranking), []).append(index)
     return list(groups.values())

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, cast
 import jinja2
 import numpy as np
 
+from fused_dpo_engine.config.options import Pairing
 from fused_dpo_engine.data.formats import Message, Preference, Row, bad_row, parse_row
 from fused_dpo_engine.data.pairs import TokenizationReport, TokenizedPairs, TokenPair, common_prefix, length_statistics
+from fused_dpo_engine.data.ranking import token_pairs
 from fused_dpo_engine.errors import DataError
 
 if TYPE_CHECKING:
@@ -61,6 +63,8 @@ def tokenize_pairs(
     truncate_prompts: bool = False,
     skip_bad_rows: bool = False,
     chat_template: str | None = None,
+    pairing: Pairing = "best",
+    rankings: bool = False,
     progress: bool = False,
 ) -> TokenizedPairs:
     """Turn rows into token pairs of at most `max_length` tokens a sequence, and report what was cut or left out.
@@ -77,6 +81,8 @@ def tokenize_pairs(
             leaves no room for a response makes the row a bad one.
         skip_bad_rows: drop and count rows that cannot be used, instead of raising at the first.
         chat_template: Jinja template to use instead of the tokenizer's own.
+        pairing: which answers of a row are compared, see `ranked_pairs`.
+        rankings: number the pairs of each row as one ranking.
         progress: show a progress bar.
 
     Raises:
@@ -106,7 +112,9 @@ def tokenize_pairs(
                 if truncate_prompts:
                     pair, prompt_cut = _cut_prompt(pair, max_length, cast("int | None", tokenizer.bos_token_id))
                 pair, cuts = _cut_responses(pair, max_length)
-                pairs.append(pair)
+                answers = [pair.chosen_ids, pair.rejected_ids]
+                number = len(pairs) if rankings else None
+                pairs += token_pairs(pair.prompt_length, answers, None, item.where, pairing=pairing, ranking=number)
                 merged_boundaries += merged
                 prompt_cuts.append(prompt_cut)
                 response_cuts.extend(cuts)

@@ -86,7 +86,7 @@ class PairBatch(ABC):
         return type(self)(**moved)
 
 
-def margins_and_rankings(pairs: Sequence[TokenPair]) -> dict[str, Tensor]:
-    """Tabulate what the loss takes of each pair beside its log-probs."""
+def margins_and_rankings(pairs: Sequence[TokenPair]) -> tuple[Tensor, Tensor]:
+    """Tabulate what the loss takes of each pair beside its log-probs, both [B]."""
     rankings = [-1 - place if pair.ranking is None else pair.ranking for place, pair in enumerate(pairs)]
-    return {"margins": torch.tensor([pair.margin for pair in pairs]), "rankings": torch.tensor(rankings)}
+    return torch.tensor([pair.margin for pair in pairs]), torch.tensor(rankings)

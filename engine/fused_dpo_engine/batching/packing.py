@@ -110,6 +110,7 @@ def pack(pairs: Sequence[TokenPair], indices: Sequence[int], *, share: bool = Tr
             targets[sequence] = placement.ids[first:]
 
     lengths = [len(rows) for rows in scored]
+    margins, rankings = margins_and_rankings([pairs[index] for index in indices])
     return PackedBatch(
         pair_indices=list(indices),
         input_ids=_tensor([placement.ids[placement.shared :] for placement in placements])[None],
@@ -119,7 +120,8 @@ def pack(pairs: Sequence[TokenPair], indices: Sequence[int], *, share: bool = Tr
         cu_scored=offsets_of(lengths),
         chosen_lengths=torch.tensor(lengths[0::2]),
         rejected_lengths=torch.tensor(lengths[1::2]),
-        **margins_and_rankings([pairs[index] for index in indices]),
+        margins=margins,
+        rankings=rankings,
         scored_lengths=lengths,
         attention=plan_attention(segments),
         copies=_copies(placements, lengths),

@@ -57,6 +57,7 @@ def pad(pairs: Sequence[TokenPair], indices: Sequence[int]) -> PaddedBatch:
         input_ids[row, : len(ids)] = tokens
         attention_mask[row, : len(ids)] = 1
         labels[row, prompt_length : len(ids)] = tokens[prompt_length:]
+    margins, rankings = margins_and_rankings(chosen)
     num_tokens = sum(pair.num_tokens for pair in chosen)
     lengths = [len(ids) - prompt_length for prompt_length, ids in sequences]
     return PaddedBatch(
@@ -66,7 +67,8 @@ def pad(pairs: Sequence[TokenPair], indices: Sequence[int]) -> PaddedBatch:
         labels=labels,
         chosen_lengths=torch.tensor(lengths[0::2]),
         rejected_lengths=torch.tensor(lengths[1::2]),
-        **margins_and_rankings(chosen),
+        margins=margins,
+        rankings=rankings,
         scored_lengths=lengths,
         num_tokens=num_tokens,
         num_padding=input_ids.numel() - num_tokens,

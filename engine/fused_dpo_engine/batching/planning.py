@@ -74,6 +74,11 @@ def share_units(pairs: Sequence[TokenPair], indices: Sequence[int], budget: int)
     units: list[list[int]] = []
     costs: list[int] = []
     for group in prompt_groups(pairs, indices):
+        if len(group) == 1:  # as on most prompts: nothing else to look for
+            pair = pairs[group[0]]
+            units.append(group)
+            costs.append(pair.num_tokens - shared_length(pair.chosen_ids, pair.rejected_ids))
+            continue
         unit: dict[bytes, np.ndarray] = {}  # its different sequences, the trunk first
         for ranking in ranking_groups(pairs, group):
             sides = {

@@ -171,8 +171,8 @@ def prompt_groups(pairs: Sequence[TokenPair], indices: Sequence[int]) -> list[li
 
 def ranking_groups(pairs: Sequence[TokenPair], indices: Sequence[int]) -> list[list[int]]:
     """Group the indices of each ranking, groups and members in the order given; a pair without one stands alone."""
-    groups: dict[tuple[bool, int], list[int]] = {}
+    groups: dict[int, list[int]] = {}
     for index in indices:
         ranking = pairs[index].ranking
-        groups.setdefault((False, index) if ranking is None else (True, ranking), []).append(index)
+        groups.setdefault(-1 - index if ranking is None else ranking, []).append(index)
     return list(groups.values())

@@ -51,7 +51,11 @@ def test_every_loss_is_in_its_table() -> None:
         spec = LOSSES[name]
         assert ("no reference" in rest) is not spec.reference, name
         assert ("across pairs" in rest) is spec.across_pairs, name
-        taken = {option for option in ("label_smoothing", "simpo_gamma") if f"`{option}`" in rest}
+        taken = {
+            option
+            for option in ("label_smoothing", "simpo_gamma", "dpop_lambda", "odpo_alpha")
+            if f"`{option}`" in rest
+        }
         assert taken == set(spec.options) - {"reward_shift"}, name
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_dpo_engine.attention.call import Backend
+from fused_dpo_engine.data.pairs import TokenPair
 
 Batch = TypeVar("Batch", bound="PairBatch")
 
@@ -33,6 +35,10 @@ class PairBatch(ABC):
     """int64 [B], scored tokens of the chosen responses."""
     rejected_lengths: Tensor
     """int64 [B]."""
+    margins: Tensor
+    """fp32 [B], differences of scores, 0 where there are none."""
+    rankings: Tensor
+    """int64 [B], the same number for the pairs of one ranking, another one for every other pair."""
     scored_lengths: list[int]
     """[2B], the same lengths on the host, in the order of the results."""
     num_tokens: int
@@ -63,6 +69,10 @@ class PairBatch(ABC):
     def head_call(self, hidden: Tensor) -> HeadCall:
         """Take what the head scores from the backbone's hidden states, [2B, S, D] or [1, T, D]."""
 
+    def spread(self, values: Tensor) -> Tensor:
+        """Give every scored token of the 2B sequences its value, from those that the head computed."""
+        return values
+
     @abstractmethod
     def lay_out(self, values: Tensor, token_logps: Tensor) -> Tensor:
         """Lay out one value for each scored token, in the order of the results, as `token_logps` are laid out."""
@@ -74,3 +84,9 @@ class PairBatch(ABC):
             value = getattr(self, field.name)
             moved[field.name] = value.to(device, non_blocking=True) if hasattr(value, "to") else value
         return type(self)(**moved)
+
+
+def margins_and_rankings(pairs: Sequence[TokenPair]) -> tuple[Tensor, Tensor]:
+    """Tabulate what the loss takes of each pair beside its log-probs, both [B]."""
+    rankings = [-1 - place if pair.ranking is None else pair.ranking for place, pair in enumerate(pairs)]
+    return torch.tensor([pair.margin for pair in pairs]), torch.tensor(rankings)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_dpo_engine.attention.call import Backend
-from fused_dpo_engine.batching.batch import HeadCall, PairBatch
+from fused_dpo_engine.batching.batch import HeadCall, PairBatch, margins_and_rankings
 from fused_dpo_engine.data.pairs import TokenPair
 
 IGNORE_INDEX = -100
@@ -57,6 +57,7 @@ def pad(pairs: Sequence[TokenPair], indices: Sequence[int]) -> PaddedBatch:
         input_ids[row, : len(ids)] = tokens
         attention_mask[row, : len(ids)] = 1
         labels[row, scored] = tokens[scored]
+    margins, rankings = margins_and_rankings(chosen)
     num_tokens = sum(pair.num_tokens for pair in chosen)
     lengths = [len(positions) for _, positions in sequences]
     return PaddedBatch(
@@ -66,6 +67,8 @@ def pad(pairs: Sequence[TokenPair], indices: Sequence[int]) -> PaddedBatch:
         labels=labels,
         chosen_lengths=torch.tensor(lengths[0::2]),
         rejected_lengths=torch.tensor(lengths[1::2]),
+        margins=margins,
+        rankings=rankings,
         scored_lengths=lengths,
         num_tokens=num_tokens,
         num_padding=input_ids.numel() - num_tokens,

@@ -4,12 +4,15 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from fused_dpo_engine.batching.batch import PairBatch
 from fused_dpo_engine.batching.packing import pack
 from fused_dpo_engine.batching.padding import pad
 from fused_dpo_engine.batching.sharing import place_sequences, shared_length
 from fused_dpo_engine.config.options import PackingOptions
-from fused_dpo_engine.data.pairs import TokenPair, prompt_groups
+from fused_dpo_engine.data.pairs import TokenPair, prompt_groups, ranking_groups
+from fused_dpo_engine.errors import UserError
 
 
 class PlannedBatch(NamedTuple):
@@ -62,7 +65,8 @@ def plan_batches(costs: Sequence[int], budget: int) -> list[list[int]]:
 def share_units(pairs: Sequence[TokenPair], indices: Sequence[int], budget: int) -> tuple[list[list[int]], list[int]]:
     """Find what stays together in a packed row, with the rows it takes: the pairs on a prompt, as far as they fit.
 
-    A prompt with more pairs than `budget` tokens hold is cut into several units, each of which computes it anew.
+    A prompt with more pairs than `budget` tokens hold is cut into several units, each of which computes it anew. A
+    ranking is not cut, and so may be a unit that is too large.
 
     Returns:
         (units, costs): lists of pair indices, and rows of each.
@@ -70,23 +74,38 @@ def share_units(pairs: Sequence[TokenPair], indices: Sequence[int], budget: int)
     units: list[list[int]] = []
     costs: list[int] = []
     for group in prompt_groups(pairs, indices):
-        trunk = None
-        for index in group:
-            pair = pairs[index]
-            if trunk is not None:
-                cost = sum(len(ids) - shared_length(trunk, ids) for ids in (pair.chosen_ids, pair.rejected_ids))
+        if len(group) == 1:  # as on most prompts: nothing else to look for
+            pair = pairs[group[0]]
+            units.append(group)
+            costs.append(pair.num_tokens - shared_length(pair.chosen_ids, pair.rejected_ids))
+            continue
+        unit: dict[bytes, np.ndarray] = {}  # its different sequences, the trunk first
+        for ranking in ranking_groups(pairs, group):
+            sides = {
+                key: ids
+                for index in ranking
+                for key, (ids, _) in zip(pairs[index].keys, pairs[index].sides, strict=True)
+            }
+            if unit:
+                cost = _rows_beside(next(iter(unit.values())), [ids for key, ids in sides.items() if key not in unit])
                 if costs[-1] + cost <= budget:
-                    units[-1].append(index)
+                    units[-1] += ranking
                     costs[-1] += cost
+                    unit |= sides
                     continue
-            trunk = pair.chosen_ids
-            units.append([index])
-            costs.append(pair.num_tokens - shared_length(trunk, pair.rejected_ids))
+            trunk, *branches = sides.values()
+            units.append(ranking)
+            costs.append(len(trunk) + _rows_beside(trunk, branches))
+            unit = sides
     return units, costs
 
 
+def _rows_beside(trunk: np.ndarray, branches: Sequence[np.ndarray]) -> int:
+    return sum(len(ids) - shared_length(trunk, ids) for ids in branches)
+
+
 def plan_packed(pairs: Sequence[TokenPair], indices: Sequence[int], budget: int, *, share: bool) -> list[PlannedBatch]:
-    """Split the pairs at `indices` into packed rows of at most `budget` tokens; no pair is split.
+    """Split the pairs at `indices` into packed rows of at most `budget` tokens; no pair and no ranking is split.
 
     Raises:
         ValueError: a pair alone is larger than the budget.
@@ -94,7 +113,8 @@ def plan_packed(pairs: Sequence[TokenPair], indices: Sequence[int], budget: int,
     if share:
         units, costs = share_units(pairs, indices, budget)
     else:
-        units, costs = [[index] for index in indices], [pairs[index].num_tokens for index in indices]
+        units = ranking_groups(pairs, indices)
+        costs = [sum(pairs[index].num_tokens for index in unit) for unit in units]
     return [
         PlannedBatch([index for unit in batch for index in units[unit]], sum(costs[unit] for unit in batch))
         for batch in plan_batches(costs, budget)
@@ -105,25 +125,43 @@ def plan_padded(pairs: Sequence[TokenPair], indices: Sequence[int], budget: int)
     """Split the pairs into padded batches of at most `budget` slots, one after the other as trainers do it.
 
     Raises:
-        ValueError: a pair alone is larger than the budget.
+        ValueError: a pair alone, or a ranking, is larger than the budget.
     """
     batches: list[PlannedBatch] = []
     width = 0
-    for index in indices:
-        length = max(len(pairs[index].chosen_ids), len(pairs[index].rejected_ids))
-        if 2 * length > budget:
+    for ranking in ranking_groups(pairs, indices):
+        length = max(max(len(pairs[index].chosen_ids), len(pairs[index].rejected_ids)) for index in ranking)
+        slots = 2 * len(ranking) * length
+        if slots > budget:
             raise ValueError(
-                f"a padded pair of {2 * length} tokens does not fit into a batch of {budget}; raise tokens_per_batch "
+                f"a padded pair of {slots} tokens does not fit into a batch of {budget}; raise tokens_per_batch "
                 f"or lower max_length (a pair takes up to 2 x max_length)."
             )
-        together = [*batches[-1].indices, index] if batches else [index]
+        together = [*batches[-1].indices, *ranking] if batches else ranking
         if batches and 2 * len(together) * max(width, length) <= budget:
             width = max(width, length)
             batches[-1] = PlannedBatch(together, 2 * len(together) * width)
         else:
             width = length
-            batches.append(PlannedBatch([index], 2 * width))
+            batches.append(PlannedBatch(ranking, slots))
     return batches
+
+
+def check_rankings(pairs: Sequence[TokenPair], options: PackingOptions) -> None:
+    """Find out, before a model is loaded, whether every ranking fits into a forward pass.
+
+    Raises:
+        UserError: one does not; names its row and what it takes.
+    """
+    for ranking in ranking_groups(pairs, range(len(pairs))):
+        slots = count_slots(pairs, ranking, options) if len(ranking) > 1 else 0
+        if slots > options.tokens_per_batch:
+            way_out = "" if options.packing and options.prefix_sharing else ", pack and share prefixes"
+            raise UserError(
+                f"{pairs[ranking[0]].where}: its {len(ranking) + 1} answers are ranked together and take {slots} "
+                f"tokens, more than tokens-per-batch = {options.tokens_per_batch}; raise it, lower "
+                f"--max-length{way_out}, or take a loss of pairs."
+            )
 
 
 def plan_pairs(pairs: Sequence[TokenPair], indices: Sequence[int], options: PackingOptions) -> list[PlannedBatch]:

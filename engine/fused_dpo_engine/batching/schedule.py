@@ -9,7 +9,7 @@ import numpy as np
 
 from fused_dpo_engine.batching.planning import PlannedBatch, count_slots, plan_pairs
 from fused_dpo_engine.config.options import PackingOptions, RunOptions
-from fused_dpo_engine.data.pairs import TokenPair, prompt_groups
+from fused_dpo_engine.data.pairs import TokenPair, prompt_groups, ranking_groups
 
 
 class Step(NamedTuple):
@@ -26,7 +26,8 @@ class Schedule:
 
     Every epoch shuffles the prompts; pairs on one prompt follow each other, so that a forward pass can share it. The
     order is the same with and without packing or prefix sharing. A step takes the next `pairs_per_step` pairs,
-    or, with `batches_per_step`, so many full forward passes, planned over windows of about `plan_window` pairs.
+    and what is left of a ranking that this would cut, or, with `batches_per_step`, so many full forward passes, planned
+    over windows of about `plan_window` pairs.
 
     Args:
         pairs: all pairs.
@@ -50,7 +51,11 @@ class Schedule:
     ) -> None:
         self.pairs, self.run, self.packing = pairs, run, packing
         self.num_ranks, self.rank = num_ranks, rank
-        self._groups = prompt_groups(pairs, range(len(pairs)))
+        self._groups = [
+            [index for ranking in ranking_groups(pairs, group) for index in ranking]
+            for group in prompt_groups(pairs, range(len(pairs)))
+        ]
+        self._ranked = any(pair.ranking is not None for pair in pairs)
         self.total_steps = run.max_steps or max(1, self._steps_in(run.epochs))
 
     def __iter__(self) -> Iterator[Step]:
@@ -67,12 +72,28 @@ class Schedule:
         order = [index for group in shuffled for index in self._groups[group]]
         if self.packing.batches_per_step is not None:
             return self._steps_of_batches(order, self.packing.batches_per_step, epoch)
-        size = self.run.pairs_per_step
-        return (self._step_of_pairs(order[at : at + size]) for at in range(0, len(order), size))
+        return map(self._step_of_pairs, self._cut(order))
+
+    def _cut(self, order: list[int]) -> Iterator[list[int]]:
+        """Cut an epoch's pairs into steps of `pairs_per_step`."""
+        start = 0
+        while start < len(order):
+            stop = self._edge(order, start + self.run.pairs_per_step)
+            yield order[start:stop]
+            start = stop
+
+    def _edge(self, order: list[int], at: int) -> int:
+        """Move a place to cut on to the end of the ranking that lies there."""
+        while 0 < at < len(order):
+            here, before = (self.pairs[index].ranking for index in (order[at], order[at - 1]))
+            if here is None or here != before:
+                break
+            at += 1
+        return at
 
     def _steps_in(self, epochs: float) -> int:
-        """Count the steps of so many epochs; with full forward passes their number differs from epoch to epoch."""
-        if self.packing.batches_per_step is None:
+        """Count the steps of so many epochs; of full forward passes or rankings their number differs between epochs."""
+        if self.packing.batches_per_step is None and not self._ranked:
             return math.ceil(epochs * math.ceil(len(self.pairs) / self.run.pairs_per_step))
         whole, part = int(epochs), epochs % 1
         steps = sum(len(list(self.epoch(epoch))) for epoch in range(whole))
@@ -95,7 +116,7 @@ class Schedule:
         What a window leaves in its emptiest passes goes into the next window, so that only the last can have any.
         """
         windows = max(1, round(len(order) / self.packing.plan_window))
-        edges = [round(len(order) * i / windows) for i in range(windows + 1)]
+        edges = [self._edge(order, round(len(order) * i / windows)) for i in range(windows + 1)]
         ranks, random = self.num_ranks, np.random.default_rng((self.run.seed, epoch, 1))
         rounds: list[list[PlannedBatch]] = []
         left: list[int] = []
@@ -113,17 +134,21 @@ class Schedule:
         return rounds
 
     def _evenly(self, batches: list[PlannedBatch]) -> list[PlannedBatch]:
-        """Split the batches of most pairs in two until every rank gets as many batches."""
+        """Split the batches of most pairs in two until every rank gets as many batches; rankings stay whole."""
         batches = list(batches)
         while len(batches) % self.num_ranks:
-            largest = max(range(len(batches)), key=lambda at: len(batches[at].indices))
-            indices = batches[largest].indices
-            if len(indices) < 2:
+            parts = [ranking_groups(self.pairs, batch.indices) for batch in batches]
+            largest = max(range(len(batches)), key=lambda at: len(parts[at]))
+            half = len(parts[largest]) // 2
+            if half == 0:
                 raise ValueError(
                     f"{len(batches)} forward passes of one pair each cannot be dealt to {self.num_ranks} ranks in "
                     f"equal numbers; raise pairs_per_step."
                 )
-            halves = indices[: len(indices) // 2], indices[len(indices) // 2 :]
+            halves = [
+                [index for ranking in side for index in ranking]
+                for side in (parts[largest][:half], parts[largest][half:])
+            ]
             batches[largest : largest + 1] = [
                 PlannedBatch(half, count_slots(self.pairs, half, self.packing)) for half in halves
             ]

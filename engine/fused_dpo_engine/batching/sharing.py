@@ -19,6 +19,8 @@ class Placement(NamedTuple):
     """Place of the sequence it shares its beginning with; its own place if it shares none."""
     shared: int
     """Tokens it has in common with the trunk, at most all but one: 0 for a trunk."""
+    copies: tuple[int, ...] = ()
+    """Sequences of other pairs, numbered as this one, that are the same tokens: the row holds them once."""
 
     @property
     def num_rows(self) -> int:
@@ -39,7 +41,8 @@ def place_sequences(pairs: Sequence[TokenPair], indices: Sequence[int], *, share
 
     With `share`, pairs on the same prompt form one group, `[prompt + r1 | r2 | r3 ...]`: the first pair's chosen
     sequence is the trunk, and every other sequence begins where it parts from it, be that in the middle of a response.
-    Without, every sequence stands there in full.
+    A response that several of them have, as the best of several answers, stands there once. Without `share` every
+    sequence stands there in full.
 
     Returns:
         The sequences in the order of the row.
@@ -48,10 +51,15 @@ def place_sequences(pairs: Sequence[TokenPair], indices: Sequence[int], *, share
     placements: list[Placement] = []
     for group in prompt_groups(pairs, indices) if share else [list(indices)]:
         trunk = len(placements)
+        places: dict[bytes, int] = {}
         for index in group:
             pair = pairs[index]
-            for side, ids in enumerate((pair.chosen_ids, pair.rejected_ids)):
+            for side, (ids, key) in enumerate(zip((pair.chosen_ids, pair.rejected_ids), pair.keys, strict=True)):
                 here, sequence = len(placements), 2 * position[index] + side
+                same = places.setdefault(key, here) if share else here
+                if same != here:
+                    placements[same] = placements[same]._replace(copies=(*placements[same].copies, sequence))
+                    continue
                 shared = shared_length(placements[trunk].ids, ids) if share and here > trunk else 0
                 placements.append(Placement(sequence, ids, trunk if shared else here, shared))
     return placements

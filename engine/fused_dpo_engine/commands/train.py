@@ -10,6 +10,7 @@ import transformers
 from rich.console import Console
 
 from fused_dpo.losses import loss_spec, needs_reference
+from fused_dpo_engine.batching.planning import check_rankings
 from fused_dpo_engine.batching.schedule import Schedule
 from fused_dpo_engine.config.commands import TrainConfig
 from fused_dpo_engine.config.options import LoraOptions, ModelOptions
@@ -54,7 +55,11 @@ def train(config: TrainConfig) -> Summary:
     frozen = _reference_options(config)
     if frozen is not None:
         choose_max_length(frozen, config.data, config.packing)
-    pairs, held_out = load_pairs(config.data, config.run.seed, tokenizer, console)
+    rankings = loss_spec(config.loss.loss_type).ranked
+    pairs, held_out = load_pairs(config.data, config.run.seed, tokenizer, console, rankings=rankings)
+    for side in (pairs, held_out):
+        check_rankings(side, config.packing)
+        _check_margins(side, config)
     schedule = Schedule(pairs, config.run, config.packing)
     _warn_of_passes(config, schedule, console)
     packing = config.packing
@@ -110,6 +115,15 @@ def _warn_of_passes(config: TrainConfig, schedule: Schedule, console: Console) -
         console.print(
             f"warning: {loss_type} compares the pairs of one forward pass with each other; --tokens-per-batch and "
             f"packing decide which those are"
+        )
+
+
+def _check_margins(pairs: list[TokenPair], config: TrainConfig) -> None:
+    """Refuse an offset from scores where there are no scores."""
+    if config.loss.odpo_alpha and pairs and not any(pair.margin for pair in pairs):
+        raise UserError(
+            "odpo-alpha is an offset by the difference of two answers' scores, and no pair has any; leave it out, or "
+            "name the columns of the scores as docs/data.md has them."
         )
 
 

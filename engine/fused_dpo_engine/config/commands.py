@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from fused_dpo.losses import needs_reference
+from fused_dpo.losses import loss_spec, needs_reference
 from fused_dpo_engine.config.options import (
     DataOptions,
     LoraOptions,
@@ -57,6 +57,10 @@ class TrainConfig:
         require(
             not self.model.ref_model or needs_reference(self.loss.loss_type),
             f"{self.loss.loss_type} takes no reference; leave out --ref-model, or give another --loss-type.",
+        )
+        require(
+            data.pairs == "best" or not loss_spec(self.loss.loss_type).ranked,
+            f"{self.loss.loss_type} takes the ranking of a row as a whole; leave out --pairs, or take a loss of pairs.",
         )
         require(
             has_eval or run.best_metric == "eval_loss",

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fused_dpo import DPOLoss
+from fused_dpo.losses import loss_spec
 from fused_dpo_engine.errors import UserError
 
+Score = Literal["assistant", "last", "all"]
+Pairing = Literal["best", "all"]
 BestMetric = Literal["eval_loss", "eval_rewards/accuracies", "eval_rewards/margins"]
 
 
@@ -103,13 +106,15 @@ class DataOptions:
     truncate_prompts: bool = False
     """Cut what is longer than max-length from the beginning of the prompt, down to half of max-length, before responses
     lose their end. Without it responses alone are cut, and a prompt that leaves no room for one is an error."""
+    pairs: Pairing = "best"
+    """Pairs of a row with more than two answers: the best one against each other one, or all of different score."""
     skip_bad_rows: bool = False
     """Leave out rows that cannot be used, and count them, instead of stopping with an error."""
     chat_template: str | None = None
     """File with a Jinja chat template to use instead of the tokenizer's, or the name of one of those that it has."""
     columns: tuple[str, ...] = ()
     """Names for columns that a row lacks under their usual names, such as prompt=question chosen=better."""
-    score: Literal["assistant", "last", "all"] = "assistant"
+    score: Score = "assistant"
     """What is scored of an answer of several messages: the assistant's turns, the last of them, or all of it with tool
     results and other turns."""
 
@@ -139,13 +144,17 @@ class LossOptions:
     loss_type: str = "sigmoid"
     """Which loss; sigmoid is the one of the DPO paper.
     Others: sigmoid_norm, hinge, ipo, ipo_norm, robust, exo_pair, nca_pair, bco_pair, sppo_hard, apo_zero, apo_down,
-    aot, aot_unpaired, discopop, simpo, orpo."""
+    aot, aot_unpaired, discopop, dpop, plackett_luce (whole rankings), simpo, orpo."""
     label_smoothing: float = 0.0
     """Share of the labels taken to be wrong, 0 to less than 0.5 (sigmoid: conservative DPO; robust: its noise rate)."""
     sft_weight: float = 0.0
     """Weight of a negative log-likelihood term on the chosen responses, per token."""
     simpo_gamma: float = 0.5
     """Target margin of the simpo loss."""
+    dpop_lambda: float = 50.0
+    """Weight of the penalty of the dpop loss (DPO-Positive) on chosen responses that become less likely."""
+    odpo_alpha: float = 0.0
+    """Offset of the sigmoid loss for each unit by which chosen scored better than rejected (ODPO); 0: no offset."""
     ld_alpha: float | None = None
     """Weight (0 to 1) of response tokens beyond the length of the shorter response (LD-DPO); by default off."""
 
@@ -154,12 +163,22 @@ class LossOptions:
             self.module()
         except ValueError as error:
             raise UserError(str(error)) from None
+        require(
+            self.ld_alpha is None or not loss_spec(self.loss_type).ranked,
+            f"ld-alpha compares the two lengths of a pair, {self.loss_type} all answers of a row; leave ld-alpha out.",
+        )
         require(self.ld_alpha is None or 0 <= self.ld_alpha <= 1, f"ld-alpha must lie in [0, 1], got {self.ld_alpha}.")
 
     def module(self) -> DPOLoss:
         """Make the loss that these options describe."""
         return DPOLoss(
-            self.beta, self.label_smoothing, self.loss_type, sft_weight=self.sft_weight, simpo_gamma=self.simpo_gamma
+            self.beta,
+            self.label_smoothing,
+            self.loss_type,
+            sft_weight=self.sft_weight,
+            simpo_gamma=self.simpo_gamma,
+            dpop_lambda=self.dpop_lambda,
+            odpo_alpha=self.odpo_alpha,
         )
 
 

@@ -96,12 +96,12 @@ def parse_row(row: Row) -> Preference:
     arguments = _template_arguments(row.values.get("chat_template_kwargs"), where)
     names = _names(columns)
     prompt, answers = _split(columns.prompt, columns.answers.texts, names, where)
-    for i, answer in enumerate(answers):
-        if answer in answers[:i]:
-            what = f'"{names[answers.index(answer)]}" and "{names[i]}" must differ, got {short(answer)} for both'
-            raise bad_row(where, what, "chosen equals rejected")
+    if all(answer == answers[0] for answer in answers):
+        what = f'"{names[0]}" and "{names[1]}" must differ, got {short(answers[0])} for both'
+        raise bad_row(where, what, "chosen equals rejected")
+    for name, answer in zip(names, answers, strict=True):
         if isinstance(answer, list):
-            require_assistant(answer, names[i], where)
+            require_assistant(answer, name, where)
     implied = columns.prompt is None and isinstance(prompt, str)
     return Preference(prompt, answers, where, columns.answers.scores, tools, arguments, used, implied)
 

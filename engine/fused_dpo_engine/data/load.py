@@ -14,7 +14,7 @@ from fused_dpo_engine.errors import UserError
 
 
 def load_pairs(
-    data: DataOptions, seed: int, tokenizer: PreTrainedTokenizerBase, console: Console
+    data: DataOptions, seed: int, tokenizer: PreTrainedTokenizerBase, console: Console, *, rankings: bool = False
 ) -> tuple[list[TokenPair], list[TokenPair]]:
     """Load training and held-out pairs of the sources that `data` names, with a report on the console.
 
@@ -23,6 +23,7 @@ def load_pairs(
         seed: of the split, if a fraction is held out.
         tokenizer: of the model; gets the chat template that `data` names.
         console: for reports and progress.
+        rankings: number the pairs of a row as one ranking, for a loss that looks at it as a whole.
 
     Raises:
         UserError: files, rows or template that cannot be used.
@@ -41,6 +42,8 @@ def load_pairs(
             skip_bad_rows=data.skip_bad_rows,
             columns=columns,
             score=data.score,
+            pairing=data.pairs,
+            rankings=rankings,
             progress=console.is_terminal,
         )
         console.print(f"{kind} data {source}: {tokenized.report.summary()}")

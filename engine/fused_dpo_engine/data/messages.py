@@ -32,7 +32,7 @@ ROLES = {
 def conversation(value: Any) -> Any:
     """Take a conversation out of JSON text, or out of an object of `messages`; anything else is returned as it is."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        found = conversation(_parsed(value))
+        found = conversation(parsed(value))
         return found if _looks_like_messages(found) else value
     if isinstance(value, dict) and isinstance(value.get("messages"), list):
         return value["messages"]
@@ -42,11 +42,11 @@ def conversation(value: Any) -> Any:
 def tools_beside(value: Any) -> Any:
     """Find the schemas that stand beside `messages` in an object, or in one that is JSON text."""
     if isinstance(value, str) and value.lstrip()[:1] == "{":
-        value = _parsed(value)
+        value = parsed(value)
     return value.get("tools") if isinstance(value, dict) and isinstance(value.get("messages"), list) else None
 
 
-def _parsed(text: str) -> Any:
+def parsed(text: str) -> Any:
     """Read JSON, or what Python prints of such values, which is what exports of tables often hold; None if neither."""
     try:
         return json.loads(text)

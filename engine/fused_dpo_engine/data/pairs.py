@@ -16,12 +16,16 @@ class TokenPair:
     `prompt_length` (>= 1) tokens are common to both and not scored. Of the rest of each sequence (>= 1 token) all is
     scored, or what `chosen_scored` and `rejected_scored` say: the turns of the assistant in an answer of several.
     `chosen_ids` and `rejected_ids` are int32 arrays of the full sequences; `where` names the row they came from.
+    `margin` (>= 0) is how much better chosen scored, 0 without scores. Pairs with the same `ranking` (>= 0) are the
+    best answer of one row against each of its others: they have the same prompt and stay in one forward pass.
     """
 
     prompt_length: int
     chosen_ids: np.ndarray
     rejected_ids: np.ndarray
     where: str
+    margin: float = 0.0
+    ranking: int | None = None
     chosen_scored: np.ndarray | None = None
     """int64, ascending, positions in `chosen_ids`, each at least `prompt_length`; None: all of these."""
     rejected_scored: np.ndarray | None = None
@@ -37,6 +41,14 @@ class TokenPair:
 
     def _positions(self, ids: np.ndarray, scored: np.ndarray | None) -> np.ndarray:
         return np.arange(self.prompt_length, len(ids)) if scored is None else scored
+
+    @property
+    def keys(self) -> tuple[bytes, bytes]:
+        """What makes the chosen sequence, and the rejected one, equal to others: its tokens, and which are scored."""
+        return (
+            self.chosen_ids.tobytes() + (b"" if self.chosen_scored is None else self.chosen_scored.tobytes()),
+            self.rejected_ids.tobytes() + (b"" if self.rejected_scored is None else self.rejected_scored.tobytes()),
+        )
 
     @property
     def chosen_length(self) -> int:
@@ -187,4 +199,13 @@ def prompt_groups(pairs: Sequence[TokenPair], indices: Sequence[int]) -> list[li
     groups: dict[bytes, list[int]] = {}
     for index in indices:
         groups.setdefault(pairs[index].prompt_key, []).append(index)
+    return list(groups.values())
+
+
+def ranking_groups(pairs: Sequence[TokenPair], indices: Sequence[int]) -> list[list[int]]:
+    """Group the indices of each ranking, groups and members in the order given; a pair without one stands alone."""
+    groups: dict[int, list[int]] = {}
+    for index in indices:
+        ranking = pairs[index].ranking
+        groups.setdefault(-1 - index if ranking is None else ranking, []).append(index)
     return list(groups.values())

@@ -7,11 +7,12 @@ says nothing. What is trained on would then be something else than the row.
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
+from fused_dpo_engine.config.options import Score
 from fused_dpo_engine.data.formats import Preference
 from fused_dpo_engine.data.messages import Message
 from fused_dpo_engine.data.turns import Span, assistant_spans
@@ -19,7 +20,6 @@ from fused_dpo_engine.errors import DataError, bad_row, short
 
 TEMPLATE_FAILURES = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)
 """What templates raise on conversations that they were not made for."""
-Score = Literal["assistant", "last", "all"]
 
 
 class Rendered(NamedTuple):
@@ -33,6 +33,8 @@ class Rendered(NamedTuple):
     plain: bool
     """False: a rendered conversation, which holds its special tokens already."""
     where: str
+    scores: tuple[float, ...] | None
+    """Of the answers, best first; None where the row has none."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Renderer:
         prompt, answers, where = preference.prompt, preference.answers, preference.where
         if isinstance(prompt, str):
             texts = tuple(prompt + cast(str, answer) for answer in answers)
-            return Rendered(texts, prompt, (None,) * len(texts), True, where)
+            return Rendered(texts, prompt, (None,) * len(texts), True, where, preference.scores)
         return self._conversations(prompt, cast("tuple[list[Message], ...]", answers), preference)
 
     def _conversations(
@@ -96,7 +98,7 @@ class Renderer:
                 way_out = "mark them with {% generation %} in the template, or give --score all"
                 raise bad_row(where, f"{what}; {way_out}", "turns not found")
             spans.append(found[-1:] if self.score == "last" else found)
-        return Rendered(tuple(texts), asked, tuple(spans), False, where)
+        return Rendered(tuple(texts), asked, tuple(spans), False, where, preference.scores)
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> None:

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 
+from fused_dpo_engine.config.options import Pairing, Score
 from fused_dpo_engine.data.columns import renamed
 from fused_dpo_engine.data.formats import Preference, Row, parse_row
 from fused_dpo_engine.data.pairs import TokenizationReport, TokenizedPairs, TokenPair, common_prefix, length_statistics
-from fused_dpo_engine.data.rendering import Rendered, Renderer, Score, check_template
+from fused_dpo_engine.data.ranking import token_pairs
+from fused_dpo_engine.data.rendering import Rendered, Renderer, check_template
 from fused_dpo_engine.errors import DataError, bad_row
 
 if TYPE_CHECKING:
@@ -56,6 +58,8 @@ def tokenize_pairs(
     chat_template: str | None = None,
     columns: Mapping[str, str] | None = None,
     score: Score = "assistant",
+    pairing: Pairing = "best",
+    rankings: bool = False,
     progress: bool = False,
 ) -> TokenizedPairs:
     """Turn rows into token pairs of at most `max_length` tokens a sequence, and report what was cut or left out.
@@ -74,6 +78,8 @@ def tokenize_pairs(
         chat_template: Jinja template to use instead of the tokenizer's own.
         columns: columns of the rows, by the names they are to have.
         score: what of an answer of several messages is scored: the assistant's turns, the last of them, or all.
+        pairing: which answers of a row are compared, see `ranked_pairs`.
+        rankings: number the pairs of each row as one ranking.
         progress: show a progress bar.
 
     Raises:
@@ -110,7 +116,7 @@ def tokenize_pairs(
                 if truncate_prompts:
                     prompt_cut = sequences.cut_prompt(max_length, cast("int | None", tokenizer.bos_token_id))
                 cuts = sequences.cut_answers(max_length)
-                pairs.extend(sequences.pairs())
+                pairs += sequences.pairs(pairing, len(pairs) if rankings else None)
                 merged_boundaries += merged
                 prompt_cuts.append(prompt_cut)
                 response_cuts.extend(cuts)
@@ -254,7 +260,7 @@ def _find_boundary(ids: _Ids, item: Rendered) -> tuple[_Sequences, bool]:
     scored = [
         edges and _between(answer, edges, prompt_length) for answer, edges in zip(ids.answers, ids.edges, strict=True)
     ]
-    return _Sequences(prompt_length, ids.answers, scored, item.where), merged
+    return _Sequences(prompt_length, ids.answers, scored, item.scores, item.where), merged
 
 
 def _between(answer: np.ndarray, edges: list[np.ndarray], prompt_length: int) -> np.ndarray:
@@ -265,10 +271,9 @@ def _between(answer: np.ndarray, edges: list[np.ndarray], prompt_length: int) ->
 
 
 def _require_different(answers: list[np.ndarray], where: str, what: str, reason: str) -> None:
-    for number, answer in enumerate(answers):
-        if any(np.array_equal(answer, other) for other in answers[:number]):
-            names = "chosen and rejected" if len(answers) == 2 else "two of the answers"
-            raise bad_row(where, f"{names} {what}", reason)
+    """Refuse two answers that are the same tokens; of more than two, those that differ are paired."""
+    if len(answers) == 2 and np.array_equal(*answers):
+        raise bad_row(where, f"chosen and rejected {what}", reason)
 
 
 @dataclass
@@ -278,6 +283,7 @@ class _Sequences:
     prompt_length: int
     answers: list[np.ndarray]
     scored: list[np.ndarray | None]
+    scores: Sequence[float] | None
     where: str
 
     def cut_prompt(self, max_length: int, bos: int | None) -> int:
@@ -311,10 +317,14 @@ class _Sequences:
             raise bad_row(self.where, what, "nothing to score")
         return cuts
 
-    def pairs(self) -> list[TokenPair]:
-        """Pair the best answer with each of the others."""
-        best, scored = self.answers[0], self.scored[0]
-        return [
-            TokenPair(self.prompt_length, best, other, self.where, scored, other_scored)
-            for other, other_scored in zip(self.answers[1:], self.scored[1:], strict=True)
-        ]
+    def pairs(self, pairing: Pairing, ranking: int | None) -> list[TokenPair]:
+        """Pair the answers, see `token_pairs`."""
+        return token_pairs(
+            self.prompt_length,
+            self.answers,
+            self.scores,
+            self.where,
+            pairing=pairing,
+            ranking=ranking,
+            scored=self.scored,
+        )

@@ -98,8 +98,8 @@ class Policy(nn.Module):
         assert tokens.tail is not None
         assert tokens.kept_fraction is not None
         count = (batch.chosen_lengths + batch.rejected_lengths).sum()
-        head = HeadStats(tokens.tail.sum(), tokens.kept_fraction.sum(), count)
-        token_logps = tokens.logps
+        head = HeadStats(batch.spread(tokens.tail).sum(), batch.spread(tokens.kept_fraction).sum(), count)
+        token_logps = batch.spread(tokens.logps)
         plain = sequence_sum(token_logps.flatten(), batch.offsets)
         if self.ld_alpha is None:
             return SequenceLogps(plain, plain, head)

@@ -188,6 +188,8 @@ class Trainer:
             ref_rejected,
             chosen_lengths=batch.chosen_lengths,
             rejected_lengths=batch.rejected_lengths,
+            margins=batch.margins,
+            rankings=batch.rankings,
             num_pairs=num_pairs,
             num_chosen_tokens=num_chosen_tokens,
         )

@@ -19,13 +19,64 @@ def _logistic(margins: Tensor, label_smoothing: float = 0.0) -> Tensor:
     return -(1 - label_smoothing) * F.logsigmoid(margins) - label_smoothing * F.logsigmoid(-margins)
 
 
-def sigmoid_loss(pairs: PairLogps, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """Compute the loss of DPO; with label smoothing that of conservative DPO.
+def sigmoid_loss(pairs: PairLogps, beta: float, label_smoothing: float = 0.0, odpo_alpha: float = 0.0) -> Tensor:
+    """Compute the loss of DPO; with label smoothing that of conservative DPO, with alpha > 0 DPO with an offset (ODPO).
 
-    `-(1 - eps) * logsigmoid(beta * delta) - eps * logsigmoid(-beta * delta)`
-    Source: Rafailov et al. 2023, arXiv:2305.18290, Eq. 7; eps: Mitchell 2023, "A note on DPO with noisy preferences".
+    `x = beta * delta - alpha * margins; -(1 - eps) * logsigmoid(x) - eps * logsigmoid(-x)`
+    Of the paper's two offsets this is the difference of scores itself, not its logarithm: a margin of 0 is plain DPO.
+    Source: Rafailov et al. 2023, arXiv:2305.18290, Eq. 7; eps: Mitchell 2023, "A note on DPO with noisy preferences";
+    alpha: Amini, Vieira and Cotterell 2024, "Direct Preference Optimization with an Offset", arXiv:2402.10571.
     """
-    return _logistic(beta * pairs.delta, label_smoothing)
+    log_odds = beta * pairs.delta
+    if odpo_alpha:
+        log_odds = log_odds - odpo_alpha * pairs.require("margins")
+    return _logistic(log_odds, label_smoothing)
+
+
+def dpop_loss(pairs: PairLogps, beta: float, dpop_lambda: float = 50.0) -> Tensor:
+    """Compute the loss of DPO-Positive: DPO, and a penalty where chosen has become less likely than in the reference.
+
+    `-logsigmoid(beta * (delta - lambda * relu(-chosen_logratios)))`
+    Source: Pal et al. 2024, "Smaug: Fixing Failure Modes of Preference Optimisation with DPO-Positive",
+    arXiv:2402.13228, where lambda is 50 and beta 0.3.
+    """
+    return _logistic(beta * (pairs.delta - dpop_lambda * F.relu(-pairs.chosen_logratios)))
+
+
+def plackett_luce_loss(pairs: PairLogps, beta: float) -> Tensor:
+    """Compute DPO's loss under the Plackett-Luce model: the best answer of a ranking is drawn first, then the next one.
+
+    `r = beta * logratios; L = sum over answers k of -logsigmoid(r_k - logsumexp(r_j for all answers j worse than k))`
+
+    A ranking of K answers is K - 1 pairs with one number in `pairs.rankings`: the best answer as chosen, against each
+    other one as rejected, whose `pairs.margins` (0 without) say how much worse it is. Answers with equal margins are
+    tied: neither counts as worse than the other, so their terms have no part in each other. The last answer has no
+    term. Entry i is the term of rejected answer i, and 1 / (K - 1) of that of the best answer, so a ranking's entries
+    add up to L; with K = 2 they are the sigmoid loss, bit for bit. Costs B^2 numbers.
+
+    Source: Rafailov et al. 2023, arXiv:2305.18290, appendix A.3; Plackett 1975; Luce 1959.
+    """
+    chosen, rejected = pairs.chosen_logratios, pairs.rejected_logratios
+    if pairs.rankings is None:
+        same = torch.eye(len(chosen), dtype=torch.bool, device=chosen.device)
+    else:
+        same = pairs.rankings[:, None] == pairs.rankings
+    margins = torch.zeros_like(rejected) if pairs.margins is None else pairs.margins
+    worse = same & (margins > margins[:, None])
+    best = _first_of(chosen, rejected, same, beta) / same.sum(1)
+    return best + _first_of(rejected, rejected, worse, beta)
+
+
+def _first_of(own: Tensor, others: Tensor, among: Tensor, beta: float) -> Tensor:
+    """Compute -log of the probability [B] that answer i is drawn before all others that `among` [B, B] names in row i.
+
+    0, with a gradient of 0, where it names none.
+    """
+    log_odds = beta * (own[:, None] - others)
+    alone = ~among.any(1)
+    # The log-sum-exp of nothing has the gradient 0 / 0: such a row gets numbers, which do not get out.
+    against = (-log_odds).masked_fill(~among, -math.inf).masked_fill(alone[:, None], 0.0).logsumexp(1)
+    return _logistic(-against).masked_fill(alone, 0.0)
 
 
 def sigmoid_norm_loss(pairs: PairLogps, beta: float, label_smoothing: float = 0.0) -> Tensor:

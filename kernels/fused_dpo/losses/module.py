@@ -9,6 +9,9 @@ from torch import Tensor
 from fused_dpo.losses.pairs import PairLogps, check_label_smoothing
 from fused_dpo.losses.table import LOSSES, loss_spec
 
+_DEFAULTS = {"label_smoothing": 0.0, "simpo_gamma": 0.5, "dpop_lambda": 50.0, "odpo_alpha": 0.0}
+"""What a loss may take beyond pairs and beta, as it is where nobody sets it."""
+
 
 class LossOutput(NamedTuple):
     """What `DPOLoss` returns. `loss` carries the gradient, everything else is detached."""
@@ -33,6 +36,7 @@ class DPOLoss(torch.nn.Module):
     look across pairs and so depend on the micro-batching itself: `aot` and `aot_unpaired` sort within the batch they
     get, and `bco_pair` shifts rewards by their running mean, to which a call in train mode with gradients on first adds
     its own batch. That mean is state, per process: the buffers `reward_shift` and `reward_count`, in `state_dict()`.
+    `plackett_luce` adds up as long as each ranking's pairs are in one call.
 
     Args:
         beta: > 0, applied to log-ratios once; larger keeps the policy closer to the reference.
@@ -41,6 +45,8 @@ class DPOLoss(torch.nn.Module):
         loss_type: a key of `LOSSES`.
         sft_weight: >= 0, weight of the chosen responses' mean token NLL.
         simpo_gamma: >= 0, SimPO's target margin; refused by other losses.
+        dpop_lambda: >= 0, weight of DPO-Positive's penalty, 50 as in its paper; refused by other losses.
+        odpo_alpha: >= 0, weight of the pairs' margins in the sigmoid loss (ODPO), 0 for none; refused by other losses.
 
     Raises:
         ValueError: an argument is out of range, or set although the loss does not use it.
@@ -57,16 +63,20 @@ class DPOLoss(torch.nn.Module):
         *,
         sft_weight: float = 0.0,
         simpo_gamma: float = 0.5,
+        dpop_lambda: float = 50.0,
+        odpo_alpha: float = 0.0,
     ) -> None:
         super().__init__()
         self.spec = loss_spec(loss_type)
         if not 0 < beta < math.inf:
             raise ValueError(f"beta must be > 0 and finite, got {beta}; 0.1 is usual")
-        for name, value in (("sft_weight", sft_weight), ("simpo_gamma", simpo_gamma)):
+        numbers = {"simpo_gamma": simpo_gamma, "dpop_lambda": dpop_lambda, "odpo_alpha": odpo_alpha}
+        for name, value in {"sft_weight": sft_weight, **numbers}.items():
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be >= 0 and finite, got {value}")
         check_label_smoothing(label_smoothing)
-        for name, value, default in (("label_smoothing", label_smoothing, 0.0), ("simpo_gamma", simpo_gamma, 0.5)):
+        for name, value in {"label_smoothing": label_smoothing, **numbers}.items():
+            default = _DEFAULTS[name]
             if value != default and name not in self.spec.options:
                 users = ", ".join(key for key, spec in LOSSES.items() if name in spec.options)
                 raise ValueError(
@@ -77,6 +87,7 @@ class DPOLoss(torch.nn.Module):
             label_smoothing = 1e-3
         self.beta, self.label_smoothing, self.loss_type = beta, label_smoothing, loss_type
         self.sft_weight, self.simpo_gamma = sft_weight, simpo_gamma
+        self.dpop_lambda, self.odpo_alpha = dpop_lambda, odpo_alpha
         if "reward_shift" in self.spec.options:
             self.register_buffer("reward_shift", torch.zeros(()))
             self.register_buffer("reward_count", torch.zeros((), dtype=torch.int64))
@@ -90,6 +101,8 @@ class DPOLoss(torch.nn.Module):
         *,
         chosen_lengths: Tensor | None = None,
         rejected_lengths: Tensor | None = None,
+        margins: Tensor | None = None,
+        rankings: Tensor | None = None,
         num_pairs: float | Tensor | None = None,
         num_chosen_tokens: float | Tensor | None = None,
     ) -> LossOutput:
@@ -99,6 +112,7 @@ class DPOLoss(torch.nn.Module):
             chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, see `PairLogps`. Reference-free
                 losses do not look at references; nothing checks that references are finite.
             chosen_lengths, rejected_lengths: `[B]` scored tokens, for length-normalised losses and the SFT term.
+            margins, rankings: `[B]`, see `PairLogps`: for the sigmoid loss with `odpo_alpha`, and for `plackett_luce`.
             num_pairs: > 0, pairs in the whole optimizer step; B if None.
             num_chosen_tokens: > 0, scored chosen tokens in the whole step; `chosen_lengths.sum()` if None.
 
@@ -107,17 +121,22 @@ class DPOLoss(torch.nn.Module):
             term as it enters the loss, before the weight, so that micro-batches' values add up to the step's.
         """
         pairs = PairLogps(
-            chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, chosen_lengths, rejected_lengths
+            chosen_logps,
+            rejected_logps,
+            ref_chosen_logps,
+            ref_rejected_logps,
+            chosen_lengths,
+            rejected_lengths,
+            margins,
+            rankings,
         )
         with torch.no_grad():
             scores = (pairs.chosen_logratios, pairs.rejected_logratios) if self.spec.reference else pairs.mean_logps
             chosen_rewards, rejected_rewards = (self.beta * score for score in scores)
-        options: dict[str, float | Tensor] = {"label_smoothing": self.label_smoothing, "simpo_gamma": self.simpo_gamma}
-        if "reward_shift" in self.spec.options:
-            if self.training and torch.is_grad_enabled():
-                self._observe(torch.cat((chosen_rewards, rejected_rewards)))
-            options["reward_shift"] = self.reward_shift
-        losses = self.spec.function(pairs, self.beta, **{name: options[name] for name in self.spec.options})
+        if "reward_shift" in self.spec.options and self.training and torch.is_grad_enabled():
+            self._observe(torch.cat((chosen_rewards, rejected_rewards)))
+        options = {name: getattr(self, name) for name in self.spec.options}
+        losses = self.spec.function(pairs, self.beta, **options)
 
         B = max(len(chosen_logps), 1)
         loss = losses.sum() / _count("num_pairs", B if num_pairs is None else num_pairs)

@@ -1,4 +1,4 @@
-"""What a loss may look at: log-probs and lengths of preference pairs."""
+"""What a loss may look at: log-probs, lengths, margins and rankings of preference pairs."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class PairLogps:
-    """What a loss may look at: log-probs and lengths of B preference pairs, one value per pair.
+    """What a loss may look at: log-probs, lengths, margins and rankings of B preference pairs, one value per pair.
 
     Raises:
         ValueError: a shape is not `[B]`, or a loss asks for a field that is None.
@@ -24,6 +24,11 @@ class PairLogps:
     chosen_lengths: Tensor | None = None
     """[B], int or float: scored tokens; only length-normalised losses and the SFT term ask for them."""
     rejected_lengths: Tensor | None = None
+    margins: Tensor | None = None
+    """[B] fp32 or float64, >= 0: by how much chosen scored better than rejected; 0 where nobody scored them."""
+    rankings: Tensor | None = None
+    """[B] integers: pairs with the same number have the same chosen response, the best of a ranking, and rejected ones
+    that `margins` rank. None: every pair is a ranking of two."""
 
     def __post_init__(self) -> None:
         shape = list(self.chosen.shape)
@@ -37,7 +42,10 @@ class PairLogps:
                     f"{name} must have shape [B] = {shape} to match chosen, got {list(value.shape)}; "
                     "pass one value per pair, chosen and rejected apart"
                 )
-            if not name.endswith("lengths") and value.dtype not in (torch.float32, torch.float64):
+            if name == "rankings":
+                if value.is_floating_point():
+                    raise TypeError(f"rankings must be integers, got {value.dtype}; number the ranked rows")
+            elif not name.endswith("lengths") and value.dtype not in (torch.float32, torch.float64):
                 raise TypeError(
                     f"{name} must be float32 or float64, got {value.dtype}; a margin is a small difference of large "
                     "numbers, so sum the token log-probs in float32"
@@ -50,6 +58,8 @@ class PairLogps:
             way_out = "pass the reference's log-probs of both sides, or take a reference-free loss (simpo, orpo)"
             if name.endswith("lengths"):
                 way_out = "pass the number of scored tokens of each sequence"
+            if name == "margins":
+                way_out = "pass the difference of the scores of each pair, 0 where there are none"
             raise ValueError(f"{name} is None, but this loss needs it; {way_out}")
         return value
 

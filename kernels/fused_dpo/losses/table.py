@@ -13,12 +13,14 @@ from fused_dpo.losses.functions import (
     apo_zero_loss,
     bco_pair_loss,
     discopop_loss,
+    dpop_loss,
     exo_pair_loss,
     hinge_loss,
     ipo_loss,
     ipo_norm_loss,
     nca_pair_loss,
     orpo_loss,
+    plackett_luce_loss,
     robust_loss,
     sigmoid_loss,
     sigmoid_norm_loss,
@@ -39,10 +41,12 @@ class LossSpec:
     """Whether it compares the policy with a reference."""
     across_pairs: bool = False
     """Whether it compares pairs with each other, so that it matters which are evaluated together."""
+    ranked: bool = False
+    """Whether it compares all answers of a ranking, so that its pairs must be evaluated together."""
 
 
 LOSSES: dict[str, LossSpec] = {
-    "sigmoid": LossSpec(sigmoid_loss, ("label_smoothing",)),
+    "sigmoid": LossSpec(sigmoid_loss, ("label_smoothing", "odpo_alpha")),
     "hinge": LossSpec(hinge_loss),
     "ipo": LossSpec(ipo_loss),
     "ipo_norm": LossSpec(ipo_norm_loss),
@@ -56,6 +60,8 @@ LOSSES: dict[str, LossSpec] = {
     "aot": LossSpec(aot_loss, ("label_smoothing",), across_pairs=True),
     "aot_unpaired": LossSpec(aot_unpaired_loss, ("label_smoothing",), across_pairs=True),
     "discopop": LossSpec(discopop_loss),
+    "dpop": LossSpec(dpop_loss, ("dpop_lambda",)),
+    "plackett_luce": LossSpec(plackett_luce_loss, ranked=True),
     "sigmoid_norm": LossSpec(sigmoid_norm_loss, ("label_smoothing",)),
     "simpo": LossSpec(simpo_loss, ("label_smoothing", "simpo_gamma"), reference=False),
     "orpo": LossSpec(orpo_loss, reference=False),

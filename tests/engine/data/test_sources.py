@@ -335,8 +335,8 @@ class TestFormats:
             ),
             (
                 {"prompt": [user("a")], "chosen": "b", "rejected": []},
-                "empty messages",
-                '"rejected" must hold at least one message, got an empty list',
+                "fewer than two answers",
+                '"rejected" must hold at least one answer, got an empty list',
             ),
             (
                 {**STRINGS, "rejected": STRINGS["chosen"]},

@@ -67,6 +67,21 @@ EXAMPLES = {
         [BLUE],
         [RED],
     ),
+    "NeMo": Example(
+        {
+            "context": [COLOUR],
+            "completions": [{"rank": 1, "completion": [RED]}, {"rank": 0, "completion": [BLUE]}],
+        },
+        [COLOUR],
+        [BLUE],
+        [RED],
+    ),
+    "several rejected": Example(
+        {"prompt": "2 + 2 =", "chosen": " 4", "rejected": [" 5", " 22"]}, "2 + 2 =", " 4", " 22"
+    ),
+    "answers with scores": Example(
+        {"prompt": "2 + 2 =", "responses": [" 22", " 4"], "scores": [1.5, 9]}, "2 + 2 =", " 4", " 22"
+    ),
 }
 
 

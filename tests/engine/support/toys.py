@@ -133,11 +133,11 @@ def own_logps(model: Any, pairs: Sequence[TokenPair]) -> Tensor:
     """Log-probs [2B] by the model's own forward and full logits, one sequence at a time."""
     sums = []
     for pair in pairs:
-        for ids in (pair.chosen_ids, pair.rejected_ids):
+        for ids, positions in pair.sides:
             tokens = torch.from_numpy(ids.astype(np.int64))
             logits = model(input_ids=tokens[None], use_cache=False).logits[0, :-1]
             token_logps = logits.double().log_softmax(-1).gather(1, tokens[1:, None])[:, 0]
-            sums.append(token_logps[pair.prompt_length - 1 :].sum())
+            sums.append(token_logps[positions - 1].sum())
     return torch.stack(sums)
 
 
@@ -182,8 +182,9 @@ def any_pairs(draw) -> list[TokenPair]:
     ):
         other = [1 - prompt[0], *prompt[1:]] if odd == 0 else prompt
         sides = (np.array(prompt + chosen, np.int32), np.array(other + rejected, np.int32))
-        scored = [np.arange(len(prompt), len(ids), step) if step else None for ids in sides]
-        pairs.append(TokenPair(len(prompt), *sides, f"x:{len(pairs) + 1}", *scored))
+        some = [np.arange(len(prompt), len(ids), step) if step else None for ids in sides]
+        where = f"x:{len(pairs) + 1}"
+        pairs.append(TokenPair(len(prompt), *sides, where, chosen_scored=some[0], rejected_scored=some[1]))
     return pairs
 
 

@@ -63,6 +63,10 @@ EQUATIONS = {
     "discopop": lambda a, b, c, r, n, m, beta, e: discopop(beta * (a - b)),
     "sigmoid_norm": lambda a, b, c, r, n, m, beta, e: smoothed(beta * (a / n - b / m), e),
     "simpo": lambda a, b, c, r, n, m, beta, e: smoothed(beta * c / n - beta * r / m - 0.5, e),
+    "dpop": lambda a, b, c, r, n, m, beta, e: -math.log(sigma(beta * (a - b - 50 * max(0.0, -a)))),
+    "plackett_luce": lambda a, b, c, r, n, m, beta, e: (
+        -math.log(math.exp(beta * a) / (math.exp(beta * a) + math.exp(beta * b)))
+    ),
     "orpo": lambda a, b, c, r, n, m, beta, e: -beta * math.log(sigma(log_odds(c / n) - log_odds(r / m))),
 }
 
@@ -86,16 +90,17 @@ def example(dtype: torch.dtype = torch.float64) -> PairLogps:
 
 
 def run(module: DPOLoss, pairs: PairLogps, rows: slice = slice(None), **counts: float | torch.Tensor) -> LossOutput:
-    values = [None if value is None else value[rows] for value in vars(pairs).values()]
-    chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths = values
-    assert chosen is not None
-    assert rejected is not None
-    lengths = {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}
-    return module(chosen, rejected, ref_chosen, ref_rejected, **lengths, **counts)
+    values = {name: None if value is None else value[rows] for name, value in vars(pairs).items()}
+    logps = [values.pop(name) for name in ("chosen", "rejected", "ref_chosen", "ref_rejected")]
+    return module(*logps, **values, **counts)
 
 
 def random_pairs(B: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> PairLogps:
     generator = torch.Generator().manual_seed(seed)
     logps = [-0.1 - 8 * torch.rand(B, generator=generator, dtype=dtype) for _ in range(4)]
     lengths = [torch.randint(1, 9, (B,), generator=generator) for _ in range(2)]
-    return PairLogps(logps[0].requires_grad_(), logps[1].requires_grad_(), logps[2], logps[3], *lengths)
+    margins = torch.rand(B, generator=generator, dtype=dtype)
+    rankings = torch.arange(B)  # each pair is one of its own
+    return PairLogps(
+        logps[0].requires_grad_(), logps[1].requires_grad_(), logps[2], logps[3], *lengths, margins, rankings
+    )

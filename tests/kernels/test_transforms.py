@@ -167,8 +167,8 @@ def test_gradients_of_every_pair() -> None:
 
     got = torch.func.vmap(torch.func.grad(loss, (0, 1)), (None, 0, 0))(problem.weight, hidden, labels)
     for i in (0, 1):
-        leaves = [tensor.clone().requires_grad_() for tensor in (problem.weight, hidden[i])]
-        truth = torch.autograd.grad(loss(*leaves, labels[i], "streaming"), leaves)
+        weight, states = problem.weight.clone().requires_grad_(), hidden[i].clone().requires_grad_()
+        truth = torch.autograd.grad(loss(weight, states, labels[i], "streaming"), (weight, states))
         for name, a, b in zip(("weight", "hidden"), got, truth, strict=True):
             assert_close(name, a[i], b, FLOAT64_GRADIENTS)
 
@@ -201,7 +201,8 @@ def test_functional_call_is_no_transform(impl: str | None) -> None:
     got = torch.func.functional_call(Head(5, 11, bias=False), {"weight": weight}, (problem.hidden,))
     truth = naive_logps(replace(problem, weight=weight))
     assert_close("logps", got, truth, FLOAT64_LOGPS)
-    assert_close("dweight", *(torch.autograd.grad(logps.sum(), weight)[0] for logps in (got, truth)), FLOAT64_GRADIENTS)
+    got_grad, true_grad = (torch.autograd.grad(logps.sum(), weight)[0] for logps in (got, truth))
+    assert_close("dweight", got_grad, true_grad, FLOAT64_GRADIENTS)
 
 
 @pytest.mark.usefixtures("_fresh_compiler")

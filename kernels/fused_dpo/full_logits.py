@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 from torch.func import debug_unwrap
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -25,7 +26,7 @@ def get_batch_logps(logits: Tensor, labels: Tensor, average_log_prob: bool = Fal
         TypeError: logits are not floating point, or labels are.
 
     Memory: scored rows become fp32 one sequence at a time, and once more in the backward; never all logits at once,
-    but in transforms of `torch.func`, which keep them.
+    but in transforms of `torch.func` and forward mode, which keep them.
     One host sync for each sequence, and one to check the labels.
     """
     if logits.ndim != 3 or labels.shape != logits.shape[:2]:
@@ -51,8 +52,9 @@ def get_batch_logps(logits: Tensor, labels: Tensor, average_log_prob: bool = Fal
 
 
 def _checkpointed_sequence_logp(logits: Tensor, labels: Tensor, scored: Tensor) -> Tensor:
-    # torch.func's gradients take no hooks on saved tensors, which a checkpoint is made of.
-    if not torch.compiler.is_compiling() and debug_unwrap(logits) is not logits:
+    # torch.func's gradients take no hooks on saved tensors, of which a checkpoint is made, nor forward mode in 2.11.
+    in_func = not torch.compiler.is_compiling() and debug_unwrap(logits) is not logits
+    if in_func or unpack_dual(logits).tangent is not None:
         return _sequence_logp(logits, labels, scored)
     return checkpoint(  # pyright: ignore[reportReturnType]
         _sequence_logp, logits, labels, scored, use_reentrant=False, preserve_rng_state=False

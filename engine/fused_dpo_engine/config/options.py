@@ -245,7 +245,7 @@ class RunOptions:
     early_stopping_patience: int = 0
     """Stop after so many evaluations in a row without a better best-metric; 0: never."""
     report_to: tuple[ReportTo, ...] = ("tensorboard",)
-    """Where curves go beside metrics.jsonl, one or several: tensorboard, wandb, trackio (these two are extras); or none.
+    """Where curves go beside metrics.jsonl, one or several: tensorboard, wandb, trackio (two extras); or none.
     The run has the output folder's name, in the project fused-dpo or what WANDB_PROJECT says."""
 
     def __post_init__(self) -> None:

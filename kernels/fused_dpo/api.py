@@ -13,6 +13,7 @@ from fused_dpo.ops.token_logps import nothing_filtered, token_logps
 from fused_dpo.options import KernelOptions
 from fused_dpo.oracle import reference_token_logps
 from fused_dpo.stats import FilterStats, TokenStats
+from fused_dpo.transforms import refuse_transforms
 from fused_dpo.validation import Scoring, check_scoring, choose_filter_eps, choose_implementation
 
 _SOFTMAX_STATS = frozenset(TokenStats._fields)
@@ -85,7 +86,8 @@ def fused_dpo_logps(
         ValueError: shapes, devices or values that do not fit, labels outside `[0, V)` (found at once on a CPU or with
             `FUSED_DPO_DEBUG=1`; on an accelerator the sequence's log-prob is NaN instead, to spare a synchronisation).
         TypeError: dtypes that do not fit.
-        NotImplementedError: sharded weights, and double backward.
+        NotImplementedError: sharded weights; and, but for `impl="reference"`, double backward, forward-mode derivatives
+            and what `torch.func` differentiates. `vmap` without gradients works: one call of a kernel for each element.
 
     Numerics:
         Logits are accumulated and exponentiated in fp32, never rounded below; sums over a sequence are taken in
@@ -180,9 +182,12 @@ def _score(
 ) -> tuple[Scoring, Tensor, TokenStats | None, FilterStats]:
     """Compute flat per-token log-probs [T] by the implementation that the options name."""
     options = options or KernelOptions()
+    head = lm_head if isinstance(lm_head, LMHead) else LMHead(lm_head)
+    if options.impl != "reference":
+        refuse_transforms((hidden_states, *head.differentiable))
     scoring = check_scoring(
         hidden_states,
-        lm_head,
+        head,
         labels,
         cu_seqlens=cu_seqlens,
         shift=shift,

@@ -2,6 +2,8 @@
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
+from torch.func import debug_unwrap
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -23,7 +25,8 @@ def get_batch_logps(logits: Tensor, labels: Tensor, average_log_prob: bool = Fal
         ValueError: shapes do not match, or a label is neither in `[0, V)` nor `ignore_index`.
         TypeError: logits are not floating point, or labels are.
 
-    Memory: scored rows become fp32 one sequence at a time, and once more in the backward; never all logits at once.
+    Memory: scored rows become fp32 one sequence at a time, and once more in the backward; never all logits at once,
+    but in transforms of `torch.func` and forward mode, which keep them.
     One host sync for each sequence, and one to check the labels.
     """
     if logits.ndim != 3 or labels.shape != logits.shape[:2]:
@@ -43,9 +46,19 @@ def get_batch_logps(logits: Tensor, labels: Tensor, average_log_prob: bool = Fal
         )
     # unbind, not indexing: its backward stacks B gradients once instead of adding up B full-size ones.
     rows = zip(logits.unbind(0), labels.unbind(0), scored.unbind(0), strict=True)
-    logps = [checkpoint(_sequence_logp, *row, use_reentrant=False, preserve_rng_state=False) for row in rows]
+    logps = [_checkpointed_sequence_logp(*row) for row in rows]
     sums = torch.stack(logps) if logps else logits.sum((1, 2), dtype=_wide(logits))
     return sums / scored[:, 1:].sum(1).clamp(min=1) if average_log_prob else sums
+
+
+def _checkpointed_sequence_logp(logits: Tensor, labels: Tensor, scored: Tensor) -> Tensor:
+    # torch.func's gradients take no hooks on saved tensors, of which a checkpoint is made, nor forward mode in 2.11.
+    in_func = not torch.compiler.is_compiling() and debug_unwrap(logits) is not logits
+    if in_func or unpack_dual(logits).tangent is not None:
+        return _sequence_logp(logits, labels, scored)
+    return checkpoint(  # pyright: ignore[reportReturnType]
+        _sequence_logp, logits, labels, scored, use_reentrant=False, preserve_rng_state=False
+    )
 
 
 def _sequence_logp(logits: Tensor, labels: Tensor, scored: Tensor) -> Tensor:

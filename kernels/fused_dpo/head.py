@@ -40,6 +40,12 @@ class LMHead:
     process_group: Any = None
     """Reserved for a head whose vocabulary is split over ranks; anything but None is refused."""
 
+    @property
+    def differentiable(self) -> tuple[Tensor | None, ...]:
+        """Weight, bias, and both factors of the adapter."""
+        a, b, _ = self.lora or (None, None, 0.0)
+        return self.weight, self.bias, a, b
+
 
 class HeadInputs(NamedTuple):
     """What every forward takes, and its backward again."""

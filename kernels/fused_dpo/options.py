@@ -15,9 +15,9 @@ class KernelOptions:
 
     impl: str | None = None
     """`"triton"` (CUDA), `"library"` (CUDA: the same kernels on products that the library's matmul computes 32 MiB at a
-    time), `"streaming"` (vocabulary slices in torch, any device), `"reference"` (full logits, the
-    oracle, differentiable any number of times), or None: triton on CUDA, streaming elsewhere, for float64 and where
-    triton is not installed. A named implementation is never replaced silently."""
+    time), `"streaming"` (vocabulary slices in torch, any device), `"reference"` (full logits, the oracle,
+    differentiable any number of times, in forward mode and by `torch.func`), or None: triton on CUDA, streaming
+    elsewhere, for float64 and where triton is not installed. A named implementation is never replaced silently."""
     workspace_mib: int = 128
     """Bound on temporary memory in MiB, beyond the per-row state (a few numbers a token) and the fp32 accumulator of
     the hidden states' gradient (4 bytes x scored tokens x D). One slice of the head with its gradient and one tile of

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from fused_dpo.head import LMHead
 from fused_dpo.stats import TokenStats
+from fused_dpo.transforms import is_batched
 
 
 def reference_token_logps(
@@ -21,9 +22,11 @@ def reference_token_logps(
     Memory: about 4 x R x V numbers in fp32 with gradients. For tests and small problems.
     """
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    rows = (target >= 0).nonzero().squeeze(1) if row_index is None else row_index
+    rows = _rows_to_compute(target) if row_index is None else row_index
     V = head.weight.shape[0]
-    h = hidden[rows].to(dtype)
+    row_target = target[rows]
+    not_scored = row_target < 0
+    h = hidden[rows].masked_fill(not_scored[:, None], 0).to(dtype)
     # Rounded to the compute dtype first: under autocast a fp32 weight takes part as its half-precision value.
     logits = h @ head.weight.to(hidden.dtype).to(dtype).T
     if head.lora is not None:
@@ -36,9 +39,8 @@ def reference_token_logps(
         logits = head.softcap * torch.tanh(logits / head.softcap)
     logits = logits / head.temperature
 
-    row_target = target[rows]
     logps = F.log_softmax(logits, dim=-1)
-    picked = logps.gather(1, row_target.clamp(max=V - 1)[:, None]).squeeze(1)
+    picked = logps.gather(1, row_target.clamp(0, V - 1)[:, None]).squeeze(1)
     picked = picked.masked_fill(row_target >= V, torch.nan)
 
     detached = logps.detach()
@@ -48,7 +50,14 @@ def reference_token_logps(
 
     def spread(values: Tensor) -> Tensor:
         """Put values of scored rows back among all rows, 0 elsewhere."""
-        return values.new_zeros(target.shape).index_copy(0, rows, values)
+        return values.new_zeros(target.shape).index_copy(0, rows, values.masked_fill(not_scored, 0))
 
     # Adding an empty slice's sum keeps the result attached to the graph when no row is scored.
     return spread(picked) + hidden[:0].sum().to(dtype), TokenStats(*map(spread, stats))
+
+
+def _rows_to_compute(target: Tensor) -> Tensor:
+    """Find the scored rows; all of them where `vmap` runs over targets, as their number may differ."""
+    if is_batched(target):
+        return torch.arange(target.shape[0], device=target.device)
+    return (target >= 0).nonzero().squeeze(1)

@@ -9,6 +9,7 @@ from torch import Tensor
 from fused_dpo.hardware import HAS_TRITON
 from fused_dpo.head import LMHead, LowRankAdapter
 from fused_dpo.options import KernelOptions
+from fused_dpo.transforms import is_transformed
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """What can be computed in, on every device."""
@@ -46,15 +47,17 @@ def check_scoring(
     """Validate a call of `fused_dpo_logps` or `fused_token_logps` and align its labels.
 
     Values on the device (labels, offsets) are checked where that costs no synchronisation, that is on the CPU, and
-    everywhere with `FUSED_DPO_DEBUG=1`; elsewhere an invalid label makes its log-prob NaN.
+    everywhere with `FUSED_DPO_DEBUG=1`; elsewhere, and in function transforms, an invalid label makes its log-prob NaN.
     """
     head = lm_head if isinstance(lm_head, LMHead) else LMHead(lm_head)
     packed = _check_shapes(hidden_states, head, labels, cu_seqlens)
+    tensors = (hidden_states, *head.differentiable, labels, cu_seqlens, row_index)
+    look = _values_are_free([tensor for tensor in tensors if tensor is not None])
     hidden = _to_compute_dtype(hidden_states, head)
     T, V = labels.numel(), head.weight.shape[0]
     if packed:
         assert cu_seqlens is not None
-        if _values_are_free(cu_seqlens):
+        if look:
             _check_offsets(cu_seqlens, T)
         offsets = cu_seqlens.to(torch.int64)
     else:
@@ -63,9 +66,9 @@ def check_scoring(
     aligned = labels.reshape(T).to(torch.int64)
     if shift:
         aligned = _shift(aligned, offsets, ignore_index)
-    target = _check_targets(aligned, V, ignore_index)
+    target = _check_targets(aligned, V, ignore_index, look)
     if row_index is not None:
-        _check_row_index(row_index, target)
+        _check_row_index(row_index, target, look)
         chosen = target[row_index]
         target = torch.full_like(target, NOT_SCORED).index_copy(0, row_index, chosen)
     return Scoring(hidden.reshape(T, hidden.shape[-1]), target, offsets, labels.shape, _check_head(head, hidden.device))
@@ -217,11 +220,14 @@ def _check_head(head: LMHead, device: torch.device) -> LMHead:
     )
 
 
-def _values_are_free(tensor: Tensor) -> bool:
-    """Tell whether looking at the values costs nothing worth mentioning: no synchronisation, no graph break."""
-    if torch.compiler.is_compiling():
+def _values_are_free(tensors: list[Tensor]) -> bool:
+    """Tell whether looking at values costs nothing worth mentioning: no synchronisation, no graph break.
+
+    In `vmap` and `torch.func.linearize` nobody can look.
+    """
+    if torch.compiler.is_compiling() or any(is_transformed(tensor) for tensor in tensors):
         return False
-    return tensor.device.type == "cpu" or os.environ.get("FUSED_DPO_DEBUG") == "1"
+    return tensors[0].device.type == "cpu" or os.environ.get("FUSED_DPO_DEBUG") == "1"
 
 
 def _check_offsets(cu_seqlens: Tensor, T: int) -> None:
@@ -241,10 +247,10 @@ def _shift(labels: Tensor, offsets: Tensor, ignore_index: int) -> Tensor:
     return following.masked_fill(starts_sequence[1:], ignore_index)
 
 
-def _check_targets(aligned: Tensor, V: int, ignore_index: int) -> Tensor:
+def _check_targets(aligned: Tensor, V: int, ignore_index: int, look: bool) -> Tensor:
     ignored = aligned == ignore_index
     invalid = ~ignored & ((aligned < 0) | (aligned >= V))
-    if _values_are_free(aligned) and bool(invalid.any()):
+    if look and bool(invalid.any()):
         row = int(invalid.nonzero()[0])
         raise ValueError(
             f"labels must lie in [0, V) = [0, {V}) or be ignore_index = {ignore_index}, got {int(aligned[row])} for "
@@ -253,13 +259,13 @@ def _check_targets(aligned: Tensor, V: int, ignore_index: int) -> Tensor:
     return aligned.masked_fill(invalid, V).masked_fill(ignored, NOT_SCORED)
 
 
-def _check_row_index(row_index: Tensor, target: Tensor) -> None:
+def _check_row_index(row_index: Tensor, target: Tensor, look: bool) -> None:
     if row_index.ndim != 1 or row_index.dtype != torch.int64 or row_index.device != target.device:
         raise ValueError(
             f"row_index must be int64 [R] on {target.device}, got {row_index.dtype} {list(row_index.shape)} on "
             f"{row_index.device}."
         )
-    if _values_are_free(row_index) and row_index.numel():
+    if look and row_index.numel():
         low, high = int(row_index.min()), int(row_index.max())
         if low < 0 or high >= target.numel() or bool((row_index.diff() <= 0).any()):
             raise ValueError(f"row_index must ascend within [0, T) = [0, {target.numel()}), got {low}..{high}.")

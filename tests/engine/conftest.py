@@ -30,7 +30,7 @@ def toy_settings(tiny_llama: Path, toy_data: Path) -> dict[str, Any]:
         "learning_rate": 1e-3,
         "dtype": "float32",
         "device": "cpu",
-        "tensorboard": False,
+        "report_to": "none",
     }
 
 

@@ -26,6 +26,7 @@ from fused_dpo_engine.reference.scoring import score_run
 from fused_dpo_engine.reports.tables import summary_table
 from fused_dpo_engine.training.run_folder import check_output, open_output, write
 from fused_dpo_engine.training.summary import Summary
+from fused_dpo_engine.training.trackers import check_trackers
 from fused_dpo_engine.training.trainer import Trainer
 
 
@@ -48,6 +49,7 @@ def train(config: TrainConfig) -> Summary:
     output = Path(config.run.output).expanduser()
     refuse_overlap(config.run.output, config.inputs)
     check_output(output, config.run.overwrite)
+    check_trackers(config.run.report_to)
     if warning := dtype_warning(config.model, device):
         console.print(warning)
     tokenizer = load_tokenizer(config.model.model, config.model)

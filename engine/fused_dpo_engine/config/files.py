@@ -64,7 +64,8 @@ def _unfit(value: Any, kind: Any) -> str:
     parts = get_args(kind)
     if get_origin(kind) is tuple:
         items = value if isinstance(value, list) else [value]
-        return "a list of texts" if any(_unfit(item, parts[0]) for item in items) else ""
+        wanted = next(filter(None, (_unfit(item, parts[0]) for item in items)), "")
+        return "a list of texts" if wanted == "a text" else f"a list, each {wanted}" if wanted else ""
     if get_origin(kind) is Literal:
         return "" if value in parts else f"one of {', '.join(parts)}"
     if kind is bool:

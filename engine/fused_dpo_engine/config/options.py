@@ -11,6 +11,7 @@ from fused_dpo_engine.errors import UserError
 
 Score = Literal["assistant", "last", "all"]
 Pairing = Literal["best", "all"]
+ReportTo = Literal["tensorboard", "wandb", "trackio", "none"]
 BestMetric = Literal["eval_loss", "eval_rewards/accuracies", "eval_rewards/margins"]
 
 
@@ -267,8 +268,9 @@ class RunOptions:
     """Metric by which best/ is chosen (the lowest loss, or the highest accuracy or margin)."""
     early_stopping_patience: int = 0
     """Stop after so many evaluations in a row without a better best-metric; 0: never."""
-    tensorboard: bool = True
-    """Write TensorBoard curves to output/tensorboard."""
+    report_to: tuple[ReportTo, ...] = ("tensorboard",)
+    """Where curves go beside metrics.jsonl, one or several: tensorboard, wandb, trackio (two extras); or none.
+    The run has the output folder's name, in the project fused-dpo or what WANDB_PROJECT says."""
 
     def __post_init__(self) -> None:
         for name, least in (("pairs_per_step", 1), ("eval_steps", 0), ("save_steps", 0)):
@@ -277,4 +279,12 @@ class RunOptions:
         require(self.max_steps is None or self.max_steps >= 1, f"max-steps must be at least 1, got {self.max_steps}.")
         require(0 < self.epochs < math.inf, f"epochs must be positive and finite, got {self.epochs}.")
         require(0 <= self.seed < 2**63, f"seed must lie in [0, 2^63), got {self.seed}.")
+        require(
+            0 < len(set(self.report_to)) == len(self.report_to),
+            f"report-to must name each tracker once, or none, got {' '.join(self.report_to) or 'nothing'}.",
+        )
+        require(
+            "none" not in self.report_to or len(self.report_to) == 1,
+            f"report-to none goes with no other tracker, got {' '.join(self.report_to)}.",
+        )
         require(self.early_stopping_patience >= 0, "early-stopping-patience must not be negative.")

@@ -1,4 +1,4 @@
-"""What is measured, and where it is written: sums on the device, token slots, metrics.jsonl, TensorBoard, memory."""
+"""What is measured, and where it is written: sums on the device, token slots, metrics.jsonl, trackers, memory."""
 
 import contextlib
 import json
@@ -11,8 +11,10 @@ from torch import Tensor
 
 from fused_dpo import LossOutput
 from fused_dpo_engine.batching.batch import PairBatch
+from fused_dpo_engine.config.commands import TrainConfig
 from fused_dpo_engine.errors import SaveError
 from fused_dpo_engine.model.policy import HeadStats
+from fused_dpo_engine.training.trackers import Trackers
 
 
 class PairMetrics:
@@ -103,15 +105,11 @@ class SlotMetrics:
 
 
 class MetricsWriter:
-    """Appends one JSON object a step to metrics.jsonl, each line complete once written, and feeds TensorBoard."""
+    """Appends one JSON object a step to metrics.jsonl, each line complete once written, and feeds the trackers."""
 
-    def __init__(self, folder: Path, *, tensorboard: bool) -> None:
+    def __init__(self, folder: Path, config: TrainConfig) -> None:
         self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-        self._board = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(folder / "tensorboard"))
+        self._trackers = Trackers(config.run.report_to, folder, json.loads(config.as_json()))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record a step's metrics.
@@ -127,21 +125,18 @@ class MetricsWriter:
         self.plot(step, metrics)
 
     def plot(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Feed TensorBoard alone."""
-        if self._board is not None:
-            for name, value in metrics.items():
-                self._board.add_scalar(_tag(name), value, step)
+        """Feed the trackers alone."""
+        self._trackers.log({_tag(name): value for name, value in metrics.items()}, step)
 
     def close(self) -> None:
-        """Finish both files; what could not be written has raised its error before."""
+        """Finish the file and the trackers; what could not be written has raised its error before."""
         with contextlib.suppress(OSError):
             self._file.close()
-        if self._board is not None:
-            self._board.close()
+        self._trackers.finish()
 
 
 def _tag(name: str) -> str:
-    """Tell where TensorBoard shows a metric: those without a group of their own under train or eval."""
+    """Tell where trackers show a metric: those without a group of their own under train or eval."""
     if "/" in name:
         return name
     return f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"

@@ -69,7 +69,11 @@ class Trainer:
             SaveError: model/ or best/ could not be written; what was there before still is.
         """
         run = self.config.run
-        writer = MetricsWriter(self.output, tensorboard=run.tensorboard)
+        try:
+            writer = MetricsWriter(self.output, self.config)
+        except BaseException as error:  # trackers may ask for a login, or wait for a network
+            self.summary.stopped = self._reason(error)
+            raise
         bar = tqdm(
             total=self.total_steps, desc="training", unit="step", mininterval=0.1 if sys.stderr.isatty() else 10.0
         )

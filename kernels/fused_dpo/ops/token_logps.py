@@ -86,7 +86,7 @@ class Arguments(NamedTuple):
     @property
     def differentiable(self) -> tuple[Tensor | None, ...]:
         """The arguments that `Needs` is about."""
-        return self.hidden, self.weight, self.bias, self.lora_a, self.lora_b
+        return self.hidden, *self.head.differentiable
 
 
 _TENSORS = Arguments._fields.index("lora_scale")

@@ -67,7 +67,7 @@ class TestCommandLine:
             ("dtype", "bfloat16"),
             ("lora_target_modules", ("q_proj", "v_proj")),
             ("gradient_checkpointing", True),
-            ("tensorboard", False),
+            ("report_to", ("wandb", "trackio")),
             ("max_length", 100),
             ("packing", False),
             ("prefix_sharing", False),
@@ -123,7 +123,7 @@ class TestConfigFile:
             tokens-per-batch: 4096
             max_steps: 12
             gradient-checkpointing: true
-            tensorboard: false
+            report-to: [tensorboard, wandb]
             eval_data: null
             lora-target-modules: [q_proj, v_proj]
             """,
@@ -134,7 +134,7 @@ class TestConfigFile:
             tokens_per_batch=4096,
             max_steps=12,
             gradient_checkpointing=True,
-            tensorboard=False,
+            report_to=("tensorboard", "wandb"),
             lora_target_modules=("q_proj", "v_proj"),
         )
         assert config == expected
@@ -215,6 +215,7 @@ class TestConfigFile:
             ("model: {path: x}\n", "model must be a text, got {'path': 'x'}"),
             ("ref_model: {path: x}\n", "ref_model must be a text, got {'path': 'x'}"),
             ("lora_target_modules: [a, [b]]\n", "lora_target_modules must be a list of texts"),
+            ("report_to: [wandb, mlflow]\n", "report_to must be a list, each one of tensorboard, wandb, trackio, none"),
             ("dtype: float16\n", "dtype must be one of auto, float32, bfloat16, got 'float16'"),
         ],
     )

@@ -41,7 +41,13 @@ class TestFiles:
     @staticmethod
     def run(tmp_path_factory, toy_settings) -> Run:
         output = tmp_path_factory.mktemp("runs") / "new" / "run"
-        settings = {**toy_settings, "output": output, "tensorboard": True, "eval_fraction": 0.25, "eval_steps": 2}
+        settings = {
+            **toy_settings,
+            "output": output,
+            "report_to": "tensorboard",
+            "eval_fraction": 0.25,
+            "eval_steps": 2,
+        }
         return Run(output, train(parse("train", options(**settings))))
 
     def test_what_is_there(self, run):
@@ -144,7 +150,7 @@ class TestSaving:
         assert saved == [("model", 2), ("model", 4), ("model", 5)]
 
     def test_overwrite_replaces_the_files_of_the_run_alone(self, train_tiny):
-        first = train_tiny(eval_fraction=0.25, tensorboard=True)
+        first = train_tiny(eval_fraction=0.25, report_to="tensorboard")
         notes = [
             first.output / name for name in ("notes.txt", "model/notes.txt", "best/sub/notes.txt", "tensorboard/n")
         ]
@@ -152,7 +158,7 @@ class TestSaving:
             path.parent.mkdir(exist_ok=True)
             path.write_text("mine")
         events = set((first.output / "tensorboard").glob("events*"))
-        again = train_tiny(overwrite=True, max_steps=2, tensorboard=True)
+        again = train_tiny(overwrite=True, max_steps=2, report_to="tensorboard")
         assert [line["step"] for line in again.metrics] == [1, 2]
         assert {path.name for path in (again.output / "best").rglob("*")} == {"sub", "notes.txt"}
         assert not events & set((again.output / "tensorboard").glob("events*"))

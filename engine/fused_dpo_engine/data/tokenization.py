@@ -1,27 +1,22 @@
-"""Preference rows to token pairs: where the prompt ends, which tokens are scored, what was cut or left out.
-
-The boundary is found on tokens, not on text: both sequences are tokenized whole, and the prompt is what they (and the
-prompt tokenized alone) have in common. So a token that merges across prompt and response is scored in full, and the
-prompt tokens are the same in both sequences, which lets the trainer compute them once.
-"""
+"""Preference rows to token pairs: rows parsed, rendered and encoded in batches, and a report of what became of them."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple, cast
+from dataclasses import replace
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from fused_dpo_engine.config.options import Pairing, Score
 from fused_dpo_engine.data.columns import renamed
 from fused_dpo_engine.data.formats import Preference, Row, parse_row
-from fused_dpo_engine.data.pairs import TokenizationReport, TokenizedPairs, TokenPair, common_prefix, length_statistics
-from fused_dpo_engine.data.ranking import token_pairs
+from fused_dpo_engine.data.pairs import TokenizationReport, TokenizedPairs, TokenPair, length_statistics
 from fused_dpo_engine.data.rendering import Rendered, Renderer, check_template
-from fused_dpo_engine.errors import DataError, bad_row
+from fused_dpo_engine.data.sequences import EncodedRow, find_boundary
+from fused_dpo_engine.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -111,7 +106,7 @@ def tokenize_pairs(
                 rendered.append(renderer.render(preference))
         for item, ids in zip(rendered, _encode(rendered, tokenizer), strict=True):
             with skips.bad_rows():
-                sequences, merged = _find_boundary(ids, item)
+                sequences, merged = find_boundary(ids, item.scores, item.where)
                 prompt_cut = 0
                 if truncate_prompts:
                     prompt_cut = sequences.cut_prompt(max_length, cast("int | None", tokenizer.bos_token_id))
@@ -177,7 +172,7 @@ def _unused(rows: Sequence[Row], used: set[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _encode(rendered: list[Rendered], tokenizer: PreTrainedTokenizerBase) -> Iterator[_Ids]:
+def _encode(rendered: list[Rendered], tokenizer: PreTrainedTokenizerBase) -> Iterator[EncodedRow]:
     """Encode each item's texts, in one tokenizer call for all plain texts and one for all conversations."""
     plain_texts = [text for item in rendered if item.plain for text in (*item.answers, item.prompt)]
     chat_texts = [text for item in rendered if not item.plain for text in _chat_texts(item)]
@@ -191,21 +186,12 @@ def _encode(rendered: list[Rendered], tokenizer: PreTrainedTokenizerBase) -> Ite
             bodies = [_without_ending(next(plain_ids), appended) for _ in range(len(item.answers) + 1)]
             *answers, prompt = bodies
             ended = [np.append(_without_ending(ids, ending), np.array(ending, dtype=np.int32)) for ids in answers]
-            yield _Ids(ended, prompt, [None] * len(ended))
+            yield EncodedRow(ended, prompt, [None] * len(ended))
             continue
         answers = [next(chat_ids) for _ in item.answers]
         prompt = next(chat_ids)
-        edges = [spans and [next(chat_ids) for _ in range(2 * len(spans))] for spans in item.spans]
-        yield _Ids(answers, prompt, edges)
-
-
-class _Ids(NamedTuple):
-    """A rendered item in tokens."""
-
-    answers: list[np.ndarray]
-    prompt: np.ndarray
-    edges: list[list[np.ndarray] | None]
-    """For each answer, the text up to each end of what is scored; None where all that follows the prompt is."""
+        edges = [None if spans is None else [next(chat_ids) for _ in range(2 * len(spans))] for spans in item.spans]
+        yield EncodedRow(answers, prompt, edges)
 
 
 def _chat_texts(item: Rendered) -> Iterator[str]:
@@ -243,88 +229,3 @@ def _appended_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def _without_ending(ids: np.ndarray, ending: list[int]) -> np.ndarray:
     return ids[: -len(ending)] if ending and ids[-len(ending) :].tolist() == ending else ids
-
-
-def _find_boundary(ids: _Ids, item: Rendered) -> tuple[_Sequences, bool]:
-    """Find where the prompt ends; also tells whether the prompt alone is more than all answers begin with."""
-    _require_different(ids.answers, item.where, "become the same tokens", "identical after tokenization")
-    first = ids.answers[0]
-    common = min(common_prefix(first, other) for other in (*ids.answers[1:], ids.prompt))
-    merged = common < len(ids.prompt)
-    # A response that is empty, or that another one begins with, still needs a token to score.
-    prompt_length = min(common, *(len(answer) - 1 for answer in ids.answers))
-    if prompt_length < 1:
-        what = "both sequences must begin with a token that is not scored, as nothing predicts a first token, got none"
-        way_out = "give a prompt that is not empty, or use a tokenizer that begins a text with a BOS token"
-        raise bad_row(item.where, f"{what}; {way_out}", "no common beginning")
-    scored = [
-        edges and _between(answer, edges, prompt_length) for answer, edges in zip(ids.answers, ids.edges, strict=True)
-    ]
-    return _Sequences(prompt_length, ids.answers, scored, item.scores, item.where), merged
-
-
-def _between(answer: np.ndarray, edges: list[np.ndarray], prompt_length: int) -> np.ndarray:
-    """Find the tokens between pairs of edges; one that merges across the first edge is within, as a response's is."""
-    ends = [common_prefix(answer, edge) for edge in edges]
-    spans = [np.arange(max(start, prompt_length), stop) for start, stop in zip(ends[::2], ends[1::2], strict=True)]
-    return np.concatenate(spans)
-
-
-def _require_different(answers: list[np.ndarray], where: str, what: str, reason: str) -> None:
-    """Refuse two answers that are the same tokens; of more than two, those that differ are paired."""
-    if len(answers) == 2 and np.array_equal(*answers):
-        raise bad_row(where, f"chosen and rejected {what}", reason)
-
-
-@dataclass
-class _Sequences:
-    """The answers of a row, each after the prompt."""
-
-    prompt_length: int
-    answers: list[np.ndarray]
-    scored: list[np.ndarray | None]
-    scores: Sequence[float] | None
-    where: str
-
-    def cut_prompt(self, max_length: int, bos: int | None) -> int:
-        """Shorten the prompt of a row that does not fit at its beginning; returns the number of tokens it lost."""
-        longest = max(len(answer) for answer in self.answers) - self.prompt_length
-        cut = self.prompt_length - max(max_length - longest, max_length // 2)
-        if cut <= 0:
-            return 0
-        kept = int(self.answers[0][0] == bos)
-        self.answers = [np.delete(answer, slice(kept, kept + cut)) for answer in self.answers]
-        self.scored = [None if positions is None else positions - cut for positions in self.scored]
-        self.prompt_length -= cut
-        return cut
-
-    def cut_answers(self, max_length: int) -> list[int]:
-        """Cut all sequences at `max_length`; returns the number of tokens each lost."""
-        cuts = [max(0, len(answer) - max_length) for answer in self.answers]
-        if any(cuts):
-            if self.prompt_length >= max_length:
-                what = f"the prompt's {self.prompt_length} tokens leave no room for a response in max_length"
-                way_out = "raise --max-length, or shorten such prompts with --truncate-prompts"
-                raise bad_row(self.where, f"{what} {max_length}; {way_out}", "prompt leaves no room")
-            self.answers = [answer[:max_length].copy() for answer in self.answers]
-            self.scored = [
-                None if positions is None else positions[positions < max_length] for positions in self.scored
-            ]
-            what = f"agree in all of the first max_length {max_length} tokens; raise --max-length"
-            _require_different(self.answers, self.where, what, "identical after truncation")
-        if any(positions is not None and not len(positions) for positions in self.scored):
-            what = "a response has no token of the assistant's within max_length; raise --max-length"
-            raise bad_row(self.where, what, "nothing to score")
-        return cuts
-
-    def pairs(self, pairing: Pairing, ranking: int | None) -> list[TokenPair]:
-        """Pair the answers, see `token_pairs`."""
-        return token_pairs(
-            self.prompt_length,
-            self.answers,
-            self.scores,
-            self.where,
-            pairing=pairing,
-            ranking=ranking,
-            scored=self.scored,
-        )

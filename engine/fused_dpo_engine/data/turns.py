@@ -68,7 +68,7 @@ def _marked(
         return_assistant_tokens_mask=True,
         **{**tokenizer.special_tokens_map, **arguments},
     )
-    return [(start, end) for start, end in marks[0]]
+    return [(int(start), int(end)) for start, end in marks[0]]
 
 
 def _start(conversation: list[Message], number: int, text: str, write: Callable[..., str]) -> int | None:

@@ -52,6 +52,45 @@ class TestSources:
         write_lines(tmp_path / "pairs.jsonl", STRINGS)
         assert read_rows("pairs.jsonl")[0].where == "pairs.jsonl:1"
 
+    def test_jsonl_zst(self, tmp_path):
+        path = tmp_path / "pairs.jsonl.zst"
+        packed = pyarrow.compress(json.dumps(STRINGS).encode() + b"\n", codec="zstd", asbytes=True)
+        path.write_bytes(packed)
+        assert read_rows(path)[0].values == STRINGS
+        path.write_bytes(packed[:-12])
+        with pytest.raises(DataError, match=r"pairs\.jsonl\.zst: could not be read: OSError"):
+            read_rows(path)
+
+    def test_csv(self, tmp_path):
+        path = tmp_path / "pairs.csv"
+        long = "x" * 200_000  # beyond the csv module's usual limit
+        path.write_text(f'\ufeffprompt,chosen,rejected,id\n"a ""b"", c",{long},"two\nlines",\nd,e\n', encoding="utf-8")
+        first, second = read_rows(path)
+        assert first.values == {"prompt": 'a "b", c', "chosen": long, "rejected": "two\nlines", "id": None}
+        assert (first.where, second.where) == (f"{path}:3", f"{path}:4")  # the lines where they end
+        with pytest.raises(DataError, match=r"pairs\.csv:4: .*missing \['rejected'\]"):
+            parse_row(second)
+
+    def test_a_line_of_a_table_with_too_many_cells(self, tmp_path):
+        path = tmp_path / "pairs.tsv"
+        path.write_text("prompt\tchosen\trejected\na\tb\tc\td\na\tb\tc\n")
+        first, second = read_rows(path)
+        assert second.values == {"prompt": "a", "chosen": "b", "rejected": "c"}
+        with pytest.raises(DataError, match=r"pairs\.tsv:2: the line has more cells than the first one has names"):
+            parse_row(first)
+
+    def test_a_table_that_is_no_utf8(self, tmp_path):
+        path = tmp_path / "pairs.csv"
+        path.write_bytes("prompt,chosen,rejected\n\xe4,b,c\n".encode("latin-1"))
+        with pytest.raises(DataError, match="not a readable table in UTF-8"):
+            read_rows(path)
+
+    @pytest.mark.parametrize("name", ["PAIRS.JSONL", "pairs.Jsonl.GZ"])
+    def test_letters_of_a_suffix_may_be_large(self, tmp_path, name):
+        line = json.dumps(STRINGS).encode()
+        (tmp_path / name).write_bytes(gzip.compress(line) if name.endswith("GZ") else line)
+        assert read_rows(tmp_path / name)[0].values == STRINGS
+
     def test_jsonl_gz(self, tmp_path):
         path = tmp_path / "pairs.jsonl.gz"
         path.write_bytes(gzip.compress(json.dumps(STRINGS).encode()))

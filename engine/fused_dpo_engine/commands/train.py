@@ -18,9 +18,17 @@ from fused_dpo_engine.data.load import load_pairs
 from fused_dpo_engine.data.pairs import TokenPair
 from fused_dpo_engine.errors import UserError
 from fused_dpo_engine.model.build import build_policy
-from fused_dpo_engine.model.loading import choose_device, choose_dtype, choose_max_length, dtype_warning, load_tokenizer
+from fused_dpo_engine.model.loading import (
+    check_model,
+    choose_device,
+    choose_dtype,
+    choose_max_length,
+    dtype_warning,
+    load_tokenizer,
+)
 from fused_dpo_engine.model.parity import pairs_to_test, self_test
 from fused_dpo_engine.model.policy import Policy
+from fused_dpo_engine.model.source import find_source
 from fused_dpo_engine.reference.scoring import score_run
 from fused_dpo_engine.reports.tables import summary_table
 from fused_dpo_engine.training.run_folder import check_output, open_output, write
@@ -49,10 +57,13 @@ def train(config: TrainConfig) -> Summary:
     check_output(output, config.run.overwrite)
     if warning := dtype_warning(config.model, device):
         console.print(warning)
+    source = check_model(config.model, config.lora, packing=config.packing.packing)
+    refuse_overlap(config.run.output, {"--model": source.base})  # of adapters their base
     tokenizer = load_tokenizer(config.model.model, config.model)
     config = _resolved(config, device)
     frozen = _reference_options(config)
     if frozen is not None:
+        refuse_overlap(config.run.output, {"--ref-model": find_source(frozen.model).base})
         choose_max_length(frozen, config.data, config.packing)
     pairs, held_out = load_pairs(config.data, config.run.seed, tokenizer, console)
     schedule = Schedule(pairs, config.run, config.packing)
@@ -60,7 +71,9 @@ def train(config: TrainConfig) -> Summary:
     packing = config.packing
     reference = held_out_reference = None
     if frozen is not None:
-        scorer = build_policy(frozen, LoraOptions(), device, ld_alpha=config.loss.ld_alpha, packing=packing.packing)
+        scorer = build_policy(
+            frozen, LoraOptions(), device, ld_alpha=config.loss.ld_alpha, packing=packing.packing, trained=False
+        )
         _check_vocabulary(scorer, pairs + held_out)
         reference, held_out_reference = score_run(scorer, schedule, held_out, console)
         del scorer
@@ -72,6 +85,8 @@ def train(config: TrainConfig) -> Summary:
         f"model: {type(policy.causal_lm).__name__}, {trainable / 1e6:.1f} M trainable weights, {config.model.dtype} on "
         f"{device}, {_layout(config, policy)}, head {'triton' if device.type == 'cuda' else 'streaming'}"
     )
+    for note in policy.notes:
+        console.print(note)
     self_test(policy, [pairs[i] for i in pairs_to_test(pairs, packing)], packing)
     if config.model.compile:
         policy.compile_backbone()

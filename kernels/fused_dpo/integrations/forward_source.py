@@ -35,7 +35,7 @@ def scale_before_head(model: nn.Module) -> float:
 
 
 def calls_another_part_first(model: nn.Module, layer: nn.Module) -> str | None:
-    """Name the part of a model whose output its head takes, as in `self.decoder(self.lm_head(hidden))`, if there is one."""
+    """Name the part of a model whose output its head takes, as in `self.decoder(self.lm_head(hidden))`, or None."""
     name = next((name for name, child in model.named_children() if child is layer), None)
     return dict(_nested_calls(type(model))).get(name or "")
 

@@ -65,9 +65,7 @@ def _refuse_quantised(base: Any) -> None:
     """Refuse a layer whose weight is not the numbers that multiply the hidden states."""
     name, weight = f"{type(base).__module__}.{type(base).__name__}", getattr(base, "weight", None)
     if weight is None:
-        raise NotImplementedError(
-            f"the head is a {name}, which has no weight [V, D] (some quantised layers have none)."
-        )
+        raise NotImplementedError(f"the head is a {name}, which has no weight [V, D] to read (a quantised layer?).")
     packages = {type(thing).__module__.split(".")[0] for thing in (base, weight)}
     if weight.dtype not in DTYPES or packages & {"bitsandbytes", "torchao"}:
         raise NotImplementedError(

@@ -54,16 +54,14 @@ def train(config: TrainConfig) -> Summary:
     device = choose_device(config.model)
     output = Path(config.run.output).expanduser()
     refuse_overlap(config.run.output, config.inputs)
+    _check_models(config)
     check_output(output, config.run.overwrite)
     if warning := dtype_warning(config.model, device):
         console.print(warning)
-    source = check_model(config.model, config.lora, packing=config.packing.packing)
-    refuse_overlap(config.run.output, {"--model": source.base})  # of adapters their base
     tokenizer = load_tokenizer(config.model.model, config.model)
     config = _resolved(config, device)
     frozen = _reference_options(config)
     if frozen is not None:
-        refuse_overlap(config.run.output, {"--ref-model": find_source(frozen.model).base})
         choose_max_length(frozen, config.data, config.packing)
     pairs, held_out = load_pairs(config.data, config.run.seed, tokenizer, console)
     schedule = Schedule(pairs, config.run, config.packing)
@@ -103,6 +101,14 @@ def train(config: TrainConfig) -> Summary:
     console.print(summary_table(summary, config.run.best_metric))
     console.print(f"model: {output / 'model'}    metrics: {output / 'metrics.jsonl'}")
     return summary
+
+
+def _check_models(config: TrainConfig) -> None:
+    """Find out what can be wrong with the models without their weights; adapters name a folder that is read too."""
+    source = check_model(config.model, config.lora, packing=config.packing.packing)
+    frozen = _reference_options(config)
+    bases = {"--model": source.base, "--ref-model": None if frozen is None else find_source(frozen.model).base}
+    refuse_overlap(config.run.output, bases)
 
 
 def _resolved(config: TrainConfig, device: torch.device) -> TrainConfig:

@@ -75,7 +75,7 @@ def load_adapters(model: Any, source: Source, device: torch.device, *, trainable
     config.inference_mode = not trainable
     try:
         loaded = PeftModel.from_pretrained(
-            model, adapters, config=config, is_trainable=trainable, torch_device=str(device), use_safetensors=True
+            model, adapters, config=config, is_trainable=trainable, torch_device=str(device)
         )
     except _FAILURES as error:
         raise UserError(f"the adapters in {adapters} do not go on {source.base}: {first_line(error)}") from error

@@ -12,6 +12,7 @@ from fused_dpo_engine.errors import UserError, first_line
 
 ADAPTER_CONFIG = "adapter_config.json"
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -43,6 +44,8 @@ def find_source(name: str) -> Source:
             f"{name} holds adapters ({ADAPTER_CONFIG}) and the weights of a whole model as well; move the ones or the "
             f"others to a folder of their own."
         )
+    if find_file(name, ADAPTER_WEIGHTS) is None:
+        raise UserError(f"{name} holds {ADAPTER_CONFIG}, but no weights of adapters ({ADAPTER_WEIGHTS}).")
     base = _read_json(path).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise UserError(

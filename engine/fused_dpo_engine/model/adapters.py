@@ -79,6 +79,9 @@ def load_adapters(model: Any, source: Source, device: torch.device, *, trainable
         )
     except _FAILURES as error:
         raise UserError(f"the adapters in {adapters} do not go on {source.base}: {first_line(error)}") from error
+    for parameter in loaded.parameters():
+        if parameter.requires_grad:  # whole modules that are trained come in the dtype of the base
+            parameter.data = parameter.data.float()
     return loaded, stated
 
 
@@ -89,14 +92,27 @@ def merge_adapters(model: Any, source: Source, device: torch.device) -> PreTrain
         UserError: they cannot be loaded, do not fit, or are of a kind that cannot be merged.
     """
     loaded, _ = load_adapters(model, source, device, trainable=False)
+    _untie_if_adapted(loaded.get_base_model())
     try:
         merged = loaded.merge_and_unload()
     except _FAILURES as error:
         raise UserError(
             f"the adapters in {source.adapters} cannot be merged into {source.base}: {first_line(error)}"
         ) from error
+    if merged.get_output_embeddings().weight is not merged.get_input_embeddings().weight:
+        for config in (merged.config, merged.config.get_text_config()):
+            config.tie_word_embeddings = False  # what is saved has two weights
     merged.requires_grad_(True)
     return merged
+
+
+def _untie_if_adapted(model: Any) -> None:
+    """Give the head a weight of its own if it or the embeddings have adapters: merged, these would change both."""
+    layers = model.get_output_embeddings(), model.get_input_embeddings()
+    head, embeddings = (layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer for layer in layers)
+    adapted = any(type(layer).__module__.startswith("peft.") for layer in layers)
+    if adapted and getattr(head, "weight", None) is getattr(embeddings, "weight", None) is not None:
+        head.weight = nn.Parameter(head.weight.detach().clone())
 
 
 def add_adapters(model: PreTrainedModel, base: str, lora: LoraOptions) -> nn.Module:

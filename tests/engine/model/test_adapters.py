@@ -95,6 +95,35 @@ class TestWhatIsLoaded:
         for rank in (0, RANK):
             assert relative(policy_on(folder, rank)(BATCH).logps, expected) < 1e-5
 
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"target_modules": ["lm_head", "q_proj"]},
+            {"target_modules": ["embed_tokens"]},
+            {"modules_to_save": ["lm_head"]},
+            {"modules_to_save": ["lm_head", "embed_tokens"]},
+        ],
+    )
+    def test_tied_embeddings(self, tmp_path, train_tiny, settings):
+        """Adapters on one of the two must not be merged into both, neither here nor in what is saved."""
+        base = save_folder(tmp_path / "tied", tie_word_embeddings=True)
+        folder = save_adapters(tmp_path / "a", base, **settings)
+        expected = own_logps(plain(base, folder), ORDERED)
+        for rank in (0, RANK):
+            assert relative(policy_on(folder, rank)(BATCH).logps, expected) < 1e-5
+        run = train_tiny(model=folder, learning_rate=1e-12)
+        saved = AutoModelForCausalLM.from_pretrained(run.output / "model").eval()
+        assert relative(own_logps(saved, ORDERED), expected) < 1e-5
+        assert saved.config.tie_word_embeddings is False
+
+    def test_whole_modules_are_trained_in_float32(self, tmp_path, tiny_llama):
+        folder = save_adapters(tmp_path / "a", tiny_llama, modules_to_save=["lm_head"])
+        policy = build_policy(ModelOptions(str(folder), dtype="bfloat16"), LoraOptions(RANK), CPU)
+        assert {p.dtype for p in policy.parameters() if p.requires_grad} == {torch.float32}
+        assert {p.dtype for p in policy.parameters() if not p.requires_grad} == {torch.bfloat16}
+        policy(BATCH).logps.sum().backward()
+        assert all(p.grad is not None for p in policy.parameters() if p.requires_grad)
+
     def test_adapters_that_are_merged_only(self, tmp_path, tiny_llama):
         config = IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
         folder = save_adapters(tmp_path / "a", tiny_llama, config)

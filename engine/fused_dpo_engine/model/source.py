@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import AutoConfig
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from fused_dpo_engine.config.options import ModelOptions
 from fused_dpo_engine.errors import UserError, first_line

@@ -78,7 +78,8 @@ class TestOtherHeads:
             check_architecture(LlamaConfig(architectures=[name]), "m")
 
     def test_what_its_authors_call_a_causal_model(self):
-        config = LlamaConfig(architectures=["MyForChat"], auto_map={"AutoModelForCausalLM": "modeling.MyForChat"})
+        config: Any = LlamaConfig(architectures=["MyForChat"])
+        config.auto_map = {"AutoModelForCausalLM": "modeling.MyForChat"}
         check_architecture(config, "m")
         assert causal_class_of(config) is None
 

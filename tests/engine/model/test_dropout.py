@@ -38,8 +38,8 @@ def test_saved_models_state_their_own_rates(tmp_path, train_tiny, toy_data, fami
 
 def test_off_and_stated_in_all_parts() -> None:
     """Models of several parts have a configuration for each."""
-    own = Gemma3Config(text_config={"attention_dropout": 0.25}, vision_config={"attention_dropout": 0.5})
-    live = Gemma3Config(**own.to_dict())
+    own: Any = Gemma3Config(text_config={"attention_dropout": 0.25}, vision_config={"attention_dropout": 0.5})
+    live: Any = Gemma3Config(**own.to_dict())
     switch_dropout_off(live)
     assert (live.text_config.attention_dropout, live.vision_config.attention_dropout) == (0.0, 0.0)
     with as_stated(stated_rates(live, own)):

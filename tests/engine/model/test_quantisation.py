@@ -17,7 +17,7 @@ from tests.engine.support.policies import BATCH, CPU
 from tests.engine.support.runs import FIRST_LOSS
 from tests.engine.support.toys import byte_tokenizer, read_weights, save_folder
 
-WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+WIDE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 """Blocks of 64 weights."""
 LORA = LoraOptions(4)
 
@@ -102,8 +102,10 @@ class TestLoadIn4Bit:
         assert expected in outcome.message
 
 
-def config_with(**settings: Any) -> LlamaConfig:
-    return LlamaConfig(quantization_config=settings)
+def config_with(**settings: Any) -> Any:
+    config: Any = LlamaConfig()
+    config.quantization_config = settings
+    return config
 
 
 class TestByConfiguration:

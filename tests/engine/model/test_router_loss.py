@@ -40,9 +40,9 @@ def moe(family: str = "mixtral", **settings: Any) -> Any:
     return tiny_model(family, **{"dtype": torch.float32, "scale": 3.0, **MOES[family], **ASKED, **settings})
 
 
-def policy_with_loss(model: Any, **settings: Any) -> Any:
+def policy_with_loss(model: Any) -> Any:
     below = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return policy_of(model, router_loss=router_loss_of(below)[0], **settings)
+    return policy_of(model, router_loss=router_loss_of(below)[0])
 
 
 def by_hand(layers: list[Tensor]) -> Tensor:
@@ -91,7 +91,9 @@ class TestValue:
         """With all logits alike every token counts for the same experts, each with probability 1 / E."""
         loss, _ = router_loss_of(moe())
         assert loss is not None
-        assert float(loss([torch.zeros(1, 5, EXPERTS)], None)) == pytest.approx(TOP)
+        value = loss([torch.zeros(1, 5, EXPERTS)], None)
+        assert value is not None
+        assert float(value) == pytest.approx(TOP)
 
 
 def gradients_of(model: Any, value: Tensor) -> dict[str, Tensor]:
@@ -125,7 +127,7 @@ class TestTraining:
         assert any(float(grad.abs().max()) > 1e-3 for grad in expected.values())
 
     def test_adapters(self):
-        model = get_peft_model(moe(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+        model: Any = get_peft_model(moe(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:

@@ -18,6 +18,7 @@ PACKAGES = (
     "datasets",
     "peft",
     "accelerate",
+    "bitsandbytes",
     "flash-attn",
     "flash-attn-4",
     "liger-kernel",

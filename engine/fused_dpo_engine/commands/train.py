@@ -19,9 +19,17 @@ from fused_dpo_engine.data.load import load_pairs
 from fused_dpo_engine.data.pairs import TokenPair
 from fused_dpo_engine.errors import UserError
 from fused_dpo_engine.model.build import build_policy
-from fused_dpo_engine.model.loading import choose_device, choose_dtype, choose_max_length, dtype_warning, load_tokenizer
+from fused_dpo_engine.model.loading import (
+    check_model,
+    choose_device,
+    choose_dtype,
+    choose_max_length,
+    dtype_warning,
+    load_tokenizer,
+)
 from fused_dpo_engine.model.parity import pairs_to_test, self_test
 from fused_dpo_engine.model.policy import Policy
+from fused_dpo_engine.model.source import find_source
 from fused_dpo_engine.reference.scoring import score_run
 from fused_dpo_engine.reports.tables import summary_table
 from fused_dpo_engine.training.run_folder import check_output, open_output, write
@@ -48,6 +56,7 @@ def train(config: TrainConfig) -> Summary:
     device = choose_device(config.model)
     output = Path(config.run.output).expanduser()
     refuse_overlap(config.run.output, config.inputs)
+    _check_models(config)
     check_output(output, config.run.overwrite)
     check_trackers(config.run.report_to)
     if warning := dtype_warning(config.model, device):
@@ -67,7 +76,9 @@ def train(config: TrainConfig) -> Summary:
     packing = config.packing
     reference = held_out_reference = None
     if frozen is not None:
-        scorer = build_policy(frozen, LoraOptions(), device, ld_alpha=config.loss.ld_alpha, packing=packing.packing)
+        scorer = build_policy(
+            frozen, LoraOptions(), device, ld_alpha=config.loss.ld_alpha, packing=packing.packing, trained=False
+        )
         _check_vocabulary(scorer, pairs + held_out)
         reference, held_out_reference = score_run(scorer, schedule, held_out, console)
         del scorer
@@ -79,6 +90,8 @@ def train(config: TrainConfig) -> Summary:
         f"model: {type(policy.causal_lm).__name__}, {trainable / 1e6:.1f} M trainable weights, {config.model.dtype} on "
         f"{device}, {_layout(config, policy)}, head {'triton' if device.type == 'cuda' else 'streaming'}"
     )
+    for note in policy.notes:
+        console.print(note)
     self_test(policy, [pairs[i] for i in pairs_to_test(pairs, packing)], packing)
     if config.model.compile:
         policy.compile_backbone()
@@ -95,6 +108,14 @@ def train(config: TrainConfig) -> Summary:
     console.print(summary_table(summary, config.run.best_metric))
     console.print(f"model: {output / 'model'}    metrics: {output / 'metrics.jsonl'}")
     return summary
+
+
+def _check_models(config: TrainConfig) -> None:
+    """Find out what can be wrong with the models without their weights; adapters name a folder that is read too."""
+    source = check_model(config.model, config.lora, packing=config.packing.packing)
+    frozen = _reference_options(config)
+    bases = {"--model": source.base, "--ref-model": None if frozen is None else find_source(frozen.model).base}
+    refuse_overlap(config.run.output, bases)
 
 
 def _resolved(config: TrainConfig, device: torch.device) -> TrainConfig:

@@ -55,6 +55,10 @@ class TrainConfig:
             "with LoRA the reference is the model with its adapters off; leave out --ref-model.",
         )
         require(
+            not self.model.load_in_4bit or self.lora.lora_rank > 0,
+            "load-in-4bit: quantised weights cannot be trained; give --lora-rank, which trains adapters on them.",
+        )
+        require(
             not self.model.ref_model or needs_reference(self.loss.loss_type),
             f"{self.loss.loss_type} takes no reference; leave out --ref-model, or give another --loss-type.",
         )

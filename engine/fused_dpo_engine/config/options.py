@@ -53,6 +53,8 @@ class ModelOptions:
     """Recompute activations in the backward pass: much less memory for about a third more time."""
     workspace_mib: int = 128
     """Memory in MiB that the head may use for its slices of the vocabulary."""
+    load_in_4bit: bool = False
+    """Quantise the frozen weights to 4 bits with bitsandbytes (QLoRA; needs --lora-rank and the extra `qlora`)."""
     grad_mode: Literal["auto", "exact", "filtered"] = "auto"
     """Gradients of the head: filtered computes those of tokens that matter, within a stated error below that of bf16
     logits, in a fraction of the time. auto: filtered in bfloat16, exact in float32."""

@@ -4,17 +4,19 @@ import warnings
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
 
 from fused_dpo_engine.attention.choice import available_backends, candidates, load_backend
 from fused_dpo_engine.attention.verify import verify_backend
 from fused_dpo_engine.config.options import LoraOptions, ModelOptions
-from fused_dpo_engine.errors import UserError, first_line
+from fused_dpo_engine.errors import UserError
+from fused_dpo_engine.model.adapters import add_adapters, load_adapters, merge_adapters
 from fused_dpo_engine.model.compatibility import attention_needs
 from fused_dpo_engine.model.liger import apply_liger
-from fused_dpo_engine.model.loading import choose_dtype, load_model
+from fused_dpo_engine.model.loading import check_head, check_model, choose_dtype, load_model
 from fused_dpo_engine.model.policy import Policy
+from fused_dpo_engine.model.quantisation import check_loaded
+from fused_dpo_engine.model.router_loss import router_loss_of
+from fused_dpo_engine.model.source import Source
 
 
 def attention_for(model: Any, device: torch.device, dtype: torch.dtype, wanted: str) -> str:
@@ -48,19 +50,45 @@ def build_policy(
     *,
     ld_alpha: float | None = None,
     packing: bool = True,
+    trained: bool = True,
 ) -> Policy:
-    """Load the model to train: fp32 weights, computed in `options.dtype`, or adapters on a frozen model in it."""
+    """Load the model to train: fp32 weights, computed in `options.dtype`, or adapters on a frozen model in it.
+
+    Adapters that the model comes with are merged into fp32 weights, or with `lora` trained on.
+
+    Args:
+        options: the model.
+        lora: adapters to train.
+        device: that it computes on.
+        ld_alpha: see `Policy`.
+        packing: attend through `fused_dpo`.
+        trained: False for a reference, which may be quantised.
+
+    Raises:
+        UserError: the model cannot be loaded or trained so.
+    """
     compute_dtype = choose_dtype(options, device)
+    if trained:
+        check_model(options, lora, packing=packing)
     weights_dtype = compute_dtype if lora.lora_rank else torch.float32
-    model: Any = load_model(options.model, options, weights_dtype, device, packing=packing)
+    model: Any
+    model, source, stated = load_model(options.model, options, weights_dtype, device, packing=packing)
+    check_loaded(model, source.base, trained=trained, adapters=lora.lora_rank > 0)
     attention_name = attention_for(model, device, compute_dtype, options.attention) if packing else "sdpa"
     if options.liger:
         apply_liger(model, device)
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if lora.lora_rank:
-        model = _with_adapters(model, lora)
+    router_loss, router_line = router_loss_of(model)
+    if source.adapters is not None and (lora.lora_rank or getattr(model, "hf_quantizer", None) is not None):
+        model, rates = load_adapters(model, source, device, trainable=trained)
+        stated = stated + rates
+    elif source.adapters is not None:
+        model = merge_adapters(model, source, device)
+    elif lora.lora_rank:
+        model = add_adapters(model, source.base, lora)
     model.train()
+    check_head(model, options.model)
     return Policy(
         model,
         compute_dtype,
@@ -68,21 +96,16 @@ def build_policy(
         ld_alpha=ld_alpha,
         attention_name=attention_name,
         grad_mode=None if options.grad_mode == "auto" else options.grad_mode,
+        router_loss=router_loss,
+        stated=stated,
+        reference_has_adapters=source.adapters is not None,
+        notes=[note for note in (_adapters_line(source, lora), router_line) if note],
     )
 
 
-def _with_adapters(model: PreTrainedModel, lora: LoraOptions) -> nn.Module:
-    from peft import LoraConfig, get_peft_model
-
-    targets = list(lora.lora_target_modules)
-    config = LoraConfig(
-        r=lora.lora_rank,
-        lora_alpha=2 * lora.lora_rank if lora.lora_alpha is None else lora.lora_alpha,  # pyright: ignore[reportArgumentType]
-        target_modules=targets[0] if targets == ["all-linear"] else targets,
-        lora_dropout=0.0,
-        task_type="CAUSAL_LM",
-    )
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:
-        raise UserError(f"--lora-target-modules {' '.join(targets)}: {first_line(error)}") from error
+def _adapters_line(source: Source, lora: LoraOptions) -> str | None:
+    """Say what became of the adapters that a model came with."""
+    if source.adapters is None:
+        return None
+    fate = "trained on" if lora.lora_rank else "merged into it, and all weights are trained"
+    return f"adapters: those of {source.adapters} on {source.base}, {fate}; the reference has them too"

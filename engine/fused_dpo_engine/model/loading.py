@@ -1,18 +1,30 @@
 """Tokenizers and causal language models from folders or names, checked before anything is computed."""
 
-from pathlib import Path
-from typing import Any
+import copy
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from fused_dpo import head_of
 from fused_dpo.hardware import has_bf16_units
 from fused_dpo_engine.attention.interface import ATTENTION_NAME
-from fused_dpo_engine.config.options import DataOptions, ModelOptions, PackingOptions
+from fused_dpo_engine.config.options import DataOptions, LoraOptions, ModelOptions, PackingOptions
 from fused_dpo_engine.errors import UserError, first_line
-from fused_dpo_engine.model.compatibility import backbone_of, check_packable
+from fused_dpo_engine.model.adapters import check_adapters
+from fused_dpo_engine.model.compatibility import (
+    backbone_of,
+    causal_class_of,
+    check_architecture,
+    check_packable,
+    check_weights_left,
+    no_attention_of_ours,
+    warn_of_lengths,
+)
+from fused_dpo_engine.model.dropout import Stated, stated_rates, switch_dropout_off
+from fused_dpo_engine.model.quantisation import check_quantisation, loading_settings
+from fused_dpo_engine.model.source import TOKENIZER_FILES, Source, find_file, find_source, no_such_folder, read_config
 
 
 def choose_device(options: ModelOptions) -> torch.device:
@@ -58,14 +70,19 @@ def _has_bf16_units(device: torch.device) -> bool:
 
 
 def load_tokenizer(name: str, options: ModelOptions) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model.
+    """Load the tokenizer of a model; of adapters that of their base, if they have none of their own.
 
     Raises:
         UserError: there is none.
     """
-    check_source(name)
+    source = find_source(name)
+    settings: dict[str, Any] = {}
+    if source.adapters is not None:
+        own = any(find_file(source.adapters, file) for file in TOKENIZER_FILES)
+        name = source.adapters if own else source.base
+        settings = {"config": read_config(source, options)}  # tells which class it is, where the files do not
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=options.trust_remote_code)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=options.trust_remote_code, **settings)
     except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
         raise UserError(
             f"no tokenizer could be loaded from {name}: {no_such_folder(name)}{first_line(error)} A model folder "
@@ -74,78 +91,101 @@ def load_tokenizer(name: str, options: ModelOptions) -> PreTrainedTokenizerBase:
         ) from error
 
 
+def check_model(options: ModelOptions, lora: LoraOptions, *, packing: bool = True) -> Source:
+    """Find out from configurations alone, before any weights are loaded, whether a model can be trained.
+
+    Returns:
+        Where it comes from.
+
+    Raises:
+        UserError: it has another head, cannot be packed, is quantised and has no adapters to train, or comes with
+            adapters that cannot be trained on.
+    """
+    source = find_source(options.model)
+    config, _ = _checked_config(source, options, packing)
+    if source.adapters is not None:
+        check_adapters(source.adapters, lora)
+    check_quantisation(config, options, lora)
+    return source
+
+
+def _checked_config(source: Source, options: ModelOptions, packing: bool) -> tuple[Any, type | None]:
+    """Read a model's configuration, check what it tells, and find the class of the model if it tells that."""
+    config = read_config(source, options)
+    check_architecture(config, source.base)
+    cls = causal_class_of(config)
+    if packing and cls is not None:
+        check_packable(cls, config)
+    return config, cls
+
+
+class LoadedModel(NamedTuple):
+    """A model and what saving it has to know."""
+
+    model: PreTrainedModel
+    source: Source
+    stated: list[Stated]
+    """Values of its configuration that are others while training."""
+
+
 def load_model(
     name: str, options: ModelOptions, dtype: torch.dtype, device: torch.device, *, packing: bool = True
-) -> PreTrainedModel:
-    """Load a causal language model, find its parts, and switch dropout off.
+) -> LoadedModel:
+    """Load a causal language model (of adapters their base alone), find its parts, and switch dropout off.
 
     With `packing` it attends through `fused_dpo` and is checked to be packable, otherwise as transformers has it.
 
     Raises:
         UserError: it cannot be loaded, or its architecture cannot run packed.
     """
-    check_source(name)
+    source = find_source(name)
+    own, cls = _checked_config(source, options, packing)
+    config = copy.deepcopy(own)
+    switch_dropout_off(config)
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=options.trust_remote_code)
-        _switch_dropout_off(config)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name,
+            source.base,
             config=config,
             dtype=dtype,
             attn_implementation=ATTENTION_NAME if packing else _own_attention(config),
             trust_remote_code=options.trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
+            **loading_settings(config, options, dtype, device),
         )
         model, info = loaded
     except (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, KeyError) and error.args == (ATTENTION_NAME,):  # a table of attention classes
+            raise no_attention_of_ours(cls.__name__ if cls else str(config.model_type)) from error
         raise UserError(
-            f"no causal language model could be loaded from {name}: {no_such_folder(name)}{first_line(error)}"
+            f"no causal language model could be loaded from {source}: {no_such_folder(source.base)}{first_line(error)}"
         ) from error
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise UserError(
-            f"the weights in {name} lack {len(missing)} tensors that its configuration asks for, such as {missing[0]}; "
-            f"they would be random."
-        )
+    check_weights_left(info, source.base)
     if packing:
-        check_packable(model)
+        check_packable(type(model), model.config)
+        warn_of_lengths(model.config)
     backbone_of(model)
+    check_head(model, name)
+    if getattr(model, "hf_quantizer", None) is None:  # those of others were put there
+        model.to(device)
+    return LoadedModel(model, source, stated_rates(model.config, own))
+
+
+def check_head(model: Any, name: str) -> None:
+    """Find out whether the kernels can read a model's head, its adapters included.
+
+    Raises:
+        UserError: they cannot.
+    """
     try:
         head_of(model)
     except (NotImplementedError, TypeError) as error:
         raise UserError(f"{name}: {first_line(error)}") from error
-    return model.to(device)
 
 
 def _own_attention(config: Any) -> str | None:
     """Leave the choice to transformers, but no SDPA for a model with softcap: some releases leave the cap out."""
     return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
-
-
-def _switch_dropout_off(config: Any) -> None:
-    """Set every dropout rate of a configuration to 0: policy and reference have to be the same function."""
-    for part in {id(part): part for part in (config, config.get_text_config())}.values():
-        for name, value in vars(part).items():
-            if isinstance(value, float) and ("drop" in name or name.endswith("pdrop")):
-                setattr(part, name, 0.0)
-
-
-def check_source(name: str) -> None:
-    """Refuse a model's name that can only be a folder, if there is none.
-
-    Raises:
-        UserError: there is none.
-    """
-    if not name:
-        raise UserError("a model needs a name: give --model (or --ref-model) a folder or a Hugging Face name.")
-    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
-        raise UserError(f"model folder {name} does not exist.")
-
-
-def no_such_folder(name: str) -> str:
-    """Say that there is no such folder, where loading failed: mistyped, it looks like a name on the Hub."""
-    return f"there is no such folder {name}, nor could the Hub help: " if not Path(name).is_dir() else ""
 
 
 def choose_max_length(model: ModelOptions, data: DataOptions, packing: PackingOptions) -> int:
@@ -154,13 +194,7 @@ def choose_max_length(model: ModelOptions, data: DataOptions, packing: PackingOp
     Raises:
         UserError: there is no such model, it has no configuration, or fewer positions.
     """
-    check_source(model.model)
-    try:
-        config = AutoConfig.from_pretrained(model.model, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"no model configuration could be read from {model.model}: {no_such_folder(model.model)}{first_line(error)}"
-        ) from error
+    config = read_config(find_source(model.model), model)
     longest = getattr(config.get_text_config(), "max_position_embeddings", None) or packing.tokens_per_batch
     max_length = data.max_length or min(packing.tokens_per_batch // 2, longest)
     if max_length > longest:

@@ -1,5 +1,6 @@
 """The model as DPO sees it: pairs in, sequence log-probs out."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -13,6 +14,8 @@ from fused_dpo_engine.attention.call import Backend
 from fused_dpo_engine.attention.choice import load_backend
 from fused_dpo_engine.batching.batch import PairBatch
 from fused_dpo_engine.model.compatibility import backbone_of
+from fused_dpo_engine.model.dropout import Stated, as_stated
+from fused_dpo_engine.model.router_loss import RouterLoss
 
 
 class HeadStats(NamedTuple):
@@ -34,6 +37,8 @@ class SequenceLogps(NamedTuple):
     plain: Tensor
     """The sums without such weights; the same tensor where there are none."""
     head: HeadStats
+    router: Tensor | None = None
+    """Load-balancing loss of the experts, without its coefficient; None without gradients, or where there is none."""
 
 
 class Policy(nn.Module):
@@ -49,6 +54,10 @@ class Policy(nn.Module):
         ld_alpha: weight of response tokens beyond the shorter response's length (LD-DPO); None for plain sums.
         attention_name: of the backend for packed rows, one of `fused_dpo_engine.attention.choice.ORDER`.
         grad_mode: see `fused_dpo.fused_dpo_logps`.
+        router_loss: load-balancing loss to compute in training; None for none.
+        stated: values of the configuration that saving it is to show.
+        reference_has_adapters: the model came with its adapters, so that they belong to the reference too.
+        notes: lines for the user on what the model is and what is done with it.
     """
 
     def __init__(
@@ -60,6 +69,10 @@ class Policy(nn.Module):
         ld_alpha: float | None = None,
         attention_name: str = "sdpa",
         grad_mode: str | None = None,
+        router_loss: RouterLoss | None = None,
+        stated: Sequence[Stated] = (),
+        reference_has_adapters: bool = False,
+        notes: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.model: Any = model
@@ -69,6 +82,8 @@ class Policy(nn.Module):
         self.attention_name = attention_name
         self.attention: Backend = load_backend(attention_name)
         self.grad_mode = grad_mode
+        self.router_loss, self.stated, self.notes = router_loss, stated, notes
+        self.reference_has_adapters = reference_has_adapters
         self.compiled = False
 
     @property
@@ -84,7 +99,7 @@ class Policy(nn.Module):
     def forward(self, batch: PairBatch) -> SequenceLogps:
         """Compute the log-probs of the batch's sequences, and what the head saw on the way."""
         with self.autocast():
-            hidden = self._hidden(**batch.model_inputs(self.attention))
+            hidden, router = self._hidden(**batch.model_inputs(self.attention))
             call = batch.head_call(hidden)
             tokens = fused_token_logps(
                 call.hidden_states,
@@ -102,22 +117,27 @@ class Policy(nn.Module):
         token_logps = batch.spread(tokens.logps)
         plain = sequence_sum(token_logps.flatten(), batch.offsets)
         if self.ld_alpha is None:
-            return SequenceLogps(plain, plain, head)
+            return SequenceLogps(plain, plain, head, router)
         weights = desensitized_weights(batch.scored_lengths[0::2], batch.scored_lengths[1::2], self.ld_alpha)
         weights = weights.to(token_logps.device, token_logps.dtype, non_blocking=True)
         weighted = token_logps * batch.lay_out(weights, token_logps)
-        return SequenceLogps(sequence_sum(weighted.flatten(), batch.offsets), plain, head)
+        return SequenceLogps(sequence_sum(weighted.flatten(), batch.offsets), plain, head, router)
 
-    def _hidden(self, **inputs: Any) -> Tensor:
-        """Compute the last hidden states of the backbone.
+    def _hidden(self, **inputs: Any) -> tuple[Tensor, Tensor | None]:
+        """Compute the last hidden states of the backbone, and in training the load-balancing loss of its experts.
 
         Compiled code for training and for inference may round differently, so compiled the graph of training is taken
         throughout: the reference is then the same function as the policy.
         """
         wanted = torch.is_grad_enabled()
+        if self.router_loss is not None:
+            inputs["output_router_logits"] = wanted or self.compiled
         with torch.set_grad_enabled(wanted or self.compiled):
-            hidden = backbone_of(self.causal_lm)(**inputs, use_cache=False).last_hidden_state
-        return hidden if wanted else hidden.detach()
+            output = backbone_of(self.causal_lm)(**inputs, use_cache=False)
+        if not wanted:
+            return output.last_hidden_state.detach(), None
+        router = self.router_loss and self.router_loss(output.router_logits, inputs["attention_mask"])
+        return output.last_hidden_state, router
 
     def compile_backbone(self, backend: str = "inductor") -> None:
         """Run the backbone through `torch.compile` from now on, for rows of any length."""
@@ -132,5 +152,11 @@ class Policy(nn.Module):
         return torch.autocast(self.device.type, dtype=self.compute_dtype)
 
     def as_reference(self) -> AbstractContextManager[Any]:
-        """Make the policy its own reference within the block: adapters off. Without adapters, only before training."""
-        return self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else nullcontext()
+        """Make the policy its own reference within the block: new adapters off. Without such, only before training."""
+        if self.reference_has_adapters or not hasattr(self.model, "disable_adapter"):
+            return nullcontext()
+        return self.model.disable_adapter()
+
+    def as_saved(self) -> AbstractContextManager[None]:
+        """Let the configuration say within the block what it said before training: dropout is off meanwhile."""
+        return as_stated(self.stated)

@@ -24,7 +24,14 @@ class PairMetrics:
         self._sums: dict[str, Tensor] = {}
         self._pairs = 0
 
-    def add(self, output: LossOutput, logps: Tensor, batch: PairBatch, head: HeadStats | None = None) -> None:
+    def add(
+        self,
+        output: LossOutput,
+        logps: Tensor,
+        batch: PairBatch,
+        head: HeadStats | None = None,
+        aux_loss: Tensor | None = None,
+    ) -> None:
         """Take in a micro-batch.
 
         Args:
@@ -32,6 +39,7 @@ class PairMetrics:
             logps: [2B], plain sums over the tokens of each sequence.
             batch: the pairs.
             head: what the head saw, or None to leave it out.
+            aux_loss: the micro-batch's share of the step's load-balancing loss, or None if there is none.
         """
         chosen, rejected = logps.detach()[0::2], logps.detach()[1::2]
         likelier = chosen / batch.chosen_lengths > rejected / batch.rejected_lengths
@@ -49,6 +57,8 @@ class PairMetrics:
         self._accumulate("loss", output.loss.detach().float())
         if "nll_loss" in output.metrics:
             self._accumulate("nll_loss", output.metrics["nll_loss"])
+        if aux_loss is not None:
+            self._accumulate("aux_loss", aux_loss.detach())
         for name, values in per_pair.items():
             self._accumulate(name, values.sum(dtype=torch.float32))
         if head is not None:
@@ -66,7 +76,8 @@ class PairMetrics:
         values = torch.stack([value.float().reshape(()) for value in tensors.values()]).tolist()
         sums = dict(zip(tensors, values, strict=True))
         tokens = sums.pop("head/tokens", 1.0)
-        counts = {"loss": 1.0, "nll_loss": 1.0, "head/tail": tokens, "head/kept": tokens, **dict.fromkeys(extra, 1.0)}
+        shares = ("loss", "nll_loss", "aux_loss", *extra)
+        counts = {"head/tail": tokens, "head/kept": tokens, **dict.fromkeys(shares, 1.0)}
         return {name: value / max(counts.get(name, self._pairs), 1) for name, value in sums.items()}
 
 

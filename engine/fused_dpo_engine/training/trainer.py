@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fused_dpo import DPOLoss, LossOutput
 from fused_dpo_engine.batching.batch import PairBatch
-from fused_dpo_engine.batching.planning import build_batch, plan_pairs
+from fused_dpo_engine.batching.planning import PlannedBatch, build_batch, plan_pairs
 from fused_dpo_engine.batching.schedule import Schedule, Step
 from fused_dpo_engine.checkpoint.export import save_model
 from fused_dpo_engine.config.commands import TrainConfig
@@ -135,12 +135,18 @@ class Trainer:
         chosen_tokens = sum(self.pairs[i].chosen_length for i in indices)
         sums, slots = PairMetrics(), SlotMetrics(packing.tokens_per_batch)
         outputs: list[tuple[PairBatch, LossOutput]] = []
-        for planned in step.batches:
+        rows = [self._rows_of(planned) for planned in step.batches]
+        for planned, count in zip(step.batches, rows, strict=True):
             batch = build_batch(self.pairs, planned.indices, packing).to(device)
             scores = self.policy(batch)
             output = self._loss_of(batch, scores, self.reference, len(indices), chosen_tokens)
+            aux_loss = None
+            if self.policy.router_loss is not None and scores.router is not None:
+                # A mean over rows, so every pass weighs by the rows that it has of the step's.
+                aux_loss = scores.router * (count / sum(rows))
+                output = output._replace(loss=output.loss + self.policy.router_loss.coefficient * aux_loss)
             output.loss.backward()
-            sums.add(output, scores.plain, batch, scores.head)
+            sums.add(output, scores.plain, batch, scores.head, aux_loss)
             outputs.append((batch, output))
             for layout in (slots, self._slots):
                 layout.add(batch)
@@ -174,6 +180,12 @@ class Trainer:
             "tokens_per_second": slots.tokens / seconds,
             "peak_memory_gib": peak_memory_gib(device),
         }
+
+    def _rows_of(self, planned: PlannedBatch) -> int:
+        """Count the rows of a forward pass that hold a token."""
+        if self.config.packing.packing:
+            return planned.slots
+        return sum(self.pairs[index].num_tokens for index in planned.indices)
 
     def _loss_of(
         self,
@@ -235,7 +247,8 @@ class Trainer:
 
     def _save(self, name: str) -> None:
         try:
-            save_model(self.policy.model, self.tokenizer, self.output / name)
+            with self.policy.as_saved():
+                save_model(self.policy.model, self.tokenizer, self.output / name)
         except SaveError as error:
             self.summary.saved[name] = f"failed after step {self.summary.steps}: {error.reason}"
             raise

@@ -88,8 +88,9 @@ class TestLoading:
         def absent(*_, **__):
             raise OSError("models/lama is no valid model identifier")
 
-        for loader in ("AutoTokenizer", "AutoConfig"):
-            monkeypatch.setattr(f"fused_dpo_engine.model.loading.{loader}.from_pretrained", absent)
+        monkeypatch.setattr("fused_dpo_engine.model.loading.AutoTokenizer.from_pretrained", absent)
+        monkeypatch.setattr("fused_dpo_engine.model.source.AutoConfig.from_pretrained", absent)
+        monkeypatch.setattr("fused_dpo_engine.model.source.cached_file", absent)
         with pytest.raises(UserError, match="there is no such folder models/lama"):
             load_tokenizer("models/lama", ModelOptions(""))
         with pytest.raises(UserError, match="there is no such folder models/lama"):

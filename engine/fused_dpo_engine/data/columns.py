@@ -43,16 +43,17 @@ class Format(NamedTuple):
 
 
 def read_columns(values: Mapping[str, Any], where: str) -> Columns:
-    """Find a row's format, and bring its columns to the usual names.
+    """Find a row's format, and bring its columns to the usual names; capital letters in names make no difference.
 
     Raises:
         DataError: it has none of the known formats.
     """
-    there = {name: value for name, value in values.items() if value is not None}
+    names = {name.lower(): name for name, value in reversed(values.items()) if value is not None}
+    there = {low: values[name] for low, name in names.items()}
     for format_ in FORMATS:
         asked = not format_.any_of or any(there.get(name) for name in format_.any_of)
         if asked and all(name in there for name in format_.needs) and (columns := format_.read(there, where)):
-            return columns
+            return columns._replace(used=frozenset(names[low] for low in columns.used))
     missing = [name for name in ("chosen", "rejected") if name not in there]
     keys = ", ".join(repr(name) for name in values) or "none"
     what = f'a row needs "chosen" and "rejected", and mostly "prompt"; missing {missing}, got the keys {keys}'
@@ -81,6 +82,9 @@ def _explicit(values: Values, where: str) -> Columns | None:
     if (answers := read_answers(values, where)) is None:
         return None
     prompt = conversation(values["prompt"])
+    if not prompt and not any(isinstance(text, str) for text in answers.texts):
+        columns = _implicit({name: value for name, value in values.items() if name != "prompt"}, where)
+        return columns and columns._replace(used=columns.used | {"prompt"})
     if isinstance(prompt, str) and values.get("system"):
         prompt = _turn("user", prompt)
     return _beside(values, _with_system(values, prompt), answers, "prompt", "system")
@@ -99,8 +103,15 @@ def _implicit(values: Values, where: str) -> Columns | None:
 
 
 def _asked(values: Values, where: str) -> Columns | None:
-    """Read Orca and alpaca: `system`, `question` or `instruction` and `input`, earlier turns in `history`."""
-    if (answers := read_answers(values, where)) is None:
+    """Read Orca and alpaca: `system`, `question` or `instruction` and `input`, earlier turns in `history`.
+
+    LLaMA-Factory's older files have both answers in a list `output`, the better one first.
+    """
+    answers = read_answers(values, where)
+    output = values.get("output")
+    if answers is None and isinstance(output, list) and len(output) == 2:
+        answers = Answers((output[0], output[1]), None, frozenset({"output"}))
+    if answers is None:
         return None
     for name in ASKED:
         messages = conversation(values.get(name))

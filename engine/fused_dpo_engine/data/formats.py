@@ -119,6 +119,8 @@ def _split(prompt: Any, answers: tuple[Any, ...], names: list[str], where: str) 
     """Check the prompt and the answers, and take apart what is repeated or shared."""
     if prompt is None or (isinstance(prompt, str) and all(_opens_with(prompt, answer) for answer in answers)):
         return _without_prompt(answers, names, where)
+    if isinstance(prompt, dict):
+        prompt = [prompt]  # a single message
     if isinstance(prompt, list):
         asked = clean_messages(prompt, "prompt", where)
         talks = [_response(answer, name, where) for answer, name in zip(answers, names, strict=True)]

@@ -45,6 +45,7 @@ EXAMPLES = {
         [BLUE],
         [RED],
     ),
+    "alpaca, older": Example({"instruction": "A colour?", "output": ["Blue", "Red"]}, [COLOUR], [BLUE], [RED]),
     "LLaMA-Factory sharegpt": Example(
         {
             "conversations": [SAID],

@@ -114,7 +114,7 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
     import tyro
 
     from fused_dpo_engine.config import commands
-    from fused_dpo_engine.config.files import arguments_of_file
+    from fused_dpo_engine.config.files import OLDER, arguments_of_file
     from fused_dpo_engine.config.paths import refuse_overlap
 
     command = COMMANDS[name]
@@ -129,7 +129,7 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
             from_files += arguments_of_file(path, config)
             files.append(path)
         else:
-            rest.append(argument)
+            rest += OLDER.get(argument, (argument,))
     parsed: Any = tyro.cli(
         config,
         prog=f"fused-dpo {name}",

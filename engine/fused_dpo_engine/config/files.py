@@ -9,6 +9,9 @@ from typing import Any, Literal, get_args, get_origin
 from fused_dpo_engine.config.commands import TrainConfig
 from fused_dpo_engine.errors import UserError
 
+OLDER = {"--tensorboard": ("--report-to", "tensorboard"), "--no-tensorboard": ("--report-to", "none")}
+"""Options by the names that they once had, and what they are now."""
+
 
 def arguments_of_file(path: str, config: type) -> list[str]:
     """Read a YAML (or JSON) file of settings as command-line options, less what `config` lacks.
@@ -30,6 +33,8 @@ def arguments_of_file(path: str, config: type) -> list[str]:
     arguments: list[str] = []
     for name, value in settings.items():
         key = str(name).replace("-", "_")
+        if key == "tensorboard" and isinstance(value, bool):
+            key, value = "report_to", OLDER[f"--{'' if value else 'no-'}tensorboard"][-1]
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
             raise UserError(f"{path}: unknown option {name!r}" + (f"; did you mean {close[0]}?" if close else "."))

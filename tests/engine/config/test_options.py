@@ -157,6 +157,12 @@ class TestConfigFile:
         assert parse("train", ["--config", str(tmp_path / "config.json")]) == config
         assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8")).keys() == {f.name for f in FIELDS}
 
+    @pytest.mark.parametrize(("older", "now"), [(True, ("tensorboard",)), (False, ("none",))])
+    def test_names_that_options_once_had(self, tmp_path, older, now):
+        assert with_required(tensorboard=older).run.report_to == now
+        path = config_file(tmp_path, f"tensorboard: {str(older).lower()}\n")
+        assert parse("train", [*options(**REQUIRED), "--config", str(path)]).run.report_to == now
+
     @pytest.mark.parametrize("first", [True, False])
     def test_the_command_line_wins(self, tmp_path, first):
         path = config_file(tmp_path, "beta: 0.5\nseed: 3\noverwrite: true\nlora_target_modules: [a, b]\n")

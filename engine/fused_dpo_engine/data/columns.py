@@ -48,7 +48,7 @@ def read_columns(values: Mapping[str, Any], where: str) -> Columns:
     Raises:
         DataError: it has none of the known formats.
     """
-    names = {name.lower(): name for name, value in reversed(values.items()) if value is not None}
+    names = {name.lower(): name for name, value in reversed(list(values.items())) if value is not None}
     there = {low: values[name] for low, name in names.items()}
     for format_ in FORMATS:
         asked = not format_.any_of or any(there.get(name) for name in format_.any_of)

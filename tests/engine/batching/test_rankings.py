@@ -93,7 +93,9 @@ class TestEveryAnswerOnce:
         away = batch.to(torch.device("meta")).copies
         assert away is not None
         assert all(tensor.is_meta for tensor in away)
-        assert all(torch.equal(*both) for both in zip(batch.to(torch.device("cpu")).copies, batch.copies, strict=True))
+        back = batch.to(torch.device("cpu")).copies
+        assert back is not None
+        assert all(torch.equal(*both) for both in zip(back, batch.copies, strict=True))
 
     def test_units_cost_what_they_take(self):
         pairs = ranked_pairs_of(pairing="all", together=False)

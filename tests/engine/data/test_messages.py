@@ -1,7 +1,7 @@
 """Messages as files have them, brought to one form."""
 
 import json
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
@@ -13,7 +13,7 @@ from tests.engine.support.toys import assistant, user
 ASKED = {"prompt": [user("A colour?")], "rejected": "Red"}
 
 
-def chosen(value, **more):
+def chosen(value: Any, **more: Any) -> Any:
     return parse_row(Row({**ASKED, "chosen": value, **more}, "pairs.jsonl:17")).chosen
 
 

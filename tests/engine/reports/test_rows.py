@@ -45,7 +45,7 @@ def test_what_follows_from_score_is_seen():
 def test_a_prompt_that_merges_with_the_answer_shows_where_it_is_cut():
     pair = tokenize_one(strings("the prom", "pt", "x"), bpe_tokenizer(), 500)
     text = show_pairs([pair], bpe_tokenizer()).plain
-    assert "⟦" + bpe_tokenizer().decode(pair.chosen_ids[pair.prompt_length :]) + "⟧" in text
+    assert f"⟦{bpe_tokenizer().decode(pair.chosen_ids[pair.prompt_length :])}⟧" in text
 
 
 class TestCommand:

@@ -102,5 +102,11 @@ def random_pairs(B: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> P
     margins = torch.rand(B, generator=generator, dtype=dtype)
     rankings = torch.arange(B)  # each pair is one of its own
     return PairLogps(
-        logps[0].requires_grad_(), logps[1].requires_grad_(), logps[2], logps[3], *lengths, margins, rankings
+        logps[0].requires_grad_(),
+        logps[1].requires_grad_(),
+        logps[2],
+        logps[3],
+        *lengths,
+        margins=margins,
+        rankings=rankings,
     )

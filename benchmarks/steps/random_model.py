@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.heads.replay import LENGTHS, replay
 from fused_dpo_engine.attention.interface import ATTENTION_NAME
+from fused_dpo_engine.attention.models import attention_for
 from fused_dpo_engine.config.options import ModelOptions
 from fused_dpo_engine.data.pairs import TokenPair
-from fused_dpo_engine.model.build import attention_for
 from fused_dpo_engine.model.loading import choose_dtype
 from fused_dpo_engine.model.policy import Policy
 

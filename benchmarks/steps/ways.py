@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from benchmarks.steps.random_model import PREFIX, build_random_policy
 from benchmarks.steps.random_model import token_pairs as random_pairs
 from fused_dpo import DPOLoss, head_of
+from fused_dpo_engine.attention.interface import packed_call
 from fused_dpo_engine.batching.batch import PairBatch
 from fused_dpo_engine.batching.planning import build_batch, plan_pairs
 from fused_dpo_engine.config.options import LoraOptions, ModelOptions, PackingOptions
@@ -92,7 +93,7 @@ def fused(policy: Policy, batch: PairBatch) -> Tensor:
 
 def packed_logits(policy: Policy, batch: Any) -> Tensor:
     """Score the packed forward by the naive head: logits of every token of the batch."""
-    with policy.autocast():
+    with policy.autocast(), packed_call():
         hidden = policy.causal_lm.base_model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,

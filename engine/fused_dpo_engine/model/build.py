@@ -1,46 +1,18 @@
 """Load the model to train, choose its attention, put adapters on it, and wrap it as a policy."""
 
-import warnings
 from typing import Any
 
 import torch
 
-from fused_dpo_engine.attention.choice import available_backends, candidates, load_backend
-from fused_dpo_engine.attention.verify import verify_backend
+from fused_dpo_engine.attention.models import attention_for
 from fused_dpo_engine.config.options import LoraOptions, ModelOptions
-from fused_dpo_engine.errors import UserError
 from fused_dpo_engine.model.adapters import add_adapters, load_adapters, merge_adapters
-from fused_dpo_engine.model.compatibility import attention_needs
 from fused_dpo_engine.model.liger import apply_liger
 from fused_dpo_engine.model.loading import check_head, check_model, choose_dtype, load_model
 from fused_dpo_engine.model.policy import Policy
 from fused_dpo_engine.model.quantisation import check_loaded
 from fused_dpo_engine.model.router_loss import router_loss_of
 from fused_dpo_engine.model.source import Source
-
-
-def attention_for(model: Any, device: torch.device, dtype: torch.dtype, wanted: str) -> str:
-    """Name of the attention backend for a model's packed rows on this device; `wanted` as in `ModelOptions`.
-
-    Raises:
-        UserError: the one that is wanted is not there, cannot serve the model, fails or computes something else. Of
-            those that nobody asked for by name, such a one is passed over with a warning.
-    """
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    needs = attention_needs(model)
-    names = candidates(needs, device, dtype, capability, available_backends(), wanted)
-    for name in names:
-        if name == "sdpa":  # what the others are compared with
-            break
-        try:
-            verify_backend(name, load_backend(name), needs, device, dtype)
-        except UserError as reason:
-            if wanted != "auto":
-                raise
-            warnings.warn(f"passed over: {reason}", stacklevel=2)
-        else:
-            return name
-    return "sdpa"
 
 
 def build_policy(

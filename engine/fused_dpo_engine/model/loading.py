@@ -10,21 +10,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from fused_dpo import head_of
 from fused_dpo.hardware import has_bf16_units
 from fused_dpo_engine.attention.interface import ATTENTION_NAME
+from fused_dpo_engine.attention.models import check_packable, no_attention_of_ours, warn_of_lengths
 from fused_dpo_engine.config.options import DataOptions, LoraOptions, ModelOptions, PackingOptions
-from fused_dpo_engine.errors import UserError, first_line
+from fused_dpo_engine.errors import UnsupportedModelError, UserError, first_line
 from fused_dpo_engine.model.adapters import check_adapters
 from fused_dpo_engine.model.compatibility import (
     backbone_of,
     causal_class_of,
     check_architecture,
-    check_packable,
     check_weights_left,
-    no_attention_of_ours,
-    warn_of_lengths,
 )
 from fused_dpo_engine.model.dropout import Stated, stated_rates, switch_dropout_off
 from fused_dpo_engine.model.quantisation import check_quantisation, loading_settings
 from fused_dpo_engine.model.source import TOKENIZER_FILES, Source, find_file, find_source, no_such_folder, read_config
+
+_WAY_OUT = "--no-packing trains it on padded batches."
 
 
 def choose_device(options: ModelOptions) -> torch.device:
@@ -115,7 +115,7 @@ def _checked_config(source: Source, options: ModelOptions, packing: bool) -> tup
     check_architecture(config, source.base)
     cls = causal_class_of(config)
     if packing and cls is not None:
-        check_packable(cls, config)
+        _check_packable(cls, config)
     return config, cls
 
 
@@ -156,13 +156,14 @@ def load_model(
         model, info = loaded
     except (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         if isinstance(error, KeyError) and error.args == (ATTENTION_NAME,):  # a table of attention classes
-            raise no_attention_of_ours(cls.__name__ if cls else str(config.model_type)) from error
+            name = cls.__name__ if cls else str(config.model_type)
+            raise UnsupportedModelError(f"{no_attention_of_ours(name)} {_WAY_OUT}") from error
         raise UserError(
             f"no causal language model could be loaded from {source}: {no_such_folder(source.base)}{first_line(error)}"
         ) from error
     check_weights_left(info, source.base)
     if packing:
-        check_packable(type(model), model.config)
+        _check_packable(type(model), model.config)
         warn_of_lengths(model.config)
     backbone_of(model)
     check_head(model, name)
@@ -181,6 +182,13 @@ def check_head(model: Any, name: str) -> None:
         head_of(model)
     except (NotImplementedError, TypeError) as error:
         raise UserError(f"{name}: {first_line(error)}") from error
+
+
+def _check_packable(cls: type, config: Any) -> None:
+    try:
+        check_packable(cls, config)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{error} {_WAY_OUT}") from None
 
 
 def _own_attention(config: Any) -> str | None:

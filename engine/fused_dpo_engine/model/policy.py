@@ -12,6 +12,7 @@ from fused_dpo.hardware import tag_compiled_code
 from fused_dpo.losses import desensitized_weights
 from fused_dpo_engine.attention.call import Backend
 from fused_dpo_engine.attention.choice import load_backend
+from fused_dpo_engine.attention.interface import packed_call
 from fused_dpo_engine.batching.batch import PairBatch
 from fused_dpo_engine.model.compatibility import backbone_of
 from fused_dpo_engine.model.dropout import Stated, as_stated
@@ -132,7 +133,8 @@ class Policy(nn.Module):
         wanted = torch.is_grad_enabled()
         if self.router_loss is not None:
             inputs["output_router_logits"] = wanted or self.compiled
-        with torch.set_grad_enabled(wanted or self.compiled):
+        no_masks = packed_call() if "fused_dpo_plan" in inputs else nullcontext()
+        with torch.set_grad_enabled(wanted or self.compiled), no_masks:
             output = backbone_of(self.causal_lm)(**inputs, use_cache=False)
         if not wanted:
             return output.last_hidden_state.detach(), None

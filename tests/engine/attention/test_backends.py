@@ -20,6 +20,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from fused_dpo_engine.attention import choice as attention_choice
 from fused_dpo_engine.attention import flex as attention_flex
+from fused_dpo_engine.attention import models
 from fused_dpo_engine.attention import segments as attention_segments
 from fused_dpo_engine.attention.call import AttentionCall, Backend
 from fused_dpo_engine.attention.choice import (
@@ -32,14 +33,13 @@ from fused_dpo_engine.attention.choice import (
 )
 from fused_dpo_engine.attention.flex import flex_backend
 from fused_dpo_engine.attention.gather import gather_rows
+from fused_dpo_engine.attention.models import attention_for
 from fused_dpo_engine.attention.plan import AttentionPlan, Segment, plan_attention
-from fused_dpo_engine.attention.segments import causal_attention, segment_attention
+from fused_dpo_engine.attention.segments import attention, segment_attention, visible_keys
 from fused_dpo_engine.attention.varlen import flash_backend, torch_backend
 from fused_dpo_engine.attention.verify import verify_backend
 from fused_dpo_engine.config.options import ModelOptions
 from fused_dpo_engine.errors import UnsupportedModelError, UserError
-from fused_dpo_engine.model import build
-from fused_dpo_engine.model.build import attention_for
 from tests.engine.support import kernels_in_torch as kernels
 from tests.engine.support.policies import BATCH, GRADIENT_TOLERANCE, ORDERED, VALUE_TOLERANCE, policy_of, relative
 from tests.engine.support.toys import eager_twin, gradients, own_logps, tiny_model, unshared_plan, worst_gradient_error
@@ -204,8 +204,8 @@ class TestSegments:
 
         monkeypatch.setattr(Tensor, "is_cuda", True)
         monkeypatch.setattr(attention_segments.F, "scaled_dot_product_attention", sdpa)
-        keys = torch.randn(1, 2, 5 + shared, 8, dtype=dtype)
-        causal_attention(torch.randn(1, 4, 5, 8, dtype=dtype), keys, keys, AttentionCall(1.0))
+        queries, keys = torch.randn(1, 4, 5, 8, dtype=dtype), torch.randn(1, 2, 5 + shared, 8, dtype=dtype)
+        attention(queries, keys, keys, visible_keys(queries, keys, window=None), AttentionCall(1.0))
         fused = dtype == torch.bfloat16 and not shared
         assert seen == [(2, True) if fused else (4, False)]
 
@@ -411,8 +411,8 @@ class TestAttentionFor:
             "varlen": rounded(KERNELS["varlen"], torch.bfloat16),
             "sdpa": segment_attention,
         }
-        monkeypatch.setattr(build, "candidates", lambda *_: self.names)
-        monkeypatch.setattr(build, "load_backend", functions.__getitem__)
+        monkeypatch.setattr(models, "candidates", lambda *_: self.names)
+        monkeypatch.setattr(models, "load_backend", functions.__getitem__)
 
     def test_what_is_wrong_is_passed_over(self):
         self.names = ["flash_attn_2", "varlen", "sdpa"]

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from fused_dpo_engine.attention.interface import packed_attention
+from fused_dpo_engine.attention.interface import packed_attention, packed_call
+from fused_dpo_engine.attention.models import attention_needs, check_packable, warn_of_lengths
 from fused_dpo_engine.attention.plan import AttentionPlan, Segment, plan_attention
 from fused_dpo_engine.errors import UnsupportedModelError
-from fused_dpo_engine.model.compatibility import attention_needs, check_packable, warn_of_lengths
 from tests.engine.support.toys import FAMILIES, IN_FLOAT32, REFUSED, tiny_config, tiny_model, unshared_plan
 
 PLAN = unshared_plan(0, 5, 6, 17, 20)
@@ -145,14 +145,14 @@ class TestAgainstMaskedSoftmax:
 
 class TestRefusals:
     def test_a_mask(self):
-        with pytest.raises(ValueError, match="attention_mask=None and use_cache=False"):
-            packed_attention(LAYER, *inputs(), torch.zeros(1, 1, 20, 20))
+        with pytest.raises(ValueError, match=r"attention_mask=None, within packed_call"):
+            packed_attention(LAYER, *inputs(), torch.zeros(1, 1, 20, 20), fused_dpo_plan=PLAN)
 
     def test_attention_in_both_directions(self):
         layer = nn.Module()
         vars(layer)["is_causal"] = False
         with pytest.raises(UnsupportedModelError, match="both directions"):
-            packed_attention(layer, *inputs(), None)
+            packed_attention(layer, *inputs(), None, fused_dpo_plan=PLAN)
 
     @pytest.mark.parametrize("tokens", [19, 21])
     def test_a_plan_for_another_row(self, tokens):
@@ -205,7 +205,7 @@ class TestCheckPackable:
     def test_refuses(self, family):
         model = build(family)
         name = type(model).__name__
-        with pytest.raises(UnsupportedModelError, match=f"{name} .*packed sequences would see each.*--no-packing"):
+        with pytest.raises(UnsupportedModelError, match=f"{name} .*packed sequences would see each other"):
             check_packable(type(model), model.config)
 
     @pytest.mark.parametrize("kind", ["chunked_attention", "linear_attention", "conv"])
@@ -285,9 +285,9 @@ class TestRopeWarning:
             positions = torch.cat((torch.arange(12), torch.arange(length)))[None]
             row = torch.cat((ids, torch.full((1, length), 7)), 1)
             plan = unshared_plan(0, 12, 12 + length)
-            return model.model(
-                input_ids=row, position_ids=positions, use_cache=False, fused_dpo_plan=plan
-            ).last_hidden_state[0, :12]
+            with packed_call():
+                output = model.model(input_ids=row, position_ids=positions, use_cache=False, fused_dpo_plan=plan)
+            return output.last_hidden_state[0, :12]
 
         assert torch.allclose(last(4), last(16))
         assert (last(4) - last(40)).abs().max() > 1e-3

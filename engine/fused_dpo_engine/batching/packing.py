@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fused_dpo_engine.attention.call import Backend
 from fused_dpo_engine.attention.gather import gather_rows
-from fused_dpo_engine.attention.plan import AttentionPlan, Segment, offsets_of, plan_attention
+from fused_dpo_engine.attention.plan import AttentionPlan, offsets_of, plan_attention
 from fused_dpo_engine.batching.batch import HeadCall, PairBatch, margins_and_rankings
-from fused_dpo_engine.batching.sharing import Placement, place_sequences
+from fused_dpo_engine.batching.sharing import Placement, place_sequences, rows_of
 from fused_dpo_engine.data.pairs import TokenPair
 
 
@@ -94,16 +94,10 @@ def pack(pairs: Sequence[TokenPair], indices: Sequence[int], *, share: bool = Tr
         share: compute the common beginning of the sequences on one prompt once, and equal sequences altogether.
     """
     placements = place_sequences(pairs, indices, share=share)
-    segments: list[Segment] = []
+    segments, rows_of_each = rows_of(placements)
     scored: list[np.ndarray] = [np.empty(0)] * (2 * len(indices))
     targets = scored.copy()
-    stop = 0
-    for placement in placements:
-        start, stop = stop, stop + placement.num_rows
-        segments.append(Segment(start, stop, placement.trunk, placement.shared))
-        trunk = segments[placement.trunk].start
-        # The row of every position of the sequence: in its trunk as far as they go together, then its own.
-        rows = np.concatenate((np.arange(trunk, trunk + placement.shared), np.arange(start, stop)))
+    for placement, rows in zip(placements, rows_of_each, strict=True):
         _, positions = pairs[indices[placement.sequence // 2]].sides[placement.sequence % 2]
         for sequence in (placement.sequence, *placement.copies):
             scored[sequence] = rows[positions - 1]

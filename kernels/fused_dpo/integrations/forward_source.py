@@ -139,7 +139,7 @@ class _Trace:
     def block(self, statements: list[ast.stmt], switch: str | None) -> None:
         for statement in statements:
             if isinstance(statement, ast.If):
-                self.block(statement.body, path_of(statement.test) or "")
+                self.block(statement.body, _switch(statement.test))
                 self.block(statement.orelse, "")
             elif hasattr(statement, "body"):
                 self.block(statement.body, "")  # pyright: ignore[reportAttributeAccessIssue]
@@ -240,7 +240,16 @@ class _Trace:
                 return True
             if isinstance(node.op, ast.Add) and any("bias" in name for name in names):
                 return True
+            if isinstance(side, ast.Subscript) and isinstance(side.slice, ast.Slice):  # tuples: outputs + rest[1:]
+                return True
         return False
+
+
+def _switch(test: ast.expr) -> str:
+    """Read `self.a` and `self.a is not None`; empty for other conditions."""
+    if isinstance(test, ast.Compare) and ast.unparse(test).endswith(" is not None"):
+        test = test.left
+    return path_of(test) or ""
 
 
 def _setting(node: ast.expr) -> tuple[str, float] | None:

@@ -23,7 +23,7 @@ class LogitTransform(NamedTuple):
     """Parts of the model that are called on the hidden states before the head."""
 
 
-def logit_transform(model: nn.Module, head: str | None) -> LogitTransform:
+def logit_transform(model: nn.Module, head: str) -> LogitTransform:
     """Read scale and softcap: what the forward of the class mentions is applied, with the values that the model has.
 
     A multimodal class may leave out what the text model of the same configuration does (Cohere 2 Vision, Granite
@@ -31,14 +31,25 @@ def logit_transform(model: nn.Module, head: str | None) -> LogitTransform:
 
     Args:
         model: whose forward makes the logits.
-        head: path of the layer that it calls for them.
+        head: path of the layer that it calls for them, itself or in a part of it.
 
     Raises:
         NotImplementedError: a step on the way to the logits is not understood; or the configuration names a scale or
-            softcap, and the forward does not call the head itself or has no source, so that nobody can tell.
+            softcap, and no forward that calls the head has a source to tell what becomes of it.
     """
-    name, config = type(model).__name__, _text_config(getattr(model, "config", None))
-    forward = None if head is None else read_forward(type(model), head)
+    return _transform(model, head, _text_config(getattr(model, "config", None)))
+
+
+def _transform(model: nn.Module, head: str, config: dict[str, Any]) -> LogitTransform:
+    name, parts = type(model).__name__, head.split(".")
+    paths = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
+    forward = None
+    for called in paths if head else ():
+        forward = read_forward(type(model), called)
+        if forward is None or forward.calls_head:
+            break
+    else:
+        called = ""
     if forward is None or not forward.calls_head:
         _refuse_what_cannot_be_told(name, config, forward)
         return LogitTransform(1.0, 1.0, None, None, ())
@@ -47,9 +58,15 @@ def logit_transform(model: nn.Module, head: str | None) -> LogitTransform:
             f"{name}.forward computes {forward.unknown!r} on the way to its logits, which is not understood here; build "
             f"the LMHead yourself, with logit_scale, softcap and bias set as the model applies them."
         )
+    scale, on_hidden = _scales(model, forward)
     softcap = next((float(value) for value in map(config.get, _SOFTCAPS) if value), None) if forward.caps else None
     rows = config.get(_ROWS) if _ROWS in forward.names else None
-    return LogitTransform(*_scales(model, forward), softcap, rows, forward.before)
+    before = forward.before
+    if called != head:  # in a part of the model that has a forward of its own (T5Gemma, XLM)
+        inner = _transform(follow(model, called), head.removeprefix(f"{called}."), {})
+        scale, on_hidden, softcap = scale * inner.scale, on_hidden * inner.on_hidden, softcap or inner.softcap
+        before += tuple(f"{called}.{part}" for part in inner.before)
+    return LogitTransform(scale, on_hidden, softcap, rows, before)
 
 
 def _scales(model: nn.Module, forward: Forward) -> tuple[float, float]:

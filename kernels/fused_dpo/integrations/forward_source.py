@@ -9,8 +9,12 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple
 
-FACTORS = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
-"""What models call a number by which they multiply or divide their logits: Cohere; Granite; Falcon-H1; Muse."""
+FACTORS = (
+    *("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier"),
+    "logits_mup_width_multiplier",
+)
+"""What models call a number by which they multiply or divide their logits: Cohere; Granite; Falcon-H1; Muse;
+Inkling."""
 _CAP = re.compile(r"soft_?cap")
 _NOT_OF_THE_HEAD = ("attn", "attention", "router")
 _SAME_NUMBERS = ("float", "to", "contiguous", "view", "reshape", "squeeze", "unsqueeze", "clone", "detach", "transpose")

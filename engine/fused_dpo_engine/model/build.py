@@ -12,7 +12,7 @@ from fused_dpo_engine.errors import UserError
 from fused_dpo_engine.model.adapters import add_adapters, load_adapters, merge_adapters
 from fused_dpo_engine.model.compatibility import attention_needs
 from fused_dpo_engine.model.liger import apply_liger
-from fused_dpo_engine.model.loading import check_head, check_model, choose_dtype, load_model
+from fused_dpo_engine.model.loading import check_head_is_readable, check_model, choose_dtype, load_model
 from fused_dpo_engine.model.policy import Policy
 from fused_dpo_engine.model.quantisation import check_loaded
 from fused_dpo_engine.model.router_loss import router_loss_of
@@ -88,7 +88,7 @@ def build_policy(
     elif lora.lora_rank:
         model = add_adapters(model, source.base, lora)
     model.train()
-    check_head(model, options.model)
+    check_head_is_readable(model, options.model)
     return Policy(
         model,
         compute_dtype,

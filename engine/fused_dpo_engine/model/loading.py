@@ -14,9 +14,9 @@ from fused_dpo_engine.config.options import DataOptions, LoraOptions, ModelOptio
 from fused_dpo_engine.errors import UserError, first_line
 from fused_dpo_engine.model.adapters import check_adapters
 from fused_dpo_engine.model.compatibility import (
-    backbone_of,
     causal_class_of,
     check_architecture,
+    check_backbone,
     check_packable,
     check_weights_left,
     no_attention_of_ours,
@@ -164,14 +164,14 @@ def load_model(
     if packing:
         check_packable(type(model), model.config)
         warn_of_lengths(model.config)
-    backbone_of(model)
-    check_head(model, name)
+    check_backbone(model)
+    check_head_is_readable(model, name)
     if getattr(model, "hf_quantizer", None) is None:  # those of others were put there
         model.to(device)
     return LoadedModel(model, source, stated_rates(model.config, own))
 
 
-def check_head(model: Any, name: str) -> None:
+def check_head_is_readable(model: Any, name: str) -> None:
     """Find out whether the kernels can read a model's head, its adapters included.
 
     Raises:

@@ -93,9 +93,7 @@ def _read(causal: Any, layer: nn.Module, base: Any) -> _Reading:
     _refuse_parts_before(owners[-1], transform)
     vocabulary = len(base.weight)
     biases = tuple(
-        (path, name)
-        for path, owner in zip(place.owners, owners, strict=True)
-        for name in _biases_of(owner, vocabulary)
+        (path, name) for path, owner in zip(place.owners, owners, strict=True) for name in _biases_of(owner, vocabulary)
     )
     rows = None if transform.rows in (None, vocabulary) else transform.rows
     return _Reading(transform.scale, transform.on_hidden, transform.softcap, rows, biases)

@@ -101,7 +101,9 @@ def _refuse_what_cannot_be_told(name: str, config: dict[str, Any], forward: Forw
     if forward is None and config.get("is_encoder_decoder"):
         found = found or ["the configuration of an encoder-decoder, some of which scale their hidden states"]
     if found:
-        why = f"the source of {name}.forward is not there" if forward is None else f"{name}.forward calls no head itself"
+        why = (
+            f"the source of {name}.forward is not there" if forward is None else f"{name}.forward calls no head itself"
+        )
         raise NotImplementedError(
             f"{why} to tell what becomes of {found[0]}; build the LMHead yourself, with logit_scale and softcap set as "
             f"the model applies them."

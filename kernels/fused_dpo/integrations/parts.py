@@ -33,9 +33,7 @@ def backbone_of(model: Any) -> nn.Module:
     for part in candidates:
         if isinstance(part, nn.Module) and part is not owner and head_layer(part) is None:
             return part
-    hint = (
-        "; call it with output_hidden_states=True, and take decoder_hidden_states[-1]" if encoder_decoder else ""
-    )
+    hint = "; call it with output_hidden_states=True, and take decoder_hidden_states[-1]" if encoder_decoder else ""
     raise TypeError(f"{type(owner).__name__} does not say which of its parts makes the hidden states{hint}.")
 
 

@@ -7,7 +7,9 @@ CUDA kernels, nothing else; imports on a machine without a GPU.
 from fused_dpo.api import TokenLogps, fused_dpo_logps, fused_token_logps
 from fused_dpo.full_logits import get_batch_logps
 from fused_dpo.head import LMHead, LowRankAdapter
+from fused_dpo.integrations.check import check_head
 from fused_dpo.integrations.hugging_face import head_of
+from fused_dpo.integrations.parts import backbone_of
 from fused_dpo.losses.module import DPOLoss, LossOutput
 from fused_dpo.ops.sequence_sum import sequence_sum
 from fused_dpo.options import KernelOptions
@@ -21,6 +23,8 @@ __all__ = [
     "LossOutput",
     "LowRankAdapter",
     "TokenLogps",
+    "backbone_of",
+    "check_head",
     "fused_dpo_logps",
     "fused_token_logps",
     "get_batch_logps",

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fused_dpo.hardware import HAS_TRITON
 from fused_dpo.head import LMHead, LowRankAdapter
@@ -50,6 +50,7 @@ def check_scoring(
     everywhere with `FUSED_DPO_DEBUG=1`; elsewhere, and in function transforms, an invalid label makes its log-prob NaN.
     """
     head = lm_head if isinstance(lm_head, LMHead) else LMHead(lm_head)
+    _check_tensors(hidden_states, head, labels)
     packed = _check_shapes(hidden_states, head, labels, cu_seqlens)
     tensors = (hidden_states, *head.differentiable, labels, cu_seqlens, row_index)
     look = _values_are_free([tensor for tensor in tensors if tensor is not None])
@@ -121,38 +122,78 @@ def _check_dtype(name: str, tensor: Tensor, advice: str = "") -> None:
         raise TypeError(f"{name} must be one of {choices}, got {tensor.dtype}{advice}.")
 
 
-def _check_shapes(hidden: Tensor, head: LMHead, labels: Tensor, cu_seqlens: Tensor | None) -> bool:
-    """Check shapes, dtypes and devices; returns whether the call is packed."""
-    weight = head.weight
-    for name, tensor in (("hidden_states", hidden), ("lm_head weight", weight), ("labels", labels)):
+def _check_tensors(hidden: Tensor, head: LMHead, labels: Tensor) -> None:
+    """Check that the tensors are such, that their numbers are here, and their dtypes."""
+    weight: object = head.weight
+    if isinstance(weight, nn.Module):
+        advice = "head_of(model)" if hasattr(weight, "get_output_embeddings") else "head_of(model), or its .weight"
+        raise TypeError(
+            f"lm_head weight must be a torch.Tensor, got the module {type(weight).__name__}; pass {advice}."
+        )
+    a, b, _ = head.lora or (None, None, 0.0)
+    required = {"hidden_states": hidden, "lm_head weight": weight, "labels": labels}
+    for name, tensor in {**required, "bias": head.bias, "lora a": a, "lora b": b}.items():
+        if tensor is None and name not in required:
+            continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
+        if type(tensor).__name__ == "DTensor":
+            raise NotImplementedError(_DTENSOR.format(name=name))
+        if tensor.device.type == "meta":
+            raise ValueError(
+                f"{name} is on meta, which holds no numbers: accelerate's offloading leaves weights there outside of "
+                f"their module's call, and init_empty_weights until they are loaded; move it to {_elsewhere(hidden)}."
+            )
     _check_dtype("hidden_states", hidden)
-    _check_dtype("lm_head weight", weight, "; dequantise it first")
+    _check_dtype("lm_head weight", head.weight, "; dequantise it with its scales first, which a cast leaves out")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"labels must be integers, got {labels.dtype}.")
-    if weight.ndim != 2 or weight.numel() == 0:
-        hint = ""
-        if hasattr(weight, "ds_id"):
-            hint = " The weight is partitioned by DeepSpeed ZeRO-3; gather it with deepspeed.zero.GatheredParameters."
-        raise ValueError(f"lm_head weight must have shape [V, D] with V, D >= 1, got {list(weight.shape)}.{hint}")
-    if type(weight).__name__ == "DTensor":
-        raise NotImplementedError(
-            "lm_head weight is a sharded DTensor (FSDP2 or tensor parallelism); pass weight.full_tensor(), "
-            "or call inside the module whose forward gathers it."
+
+
+_DTENSOR = (
+    "{name} is a DTensor, split over ranks (FSDP2 or tensor parallelism). Compute where FSDP2 has it gathered: within the "
+    "call of the head's own module, or in the forward of the wrapped model if its root unit holds the head. Not by "
+    "full_tensor(), whose backward takes the gradient for replicated, so that each rank keeps its own; for FSDP2's mean "
+    "over ranks it takes full_tensor(grad_placements=[Partial('avg')])."
+)
+
+
+def _elsewhere(hidden: Tensor) -> str:
+    return "a device" if hidden.device.type == "meta" else str(hidden.device)
+
+
+def _check_weight_shape(weight: Tensor) -> None:
+    if weight.ndim == 2 and weight.numel():
+        return
+    hint = ""
+    if hasattr(weight, "ds_id"):
+        hint = " The weight is partitioned by DeepSpeed ZeRO-3; gather it with deepspeed.zero.GatheredParameters."
+    elif weight.ndim == 1 and isinstance(weight, nn.Parameter):
+        hint = (
+            " A parameter of one dimension is one rank's flat part of it, as FSDP1 leaves it outside of its forward; "
+            "compute within the forward of the wrapped model, or under FullyShardedDataParallel.summon_full_params to "
+            "evaluate."
         )
+    raise ValueError(f"lm_head weight must have shape [V, D] with V, D >= 1, got {list(weight.shape)}.{hint}")
+
+
+def _check_shapes(hidden: Tensor, head: LMHead, labels: Tensor, cu_seqlens: Tensor | None) -> bool:
+    """Check shapes and devices; returns whether the call is packed."""
+    weight = head.weight
+    _check_weight_shape(weight)
     if hidden.shape[-1:] != weight.shape[1:]:
         raise ValueError(
             f"hidden_states {list(hidden.shape)} and lm_head weight {list(weight.shape)} must agree in their last "
             f"dimension D; a weight stored as [D, V] must be passed transposed (weight.T)."
         )
-    packed = hidden.ndim == 2
+    # A packed row may keep its batch dimension of 1, as DataCollatorWithFlattening makes it.
+    packed = hidden.ndim == 2 or (hidden.ndim == 3 and len(hidden) == 1 and cu_seqlens is not None)
     if not packed and hidden.ndim != 3:
         raise ValueError(
             f"hidden_states must have shape [B, S, D] (padded) or [T, D] (packed), got {list(hidden.shape)}."
         )
     if labels.shape != hidden.shape[:-1]:
-        form = "[T]" if packed else "[B, S]"
+        form = "[B, S]" if hidden.ndim == 3 else "[T]"
         raise ValueError(
             f"labels must have shape {form} = {list(hidden.shape[:-1])} to match hidden_states {list(hidden.shape)}, "
             f"got {list(labels.shape)}; pass unshifted labels, or shift=False with rows and labels already aligned."
@@ -163,7 +204,7 @@ def _check_shapes(hidden: Tensor, head: LMHead, labels: Tensor, cu_seqlens: Tens
             f"for one sequence pass torch.tensor([0, {hidden.shape[0]}], dtype=torch.int32)."
         )
     if not packed and cu_seqlens is not None:
-        raise ValueError(f"cu_seqlens goes with packed hidden_states [T, D], got {list(hidden.shape)}.")
+        raise ValueError(f"cu_seqlens goes with packed hidden_states [T, D] or [1, T, D], got {list(hidden.shape)}.")
     for name, tensor in (("lm_head weight", weight), ("labels", labels), ("cu_seqlens", cu_seqlens)):
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(f"{name} is on {tensor.device}, hidden_states on {hidden.device}; move one of them.")

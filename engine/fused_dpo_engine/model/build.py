@@ -8,7 +8,7 @@ from fused_dpo_engine.attention.models import attention_for
 from fused_dpo_engine.config.options import LoraOptions, ModelOptions
 from fused_dpo_engine.model.adapters import add_adapters, load_adapters, merge_adapters
 from fused_dpo_engine.model.liger import apply_liger
-from fused_dpo_engine.model.loading import check_head, check_model, choose_dtype, load_model
+from fused_dpo_engine.model.loading import check_head_is_readable, check_model, choose_dtype, load_model
 from fused_dpo_engine.model.policy import Policy
 from fused_dpo_engine.model.quantisation import check_loaded
 from fused_dpo_engine.model.router_loss import router_loss_of
@@ -60,7 +60,7 @@ def build_policy(
     elif lora.lora_rank:
         model = add_adapters(model, source.base, lora)
     model.train()
-    check_head(model, options.model)
+    check_head_is_readable(model, options.model)
     return Policy(
         model,
         compute_dtype,

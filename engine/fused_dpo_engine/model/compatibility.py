@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from fused_dpo import backbone_of
 from fused_dpo_engine.errors import UnsupportedModelError, UserError
 
 _LANGUAGE_MODELS = ("CausalLM", "ConditionalGeneration", "PreTraining", "LMHead")
@@ -72,18 +73,13 @@ def causal_class_of(config: Any) -> type[nn.Module] | None:
     return (named or classes)[0]
 
 
-def backbone_of(model: Any) -> nn.Module:
-    """Find the part of a causal language model that makes the hidden states which its head takes.
+def check_backbone(model: Any) -> None:
+    """Refuse a model of which no part is known to make the hidden states that its head takes.
 
     Raises:
-        UnsupportedModelError: it cannot be told from the model.
+        UnsupportedModelError: naming its class.
     """
-    if model.base_model is not model:
-        return model.base_model
-    # Its attributes have other names than base_model expects (Llama 4, where get_decoder() is the model too).
-    for backbone in (model.get_decoder(), getattr(model, "model", None)):
-        if isinstance(backbone, nn.Module) and backbone is not model:
-            return backbone
-    raise UnsupportedModelError(
-        f"{type(model).__name__} does not say which of its parts makes the hidden states; it cannot be trained here."
-    )
+    try:
+        backbone_of(model)
+    except TypeError as error:
+        raise UnsupportedModelError(f"{error} It cannot be trained here.") from error

@@ -15,9 +15,9 @@ from fused_dpo_engine.config.options import DataOptions, LoraOptions, ModelOptio
 from fused_dpo_engine.errors import UnsupportedModelError, UserError, first_line
 from fused_dpo_engine.model.adapters import check_adapters
 from fused_dpo_engine.model.compatibility import (
-    backbone_of,
     causal_class_of,
     check_architecture,
+    check_backbone,
     check_weights_left,
 )
 from fused_dpo_engine.model.dropout import Stated, stated_rates, switch_dropout_off
@@ -165,14 +165,14 @@ def load_model(
     if packing:
         _check_packable(type(model), model.config)
         warn_of_lengths(model.config)
-    backbone_of(model)
-    check_head(model, name)
+    check_backbone(model)
+    check_head_is_readable(model, name)
     if getattr(model, "hf_quantizer", None) is None:  # those of others were put there
         model.to(device)
     return LoadedModel(model, source, stated_rates(model.config, own))
 
 
-def check_head(model: Any, name: str) -> None:
+def check_head_is_readable(model: Any, name: str) -> None:
     """Find out whether the kernels can read a model's head, its adapters included.
 
     Raises:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-from fused_dpo import get_batch_logps
+from fused_dpo import check_head, get_batch_logps
 from fused_dpo_engine.attention.interface import ATTENTION_NAME
 from fused_dpo_engine.batching.padding import IGNORE_INDEX
 from fused_dpo_engine.batching.planning import build_batch, count_slots
@@ -39,7 +39,7 @@ def self_test(policy: Policy, pairs: Sequence[TokenPair], options: PackingOption
     """Compare the layout and head that training will use with the model's own forward, one sequence at a time.
 
     The model's own forward means its own attention (eager) and its own logits: packing, prefix sharing, the attention
-    backend and the fused head are all on the other side.
+    backend and the fused head are all on the other side. The head is compared by itself too, token by token.
 
     Args:
         policy: before it is compiled.
@@ -47,7 +47,7 @@ def self_test(policy: Policy, pairs: Sequence[TokenPair], options: PackingOption
         options: how training lays them out.
 
     Raises:
-        UserError: the model's own log-probs are no numbers, or mean token log-probs differ by more than 0.001 in
+        UserError: the head is read otherwise than the model applies it, its own log-probs are no numbers, or mean token log-probs differ by more than 0.001 in
             float32, or 0.1 in bfloat16 (where the model's own logits are rounded to 8 bits; sequences that see each
             other are off by several nats).
     """
@@ -70,6 +70,7 @@ def self_test(policy: Policy, pairs: Sequence[TokenPair], options: PackingOption
                 )
             count = len(positions)
             if not abs(ours - own) / count <= bound:
+                _check_head(policy, pair)  # says so if it is the head
                 layout = "packed" if options.packing else "padded"
                 raise UserError(
                     f"{type(policy.causal_lm).__name__} does not score {layout} sequences as it scores them one by "
@@ -77,6 +78,16 @@ def self_test(policy: Policy, pairs: Sequence[TokenPair], options: PackingOption
                     f"this architecture is not supported"
                     + ("; --no-packing trains it on padded batches, if those pass." if options.packing else ".")
                 )
+    _check_head(policy, pairs[0])
+
+
+def _check_head(policy: Policy, pair: TokenPair) -> None:
+    ids = torch.tensor(next(iter(pair.sides))[0].tolist(), device=policy.device)
+    with _own_attention(policy), policy.autocast():
+        try:
+            check_head(policy.model, ids)
+        except ValueError as error:
+            raise UserError(str(error)) from error
 
 
 @contextmanager

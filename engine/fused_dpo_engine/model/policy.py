@@ -7,14 +7,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fused_dpo import KernelOptions, fused_token_logps, head_of, sequence_sum
+from fused_dpo import KernelOptions, backbone_of, fused_token_logps, head_of, sequence_sum
 from fused_dpo.hardware import tag_compiled_code
 from fused_dpo.losses import desensitized_weights
 from fused_dpo_engine.attention.call import Backend
 from fused_dpo_engine.attention.choice import load_backend
 from fused_dpo_engine.attention.interface import packed_call
 from fused_dpo_engine.batching.batch import PairBatch
-from fused_dpo_engine.model.compatibility import backbone_of
 from fused_dpo_engine.model.dropout import Stated, as_stated
 from fused_dpo_engine.model.router_loss import RouterLoss
 

@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+from fused_dpo import backbone_of
 from fused_dpo_engine.attention.interface import ATTENTION_NAME
 from fused_dpo_engine.batching.padding import pad
 from fused_dpo_engine.config.options import LoraOptions, ModelOptions, PackingOptions
 from fused_dpo_engine.errors import UnsupportedModelError, UserError
 from fused_dpo_engine.model.build import build_policy
-from fused_dpo_engine.model.compatibility import backbone_of
+from fused_dpo_engine.model.compatibility import check_backbone
 from fused_dpo_engine.model.loading import choose_device, choose_dtype, dtype_warning, load_model, load_tokenizer
 from fused_dpo_engine.model.parity import self_test
 from tests.engine.support.policies import PAIRS
@@ -115,7 +116,7 @@ class TestLoading:
             base_model = property(get_decoder)
 
         with pytest.raises(UnsupportedModelError, match="Whole does not say which of its parts"):
-            backbone_of(Whole())
+            check_backbone(Whole())
 
     def test_device_and_dtype(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

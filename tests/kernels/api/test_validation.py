@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fused_dpo import KernelOptions, LMHead, fused_dpo_logps, fused_token_logps
 from tests.kernels.support.problems import IGNORE, cu_seqlens
@@ -37,6 +37,10 @@ def ds_partitioned() -> Tensor:
     return weight
 
 
+class WithHead(nn.Module):
+    def get_output_embeddings(self) -> None: ...
+
+
 META = torch.device("meta")
 
 ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
@@ -47,6 +51,13 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         r"hidden_states must be a torch.Tensor, got list",
     ),
     "weight not a tensor": (padded(lm_head="head"), TypeError, r"lm_head weight must be a torch.Tensor, got str"),
+    "a layer": (
+        padded(lm_head=nn.Linear(D, V)),
+        TypeError,
+        r"got the module Linear; pass head_of\(model\), or its .weight",
+    ),
+    "a model": (padded(lm_head=WithHead()), TypeError, r"got the module WithHead; pass head_of\(model\)\.$"),
+    "a layer in a head": (padded(lm_head=LMHead(nn.Linear(D, V))), TypeError, r"got the module Linear"),  # pyright: ignore[reportArgumentType]
     "labels not a tensor": (padded(labels=[1]), TypeError, r"labels must be a torch.Tensor, got list"),
     "integer hidden": (
         padded(hidden_states=torch.ones(B, S, D).int()),
@@ -56,7 +67,7 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "quantised weight": (
         padded(lm_head=torch.ones(V, D).to(torch.int8)),
         TypeError,
-        r"lm_head weight must be one of .*, got torch.int8; dequantise",
+        r"lm_head weight must be one of .*, got torch.int8; dequantise it with its scales",
     ),
     "8-bit hidden": (
         padded(hidden_states=torch.ones(B, S, D).to(torch.float8_e4m3fn)),
@@ -100,6 +111,12 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "empty vocabulary": (padded(lm_head=torch.randn(0, D)), ValueError, r"V, D >= 1, got \[0, 4\]"),
     "no hidden width": (padded(lm_head=torch.randn(V, 0)), ValueError, r"V, D >= 1, got \[7, 0\]"),
+    "FSDP1, no part of it": (
+        padded(lm_head=nn.Parameter(torch.empty(0))),
+        ValueError,
+        r"got \[0\]\. A parameter of one dimension is one rank's flat part.*FSDP1.*within the forward",
+    ),
+    "FSDP1, a part": (padded(lm_head=nn.Parameter(torch.randn(9))), ValueError, r"got \[9\]\. .*FSDP1"),
     "ZeRO-3": (padded(lm_head=ds_partitioned()), ValueError, r"partitioned by DeepSpeed ZeRO-3.*GatheredParameters"),
     "transposed weight": (
         padded(lm_head=torch.randn(D, V)),
@@ -131,7 +148,7 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "padded with offsets": (
         padded(cu_seqlens=cu_seqlens([6])),
         ValueError,
-        r"cu_seqlens goes with packed hidden_states \[T, D\], got \[2, 3, 4\]",
+        r"cu_seqlens goes with packed hidden_states \[T, D\] or \[1, T, D\], got \[2, 3, 4\]",
     ),
     "offsets of two dimensions": (
         packed(cu_seqlens=cu_seqlens([6])[None]),
@@ -167,15 +184,20 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "weight elsewhere": (
         padded(lm_head=torch.randn(V, D, device=META)),
         ValueError,
-        r"lm_head weight is on meta, hidden_states on cpu; move one of them",
+        r"lm_head weight is on meta, which holds no numbers: accelerate's offloading.*move it to cpu",
+    ),
+    "hidden elsewhere": (
+        padded(hidden_states=torch.randn(B, S, D, device=META)),
+        ValueError,
+        r"hidden_states is on meta, which holds no numbers.*move it to a device",
     ),
     "labels elsewhere": (padded(labels=torch.ones(B, S, device=META).long()), ValueError, r"labels is on meta"),
     "offsets elsewhere": (packed(cu_seqlens=cu_seqlens([6]).to(META)), ValueError, r"cu_seqlens is on meta"),
-    "bias elsewhere": (headed(bias=torch.ones(V, device=META)), ValueError, r"bias is on meta, hidden_states on cpu"),
+    "bias elsewhere": (headed(bias=torch.ones(V, device=META)), ValueError, r"bias is on meta, which holds no numbers"),
     "lora elsewhere": (
         headed(lora=(torch.ones(2, D), torch.ones(V, 2, device=META), 1.0)),
         ValueError,
-        r"lora b is on meta, hidden_states on cpu",
+        r"lora b is on meta, which holds no numbers",
     ),
     # Values.
     "offsets start late": (
@@ -320,7 +342,7 @@ def test_unknown_statistics(name: str) -> None:
         fused_token_logps(**packed(), with_stats=("entropy", name))
 
 
-def test_sharded_weight_is_refused() -> None:
+def test_what_is_split_over_ranks_is_refused() -> None:
     """A DTensor as FSDP2 leaves it: refused by name, before anything multiplies one rank's part of the vocabulary."""
     import torch.distributed as dist
     from torch._C._distributed_c10d import HashStore
@@ -329,11 +351,42 @@ def test_sharded_weight_is_refused() -> None:
 
     dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
-        weight = distribute_tensor(torch.randn(V, D), init_device_mesh("cpu", (1,)), [Shard(0)])
-        with pytest.raises(NotImplementedError, match=r"sharded DTensor.*full_tensor\(\)"):
-            fused_dpo_logps(**padded(lm_head=weight))
+        mesh = init_device_mesh("cpu", (1,))
+
+        def split(*shape: int) -> Tensor:
+            return distribute_tensor(torch.randn(shape), mesh, [Shard(0)])
+
+        calls = {
+            "lm_head weight": padded(lm_head=split(V, D)),
+            "hidden_states": padded(hidden_states=split(B, S, D)),
+            "bias": headed(bias=split(V)),
+            "lora a": headed(lora=(split(2, D), torch.randn(V, 2), 1.0)),
+            "lora b": headed(lora=(torch.randn(2, D), split(V, 2), 1.0)),
+        }
+        for name, call in calls.items():
+            message = rf"^{name} is a DTensor.*call of the head's own module.*Not by full_tensor\(\)"
+            with pytest.raises(NotImplementedError, match=message):
+                fused_dpo_logps(**call)
     finally:
         dist.destroy_process_group()
+
+
+def test_a_packed_row_may_keep_its_batch_dimension() -> None:
+    """[1, T, D] with labels [1, T], as DataCollatorWithFlattening makes them: the bits of [T, D], in their shape."""
+    call = packed(labels=torch.tensor([IGNORE, 3, IGNORE, 5, 6, 2]), row_index=torch.tensor([0, 2, 3, 4]))
+    kept = {**call, "hidden_states": call["hidden_states"][None], "labels": call["labels"][None]}
+    assert torch.equal(fused_dpo_logps(**kept), fused_dpo_logps(**call))
+    flat, row = fused_token_logps(**call).logps, fused_token_logps(**kept).logps
+    assert row.shape == (1, T)
+    assert torch.equal(row[0], flat)
+    gradients = []
+    for each in (call, kept):
+        hidden = each["hidden_states"].clone().requires_grad_()
+        fused_dpo_logps(**{**each, "hidden_states": hidden}).sum().backward()
+        gradients.append(hidden.grad)
+    assert torch.equal(gradients[1][0], gradients[0])
+    with pytest.raises(ValueError, match=r"labels must have shape \[B, S\] = \[1, 6\]"):
+        fused_dpo_logps(**{**kept, "labels": call["labels"]})
 
 
 def test_first_bad_row_is_named() -> None:

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from fused_dpo import fused_dpo_logps, get_batch_logps, head_of
-from fused_dpo.integrations.forward_source import scale_before_head
 from tests.kernels.support.problems import present
 
 transformers = pytest.importorskip("transformers")
@@ -127,7 +126,10 @@ def test_own_bias_below_a_factor() -> None:
 
 
 def test_conditions_that_are_no_setting_are_refused() -> None:
-    with pytest.raises(NotImplementedError, match="ScalingAtTimes scales its hidden states under a condition"):
+    with pytest.raises(
+        NotImplementedError,
+        match="ScalingAtTimes scales its hidden states or logits by config.d_model under a condition",
+    ):
         head_of(ScalingAtTimes())
 
 
@@ -135,7 +137,7 @@ def test_classes_without_source_are_refused() -> None:
     namespace: dict[str, Any] = {"Decoder": Decoder}
     exec("class Sourceless(Decoder):\n    def forward(self, hidden):\n        return hidden", namespace)
     with pytest.raises(NotImplementedError, match=r"the source of Sourceless\.forward is not there"):
-        scale_before_head(namespace["Sourceless"]())
+        head_of(namespace["Sourceless"]())
 
 
 def test_numbers_for_each_token_that_nobody_knows_are_refused() -> None:

@@ -319,13 +319,19 @@ def test_several_active_adapters_are_refused() -> None:
         head_of(model)
 
 
-def test_unknown_logits_scaling_is_refused() -> None:
-    model = causal_lm()
-    model.config.logits_scaling = 2.0  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
-    with pytest.raises(
-        NotImplementedError, match=r"logits_scaling = 2.0 of model type 'llama'.*logit_scale or softcap"
-    ):
-        head_of(model)
+def test_a_setting_that_the_class_does_not_apply() -> None:
+    """The forward decides, not the configuration: Llama's knows no scale and no softcap."""
+    model: Any = causal_lm()
+    model.config.logits_scaling, model.config.final_logit_softcapping = 2.0, 3.0
+    assert_same_model(model)
+
+
+def test_a_setting_that_changes_after_the_first_reading() -> None:
+    model: Any = causal_lm("gemma2")
+    assert head_of(model).softcap == 3.0
+    model.config.final_logit_softcapping = None
+    assert head_of(model).softcap is None
+    assert_same_model(model)
 
 
 @pytest.mark.parametrize(

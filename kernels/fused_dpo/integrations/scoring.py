@@ -144,8 +144,8 @@ class Scorer:
     def _check(self, model: Any, inputs: dict[str, Any]) -> None:
         """Compare the head with the model's own logits, of the first batch with token ids."""
         if "input_ids" in inputs:
-            self._checked = True
             check_head(model, inputs["input_ids"])
+            self._checked = True
 
     def _can_pack(self, inputs: dict[str, Any]) -> bool:
         ids, mask, positions = (inputs.get(name) for name in ("input_ids", "attention_mask", "position_ids"))

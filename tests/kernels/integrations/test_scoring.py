@@ -1,0 +1,305 @@
+"""Log-probs from the forward of a patched model, against log-softmax of the model's own logits."""
+
+import copy
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from fused_dpo import KernelOptions
+from fused_dpo.integrations import check, scoring
+from fused_dpo.integrations.scoring import Counts, add_scoring, remove_scoring
+
+VOCAB = 61
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+ROUTED = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+FAMILIES = {
+    "llama": {},
+    "gemma2": {"final_logit_softcapping": 2.0, "attn_logit_softcapping": 3.0, "sliding_window": 4},
+    "qwen3_moe": {**ROUTED, "output_router_logits": True},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+}
+
+
+def tiny(family: str = "llama") -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **SIZES, **FAMILIES[family])
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+    return model.eval()
+
+
+def batch(side: str = "right") -> dict[str, Tensor]:
+    """Two pairs, the first with one prompt, the second without anything in common; padded on a side."""
+    random = torch.Generator().manual_seed(1)
+    prompt, *answers = (torch.randint(1, VOCAB, (n,), generator=random).tolist() for n in (5, 4, 7, 9, 3))
+    rows = [prompt + answers[0], answers[2], prompt + answers[1], answers[3]]
+    scored_from = [5, 2, 5, 1]
+    width = max(map(len, rows)) + 1
+    ids, mask, labels = (torch.full((len(rows), width), fill) for fill in (0, 0, -100))
+    for row, (tokens, first) in enumerate(zip(rows, scored_from, strict=True)):
+        at = slice(0, len(tokens)) if side == "right" else slice(width - len(tokens), width)
+        ids[row, at], mask[row, at] = torch.tensor(tokens), 1
+        labels[row, at.start + first : at.stop] = ids[row, at.start + first : at.stop]
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def true_logps(model: torch.nn.Module, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+    """[N, S] by the model's own logits, a sequence at a time."""
+    rows = []
+    for tokens, seen, wanted in zip(ids, mask.bool(), labels, strict=True):
+        logps = model(input_ids=tokens[seen][None], use_cache=False).logits[0].log_softmax(-1)
+        chosen = logps[:-1].gather(1, tokens[seen][1:, None])[:, 0] * (wanted[seen][1:] != -100)
+        at = seen.nonzero()[:-1, 0]
+        rows.append(chosen.new_zeros(len(tokens)).index_copy(0, at, chosen))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_values_and_gradients(family, packed, side):
+    """Sums with weights of their own for each token, so that a token in another's place shows."""
+    own, model = tiny(family), tiny(family)
+    counts = add_scoring(model, packed=packed)
+    given = batch(side)
+    labels = given.pop("labels")
+    weights = torch.rand(labels.shape, generator=torch.Generator().manual_seed(2))
+    expected = true_logps(own, given["input_ids"], given["attention_mask"], labels)
+    got = model(**given, fused_dpo_labels=labels).tokens.logps
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    (expected * weights).sum().backward()
+    (got * weights).sum().backward()
+    for mine, true in zip(model.parameters(), own.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, true.grad, rtol=1e-3, atol=1e-4)
+    tokens, shared = int(given["attention_mask"].sum()), 5
+    assert counts == Counts(1, int(packed), tokens - shared if packed else labels.numel())
+
+
+def test_stats_are_where_the_log_probs_are():
+    model = tiny()
+    add_scoring(model)
+    given = batch()
+    labels = given.pop("labels")
+    with torch.no_grad():
+        logits = model(**given, use_cache=False).logits.log_softmax(-1)
+        tokens = model(**given, fused_dpo_labels=labels, fused_dpo_stats=("entropy", "is_top1")).tokens
+    scored = torch.nn.functional.pad(labels[:, 1:] != -100, (0, 1))
+    entropy = -(logits.exp() * logits).sum(-1) * scored
+    torch.testing.assert_close(tokens.entropy, entropy, rtol=1e-5, atol=1e-5)
+    assert torch.equal(tokens.is_top1, (logits.argmax(-1) == given["input_ids"].roll(-1, 1)) & scored)
+    assert tokens.mean_logit is None
+
+
+def test_router_logits_are_those_of_the_padded_batch():
+    results = {}
+    for packed in (True, False):
+        model = tiny("qwen3_moe")
+        add_scoring(model, packed=packed)
+        given = batch()
+        labels = given.pop("labels")
+        scored = model(**given, output_router_logits=True, fused_dpo_labels=labels)
+        results[packed] = [layer[given["attention_mask"].flatten() > 0] for layer in scored.router_logits]
+    assert len(results[True]) == 2
+    for packed, padded in zip(results[True], results[False], strict=True):
+        torch.testing.assert_close(packed, padded, rtol=1e-4, atol=1e-5)
+
+
+def test_sequences_in_one_row():
+    """As a collator without padding gives them: positions begin anew, and what sequences share is computed once."""
+    model = tiny()
+    counts = add_scoring(model)
+    given = batch()
+    seen = given["attention_mask"].bool()
+    expected = model(input_ids=given["input_ids"], attention_mask=seen.long(), fused_dpo_labels=given["labels"])
+    positions = torch.cat([torch.arange(int(length)) for length in seen.sum(1)])[None]
+    row = {"input_ids": given["input_ids"][seen][None], "position_ids": positions}
+    got = model(**row, cu_seq_lens_q=torch.tensor([0]), fused_dpo_labels=given["labels"][seen][None])
+    assert torch.equal(got.tokens.logps[0], expected.tokens.logps[seen])
+    assert counts.packed_calls == 2
+    assert counts.slots == 2 * (int(seen.sum()) - 5)
+
+
+def test_other_inputs_are_computed_as_they_come():
+    """A batch with embeddings is not packed; it says so, counts it, and is right."""
+    model = tiny()
+    counts = add_scoring(model)
+    given = batch()
+    labels, ids = given.pop("labels"), given["input_ids"]
+    expected = model(**given, fused_dpo_labels=labels).tokens.logps
+    embeds = model.get_input_embeddings()(ids)
+    with pytest.warns(UserWarning, match=r"batches with inputs_embeds, no input_ids padded, as they come"):
+        got = model(inputs_embeds=embeds, attention_mask=given["attention_mask"], fused_dpo_labels=labels)
+    torch.testing.assert_close(got.tokens.logps, expected, rtol=1e-5, atol=1e-5)
+    assert (counts.calls, counts.packed_calls) == (2, 1)
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_positions(shift):
+    """Those that the mask counts are packed; others are left to the model."""
+    model = tiny()
+    counts = add_scoring(model)
+    given = batch("left")
+    labels = given.pop("labels")
+    positions = (given["attention_mask"].cumsum(-1) - 1).clamp(min=0) + shift
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if shift else "error")
+        model(**given, position_ids=positions, fused_dpo_labels=labels)
+    assert counts.packed_calls == 1 - shift
+
+
+def test_nothing_scored():
+    """A micro-batch of prompts alone gives zeros, connected to the weights."""
+    model = tiny()
+    add_scoring(model)
+    given = batch()
+    logps = model(**given | {"labels": None}, fused_dpo_labels=torch.full_like(given["labels"], -100)).tokens.logps
+    assert logps.abs().sum() == 0
+    logps.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+class TestOtherCalls:
+    def test_are_the_models_own(self):
+        own, model = tiny(), tiny()
+        add_scoring(model)
+        given = batch("left")
+        seen = given["attention_mask"].bool()
+        expected, got = own(**given), model(**given)
+        torch.testing.assert_close(got.logits[seen], expected.logits[seen], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got.loss, expected.loss)
+
+    def test_generation(self):
+        own, model = tiny(), tiny()
+        add_scoring(model)
+        given = batch("left")
+        del given["labels"]
+        assert torch.equal(*(m.generate(**given, max_new_tokens=5, do_sample=False) for m in (own, model)))
+
+    def test_positional_arguments(self):
+        model = tiny()
+        add_scoring(model)
+        given = batch()
+        by_name = model(**given | {"labels": None}, fused_dpo_labels=given["labels"])
+        by_place = model(given["input_ids"], given["attention_mask"], fused_dpo_labels=given["labels"])
+        assert torch.equal(by_name.tokens.logps, by_place.tokens.logps)
+
+    def test_removed(self):
+        model = tiny()
+        add_scoring(model)
+        remove_scoring(model)
+        assert "forward" not in vars(model)
+        add_scoring(model)
+
+
+class TestAdapters:
+    @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "lm_head"]])
+    def test_log_probs_and_gradients(self, targets):
+        from peft import LoraConfig, get_peft_model
+
+        def adapted():
+            torch.manual_seed(3)
+            return get_peft_model(tiny(), LoraConfig(r=2, target_modules=targets, init_lora_weights=False)).eval()
+
+        own, model = adapted(), adapted()
+        counts = add_scoring(model)
+        given = batch()
+        labels = given.pop("labels")
+        expected = true_logps(own, given["input_ids"], given["attention_mask"], labels)
+        got = model(**given, fused_dpo_labels=labels).tokens.logps
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+        assert counts.packed_calls == 1  # peft passes a None for every argument that it knows
+        expected.sum().backward()
+        got.sum().backward()
+        for mine, true in zip(model.parameters(), own.parameters(), strict=True):
+            assert (mine.grad is None) == (true.grad is None)
+            if true.grad is not None:
+                torch.testing.assert_close(mine.grad, true.grad, rtol=1e-3, atol=1e-4)
+
+
+class TestRefusals:
+    def test_twice(self):
+        model = tiny()
+        add_scoring(model)
+        with pytest.raises(RuntimeError, match=r"computes log-probs by fused_dpo already; remove_scoring\(model\)"):
+            add_scoring(model)
+
+    def test_a_head_that_is_read_wrongly(self, monkeypatch):
+        """The first call compares it with the model's own logits; later ones do not."""
+        model, given = tiny(), batch()
+        read = check.head_of
+        monkeypatch.setattr(check, "head_of", lambda model: replace(read(model), logit_scale=1.1))
+        add_scoring(model)
+        inputs = {"input_ids": given["input_ids"], "attention_mask": given["attention_mask"]}
+        with pytest.raises(ValueError, match="the head of LlamaForCausalLM is not read as the model applies it"):
+            model(**inputs, fused_dpo_labels=given["labels"])
+        monkeypatch.setattr(check, "head_of", read)
+        model(**inputs, fused_dpo_labels=given["labels"])
+        monkeypatch.setattr(scoring, "check_head", None)
+        model(**inputs, fused_dpo_labels=given["labels"])
+
+    def test_a_model_that_cannot_be_packed(self):
+        config = AutoConfig.for_model("bloom", vocab_size=VOCAB, hidden_size=32, n_layer=1, n_head=2)
+        model = AutoModelForCausalLM.from_config(config)
+        with pytest.raises(ValueError, match=r"BloomForCausalLM .*packed=False scores it in padded batches"):
+            add_scoring(model)
+        assert add_scoring(model, packed=False) == Counts()
+
+    def test_gaps_in_a_mask(self):
+        model = tiny()
+        add_scoring(model)
+        given = batch()
+        given["attention_mask"][1, 1] = 0
+        with pytest.raises(ValueError, match="attention_mask has gaps within sequence 1"):
+            model(
+                input_ids=given["input_ids"], attention_mask=given["attention_mask"], fused_dpo_labels=given["labels"]
+            )
+
+    def test_scored_padding(self):
+        model = tiny()
+        add_scoring(model)
+        given = batch()
+        given["labels"][0, -1] = 7
+        width = given["labels"].shape[1]
+        with pytest.raises(ValueError, match=rf"labels\[0, {width - 1}\] is scored, but lies in padding"):
+            model(
+                input_ids=given["input_ids"], attention_mask=given["attention_mask"], fused_dpo_labels=given["labels"]
+            )
+
+
+def test_settings_reach_the_kernels():
+    model = tiny()
+    add_scoring(model, grad_mode="filtered", options=KernelOptions(impl="reference"))
+    given = batch()
+    with pytest.raises(ValueError, match="'reference' is the exact oracle"):
+        model(input_ids=given["input_ids"], attention_mask=given["attention_mask"], fused_dpo_labels=given["labels"])
+
+
+def test_a_copy_keeps_its_own_forward():
+    """A reference made by deepcopy scores with its own weights, not with those of the model it was copied from."""
+    model = tiny()
+    add_scoring(model)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.lm_head.weight.mul_(0.5)
+    given = batch()
+    labels = given.pop("labels")
+    assert not torch.equal(
+        model(**given, fused_dpo_labels=labels).tokens.logps, twin(**given, fused_dpo_labels=labels).tokens.logps
+    )

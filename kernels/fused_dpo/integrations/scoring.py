@@ -31,6 +31,10 @@ _OF_ONE_ROW = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
 _SETTINGS = {"use_cache", "return_dict", "output_router_logits"}
 
 
+Forward = Callable[..., Any]
+"""(model, original, *args, **kwargs) -> what the model's forward returns; `original` is the forward it replaces."""
+
+
 class Scored(NamedTuple):
     """What a call for log-probs returns."""
 
@@ -80,6 +84,8 @@ class Scorer:
         self.packed, self.temperature = packed, temperature
         self.grad_mode, self.options = grad_mode, options
         self.counts = counts or Counts()
+        self.before: Callable[..., Any] | None = None
+        """What stood as `forward` on the model itself, such as accelerate's; None for nothing."""
         self._checked = False
         self._backends: dict[tuple[torch.device, torch.dtype], Any] = {}
 
@@ -246,10 +252,6 @@ def _flat(output: Any) -> tuple[Tensor, ...] | None:
     return tuple(logits.reshape(-1, logits.shape[-1]) for logits in router) if router else None
 
 
-Forward = Callable[..., Any]
-"""(model, original, *args, **kwargs) -> what the model's forward returns; `original` is the forward it replaces."""
-
-
 def replace_forward(model: Any, scorer: Scorer, forward: Forward) -> None:
     """Put another forward into a model, with the signature of its own, which `generate` and others look at.
 
@@ -263,10 +265,12 @@ def replace_forward(model: Any, scorer: Scorer, forward: Forward) -> None:
             f"a model for each trainer."
         )
     scorer.prepare(model)
-    original = model.forward
+    scorer.before = vars(model).get("forward")
 
     @functools.wraps(type(model).forward)
     def replaced(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # Of the class, bound here: a copy of the model has to call its own.
+        original = scorer.before or types.MethodType(type(self).forward, self)
         return forward(self, original, *args, **kwargs)
 
     setattr(model, SCORER, scorer)
@@ -314,9 +318,13 @@ def add_scoring(model: Any, **settings: Any) -> Counts:
 def remove_scoring(model: Any) -> None:
     """Give a model its own forward back; its attention stays, which without a plan computes what SDPA does."""
     model = below_peft(model)
-    if SCORER in vars(model):
-        delattr(model, SCORER)
-        del model.forward
+    scorer = vars(model).get(SCORER)
+    if scorer is None:
+        return
+    delattr(model, SCORER)
+    del model.forward
+    if scorer.before is not None:
+        model.forward = scorer.before
 
 
 def below_peft(model: Any) -> Any:

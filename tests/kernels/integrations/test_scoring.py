@@ -300,6 +300,28 @@ def test_a_copy_keeps_its_own_forward():
         twin.lm_head.weight.mul_(0.5)
     given = batch()
     labels = given.pop("labels")
-    assert not torch.equal(
-        model(**given, fused_dpo_labels=labels).tokens.logps, twin(**given, fused_dpo_labels=labels).tokens.logps
-    )
+    with torch.no_grad():
+        logps, others = (m(**given, fused_dpo_labels=labels).tokens.logps for m in (model, twin))
+        logits, halved = (m(**given).logits for m in (model, twin))
+    assert not torch.equal(logps, others)
+    torch.testing.assert_close(halved, logits / 2)
+
+
+class TestForwardOfTheInstance:
+    """As accelerate puts one there for mixed precision."""
+
+    def test_is_called_and_comes_back(self):
+        model, given = tiny(), batch()
+        calls = []
+        own = model.forward
+
+        def instance_forward(*args, **kwargs):
+            calls.append(1)
+            return own(*args, **kwargs)
+
+        model.forward = instance_forward
+        add_scoring(model)
+        model(input_ids=given["input_ids"], attention_mask=given["attention_mask"])
+        assert calls == [1]
+        remove_scoring(model)
+        assert model.forward is instance_forward

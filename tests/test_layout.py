@@ -21,7 +21,7 @@ ORDER: dict[str, list[tuple[str, ...]]] = {
         ("ops",),
         ("gpu", "streaming", "oracle"),
         ("validation", "linalg", "filtering"),
-        ("head", "options", "stats", "hardware", "transforms"),
+        ("head", "options", "stats", "hardware", "transforms", "version"),
     ],
     "fused_dpo.gpu": [
         ("autotune",),

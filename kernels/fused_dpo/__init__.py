@@ -13,8 +13,7 @@ from fused_dpo.integrations.parts import backbone_of
 from fused_dpo.losses.module import DPOLoss, LossOutput
 from fused_dpo.ops.sequence_sum import sequence_sum
 from fused_dpo.options import KernelOptions
-
-__version__ = "0.1.0"
+from fused_dpo.version import __version__ as __version__
 
 __all__ = [
     "DPOLoss",

@@ -18,29 +18,31 @@ def head_of(model: nn.Module) -> LMHead:
     """Read the head of a Hugging Face language model, with its scale, bias, softcap and LoRA adapter.
 
     What happens to the logits is read from the forward of the class that makes them, with the values that the model
-    holds: a multimodal class may leave out what its text configuration names. `check_head` compares the result with the
-    model's own logits. Cheap enough for every step, and traceable: under `torch.compile` scale, softcap and refusals are
-    those of the time of tracing.
+    holds: a multimodal class may leave out what its text configuration names. `check_head` compares the result with
+    the model's own logits. Cheap enough for every step, and traceable: under `torch.compile` scale, softcap and
+    refusals are those of the time of tracing.
 
     Args:
         model: a `transformers` causal LM or encoder-decoder, bare or wrapped by `peft`, `torch.compile` or FSDP1. Tied
-            embeddings are fine: the weight is the shared parameter itself, and its gradient arrives there. The head takes
-            the hidden states of `backbone_of(model)`, of encoder-decoders the decoder's last ones: a factor on these
-            (T5) is in `logit_scale`, a buffer that is added to the logits (BART, Marian) in `bias`. Where logits are cut
-            to the first rows (Inkling), weight and bias are views of these.
+            embeddings are fine: the weight is the shared parameter itself, and its gradient arrives there. The head
+            takes the hidden states of `backbone_of(model)`, of encoder-decoders the decoder's last ones: a factor on
+            these (T5) is in `logit_scale`, a buffer that is added to the logits (BART, Marian) in `bias`. Where logits
+            are cut to the first rows (Inkling), weight and bias are views of these.
 
     Raises:
         TypeError: the model has no output embeddings, or is wrapped by DistributedDataParallel.
         NotImplementedError: the head carries something the kernels do not know (a quantised weight, several active
             adapters, adapter dropout in training, another adapter than LoRA, layers between the hidden states and the
-            weight, as BERT's), its layer has a forward of its own or hooks other than those that gather or move (FSDP's,
-            accelerate's, DeepSpeed's), or the model's forward does something to its logits that is not understood.
+            weight, as BERT's); its layer has a forward of its own, or hooks other than those that gather or move
+            (FSDP's, accelerate's, DeepSpeed's); or the model's forward does something to its logits that is not
+            understood.
     """
     causal = causal_model(model)
     layer = head_layer(causal)
     if layer is None or not hasattr(layer, "forward"):
         raise TypeError(
-            f"{type(causal).__name__} has no output embeddings to read a head from; pass the weight [V, D] or an LMHead."
+            f"{type(causal).__name__} has no output embeddings to read a head from; pass the weight [V, D] or an "
+            f"LMHead."
         )
     base, lora = read_adapter(layer)
     for each in {id(part): part for part in (layer, unwrapped(layer), base)}.values():
@@ -103,13 +105,13 @@ def _refuse_hooks(layer: Any) -> None:
     refuse_hooks(layer)
 
 
-# What `torch.compiler.assume_constant_result` sets, whose module takes long to import: Dynamo then calls them as they are.
+# What `torch.compiler.assume_constant_result` sets, which imports Dynamo to do so: it then calls them as they are.
 for _function in (_read, _refuse_hooks):
     _function._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _place_of(causal: Any, layer: nn.Module, base: Any) -> _Place:
-    """Find a head in its model, and refuse those that are more than a weight; looked for once, as it walks all parts."""
+    """Find a head in its model, and refuse those that are more than a weight; once, as it walks all parts."""
     known = _PLACES.get(causal) if isinstance(causal, nn.Module) else None
     if known is not None and known.layer() is layer:
         return known

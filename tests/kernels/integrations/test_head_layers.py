@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fused_dpo import check_head, head_of
+from fused_dpo.integrations.head_layer import HEAD_FORWARD
 from tests.kernels.support.families import FAMILIES, build, tokens
 
 LLAMA = FAMILIES[0]
@@ -66,7 +67,9 @@ def test_a_forward_that_reads_like_linears() -> None:
 def test_hooks_are_refused(kind: str, hook: Any) -> None:
     model = llama()
     handle = getattr(model.lm_head, kind)(hook)
-    with pytest.raises(NotImplementedError, match=r"the head \(torch.*Linear\) has a forward hook tests\..*take it off"):
+    with pytest.raises(
+        NotImplementedError, match=r"the head \(torch.*Linear\) has a forward hook tests\..*take it off"
+    ):
         head_of(model)
     handle.remove()
     head_of(model)
@@ -109,6 +112,8 @@ def test_a_forward_that_was_replaced() -> None:
     model.lm_head.forward = lambda hidden: 2 * forward(hidden)
     with pytest.raises(NotImplementedError, match=r"was replaced by tests\..*take it off"):
         head_of(model)
+    setattr(model.lm_head.forward, HEAD_FORWARD, True)
+    assert head_of(model).weight is model.lm_head.weight
 
 
 def test_an_offloaded_head_is_named() -> None:

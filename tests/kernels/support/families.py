@@ -113,9 +113,15 @@ FAMILIES = (
     Family("codegen", "CodeGenForCausalLM", "CodeGenConfig", {**GPT, "n_head": 4, "rotary_dim": 8}),
     Family("opt", "OPTForCausalLM", "OPTConfig", {**TEXT, "ffn_dim": 48, "word_embed_proj_dim": 16}),
     Family("bloom", "BloomForCausalLM", "BloomConfig", {**TEXT, "n_head": 2, "n_layer": 1}),
-    Family("mpt", "MptForCausalLM", "MptConfig", {"vocab_size": VOCAB, "d_model": 32, "n_heads": 2, "n_layers": 1}
-           | {"logit_scale": 0.25}),
-    Family("mamba", "MambaForCausalLM", "MambaConfig", {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 1}),
+    Family(
+        "mpt",
+        "MptForCausalLM",
+        "MptConfig",
+        {"vocab_size": VOCAB, "d_model": 32, "n_heads": 2, "n_layers": 1} | {"logit_scale": 0.25},
+    ),
+    Family(
+        "mamba", "MambaForCausalLM", "MambaConfig", {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 1}
+    ),
     _causal("inkling", "Inkling", unpadded_vocab_size=80, logits_mup_width_multiplier=4.0)._replace(
         config="InklingTextConfig"
     ),

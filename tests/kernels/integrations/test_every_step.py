@@ -61,7 +61,7 @@ def test_a_whole_step_of_a_model_is_one_graph() -> None:
 def test_nothing_is_looked_for_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """No source is parsed, no configuration listed and no model walked after the first call."""
     model: Any = build(FAMILY["granite"])
-    counts = dict.fromkeys(("parse", "modules", "dir"), 0)
+    counts: dict[str, int] = {"parse": 0, "modules": 0, "dir": 0}
 
     def counted(name: str, function: Any) -> Any:
         def call(*arguments: Any, **settings: Any) -> Any:

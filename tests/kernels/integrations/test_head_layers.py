@@ -121,7 +121,7 @@ def test_an_offloaded_head_is_named() -> None:
 
     accelerate = pytest.importorskip("accelerate")
     model = accelerate.cpu_offload(llama(), execution_device="cpu")
-    with pytest.raises(ValueError, match="lm_head weight is on meta, .*accelerate's offloading"):
+    with pytest.raises(ValueError, match=r"lm_head weight is on meta, .*accelerate's offloading"):
         fused_dpo_logps(torch.randn(1, 8, 32), head_of(model), tokens()[None])
 
 

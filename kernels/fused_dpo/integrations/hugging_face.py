@@ -9,7 +9,12 @@ from torch import nn
 from fused_dpo.head import LMHead, LowRankAdapter
 from fused_dpo.integrations.adapters import read_adapter, unwrapped
 from fused_dpo.integrations.forward_source import follow
-from fused_dpo.integrations.head_layer import refuse_hooks, refuse_own_forward, refuse_quantised
+from fused_dpo.integrations.head_layer import (
+    refuse_hooks,
+    refuse_own_forward,
+    refuse_quantised,
+    refuse_replaced_forward,
+)
 from fused_dpo.integrations.logits import LogitTransform, logit_transform
 from fused_dpo.integrations.parts import causal_model, head_layer, owners_of
 
@@ -45,9 +50,8 @@ def head_of(model: nn.Module) -> LMHead:
             f"LMHead."
         )
     base, lora = read_adapter(layer)
-    for each in {id(part): part for part in (layer, unwrapped(layer), base)}.values():
-        if getattr(each, "_forward_pre_hooks", None) or getattr(each, "_forward_hooks", None):
-            _refuse_hooks(each)
+    for each in (layer, unwrapped(layer), base):
+        _refuse_changes(each)
     reading = _read(causal, layer, base)
     weight, bias = base.weight, getattr(base, "bias", None)
     if bias is not None and reading.on_hidden != 1.0:
@@ -101,12 +105,14 @@ def _read(causal: Any, layer: nn.Module, base: Any) -> _Reading:
     return _Reading(transform.scale, transform.on_hidden, transform.softcap, rows, biases)
 
 
-def _refuse_hooks(layer: Any) -> None:
+def _refuse_changes(layer: Any) -> None:
+    """Refuse what was put on a layer and may change its logits."""
+    refuse_replaced_forward(layer)
     refuse_hooks(layer)
 
 
 # What `torch.compiler.assume_constant_result` sets, which imports Dynamo to do so: it then calls them as they are.
-for _function in (_read, _refuse_hooks):
+for _function in (_read, _refuse_changes):
     _function._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 

@@ -48,7 +48,10 @@ def refuse_own_forward(base: nn.Module) -> None:
 def refuse_replaced_forward(layer: Any) -> None:
     """Refuse a layer whose forward was replaced, but by accelerate's hooks that move weights and inputs, or by ours."""
     own = getattr(layer, "__dict__", {}).get("forward")
-    if own is None or getattr(own, HEAD_FORWARD, False):
+    compiled = "_orig_mod" in getattr(
+        layer, "_modules", {}
+    )  # torch.compile's wrapper, which has the compiled one there
+    if own is None or compiled or getattr(own, HEAD_FORWARD, False):
         return
     hook = getattr(layer, "_hf_hook", None)
     for each in getattr(hook, "hooks", None) or [hook]:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from benchmarks.steps.random_model import PREFIX, build_random_policy
 from benchmarks.steps.random_model import token_pairs as random_pairs
-from fused_dpo import DPOLoss, head_of
+from fused_dpo import DPOLoss, backbone_of, head_of
 from fused_dpo_engine.attention.interface import packed_call
 from fused_dpo_engine.batching.batch import PairBatch
 from fused_dpo_engine.batching.planning import build_batch, plan_pairs
@@ -94,7 +94,7 @@ def fused(policy: Policy, batch: PairBatch) -> Tensor:
 def packed_logits(policy: Policy, batch: Any) -> Tensor:
     """Score the packed forward by the naive head: logits of every token of the batch."""
     with policy.autocast(), packed_call():
-        hidden = policy.causal_lm.base_model(
+        hidden = backbone_of(policy.causal_lm)(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             use_cache=False,
@@ -224,7 +224,7 @@ def true_logps(case: Case) -> list[list[float]]:
 
     def score(ids: Any, prompt_length: int) -> Tensor:
         tokens = torch.from_numpy(ids).long().to(policy.device)
-        hidden = policy.causal_lm.base_model(input_ids=tokens[None], use_cache=False).last_hidden_state[0]
+        hidden = backbone_of(policy.causal_lm)(input_ids=tokens[None], use_cache=False).last_hidden_state[0]
         logits = F.linear(hidden[prompt_length - 1 : -1], head_of(policy.model).weight)
         return logits.double().log_softmax(-1).gather(1, tokens[prompt_length:, None]).sum()
 

@@ -59,8 +59,8 @@ def fused_dpo_logps(
         logps = token_logps.masked_fill(labels[:, 1:] == ignore_index, 0).sum(-1)
 
     Args:
-        hidden_states: `[B, S, D]` (padded) or `[T, D]` (packed): the last hidden states of the model, after its final
-            norm. bf16, fp16, fp32 or float64; any strides.
+        hidden_states: `[B, S, D]` (padded) or `[T, D]` (packed, or `[1, T, D]` with labels `[1, T]`): the last hidden
+            states of the model, after its final norm. bf16, fp16, fp32 or float64; any strides.
         lm_head: the weight `[V, D]`, or an `LMHead` for bias, scale, softcap, temperature or a low-rank adapter;
             `head_of(model)` reads one from a Hugging Face model. Of the dtype of the hidden states; under
             `torch.autocast` the weight may stay fp32 and takes part in autocast's dtype.

@@ -47,9 +47,9 @@ def self_test(policy: Policy, pairs: Sequence[TokenPair], options: PackingOption
         options: how training lays them out.
 
     Raises:
-        UserError: the head is read otherwise than the model applies it, its own log-probs are no numbers, or mean token log-probs differ by more than 0.001 in
-            float32, or 0.1 in bfloat16 (where the model's own logits are rounded to 8 bits; sequences that see each
-            other are off by several nats).
+        UserError: the head is read otherwise than the model applies it, its own log-probs are no numbers, or mean
+            token log-probs differ by more than 0.001 in float32, or 0.1 in bfloat16 (where the model's own logits are
+            rounded to 8 bits; sequences that see each other are off by several nats).
     """
     batch = build_batch(pairs, range(len(pairs)), options).to(policy.device)
     got = policy(batch).plain.tolist()

@@ -24,12 +24,12 @@ def check_head(model: nn.Module, input_ids: Tensor) -> float:
     """Compare log-probs from `head_of` and `backbone_of` with those of the model's own logits.
 
     No list of models is ever complete; this asks the model. Of each of the first rows of one sequence the likeliest
-    token, the least likely one and the one of `input_ids` are scored both ways. Modes, gradients and caches of the model
-    are left as they were; it computes in eval mode, twice, on at most 8 tokens.
+    token, the least likely one and the one of `input_ids` are scored both ways. Modes, gradients and caches of the
+    model are left as they were; it computes in eval mode, twice, on at most 8 tokens.
 
     Args:
-        model: as `head_of` takes it; with prompt learning the model below it, without virtual tokens. An encoder-decoder
-            is given `input_ids` on both sides, and its own last decoder states are taken.
+        model: as `head_of` takes it; with prompt learning the model below it, without virtual tokens. An
+            encoder-decoder is given `input_ids` on both sides, and its own last decoder states are taken.
         input_ids: integers `[S]` or `[B, S]` on the model's device; the first 8 of the first sequence are taken.
 
     Returns:
@@ -41,14 +41,14 @@ def check_head(model: nn.Module, input_ids: Tensor) -> float:
 
     Numerics:
         The bound is 1e-3 nat, or `8 u max|logit|` where that is more, with u the unit roundoff of the dtype that the
-        model computes in (2^-8 for bfloat16): its own logits are rounded by their product and by up to three operations
-        of scale and softcap, in the label's logit and in the log-sum-exp.
+        model computes in (2^-8 for bfloat16): its own logits are rounded by their product and by up to three
+        operations of scale and softcap, in the label's logit and in the log-sum-exp.
     """
     causal = causal_model(model)
     head_of(causal)  # in the mode that it is in: dropout on the head is refused in training
-    ids = input_ids.reshape(-1, input_ids.shape[-1])[:1, :_ROWS]
-    if not ids.numel():
+    if not input_ids.numel():
         raise ValueError(f"check_head needs at least one token, got input_ids {list(input_ids.shape)}.")
+    ids = input_ids.reshape(-1, input_ids.shape[-1])[:1, :_ROWS]
     with _eval_mode(causal):
         hidden, logits = _both(causal, ids)
         head = head_of(causal)
@@ -63,8 +63,8 @@ def check_head(model: nn.Module, input_ids: Tensor) -> float:
     if not error <= bound:
         raise ValueError(
             f"the head of {type(causal).__name__} is not read as the model applies it: log-probs differ from its own "
-            f"logits' by {error:.3g} nat, more than rounding explains (bound {bound:.2g}); please report this model, and "
-            f"pass an LMHead made by hand, with the weight, bias, logit_scale and softcap of its forward."
+            f"logits' by {error:.3g} nat, more than rounding explains (bound {bound:.2g}); please report this model, "
+            f"and pass an LMHead made by hand, with the weight, bias, logit_scale and softcap of its forward."
         )
     return error
 

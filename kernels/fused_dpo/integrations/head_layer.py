@@ -43,15 +43,22 @@ def refuse_own_forward(base: nn.Module) -> None:
             f"the head is a {_name_of(base)}, whose forward is not nn.Linear's, so its weight does not say what its "
             f"logits are; build the LMHead yourself from the weight that it multiplies by."
         )
-    own = vars(base).get("forward")
-    if own is None or getattr(own, HEAD_FORWARD, False):
+
+
+def refuse_replaced_forward(layer: Any) -> None:
+    """Refuse a layer whose forward was replaced, but by accelerate's hooks that move weights and inputs, or by ours."""
+    own = getattr(layer, "__dict__", {}).get("forward")
+    compiled = "_orig_mod" in getattr(
+        layer, "_modules", {}
+    )  # torch.compile's wrapper, which has the compiled one there
+    if own is None or compiled or getattr(own, HEAD_FORWARD, False):
         return
-    hook = getattr(base, "_hf_hook", None)
+    hook = getattr(layer, "_hf_hook", None)
     for each in getattr(hook, "hooks", None) or [hook]:
         kinds = [cls.__name__ for cls in type(each).__mro__ if cls.__module__.startswith("accelerate.")]
         if not set(kinds) & set(_MOVING_HOOKS):
             raise NotImplementedError(
-                f"the forward of the head ({_name_of(base)}) was replaced by {_describe(own)}, which may change its "
+                f"the forward of the head ({_name_of(layer)}) was replaced by {_describe(own)}, which may change its "
                 f"logits; take it off, or build the LMHead yourself."
             )
 

@@ -9,7 +9,12 @@ from torch import nn
 from fused_dpo.head import LMHead, LowRankAdapter
 from fused_dpo.integrations.adapters import read_adapter, unwrapped
 from fused_dpo.integrations.forward_source import follow
-from fused_dpo.integrations.head_layer import refuse_hooks, refuse_own_forward, refuse_quantised
+from fused_dpo.integrations.head_layer import (
+    refuse_hooks,
+    refuse_own_forward,
+    refuse_quantised,
+    refuse_replaced_forward,
+)
 from fused_dpo.integrations.logits import LogitTransform, logit_transform
 from fused_dpo.integrations.parts import causal_model, head_layer, owners_of
 
@@ -18,34 +23,35 @@ def head_of(model: nn.Module) -> LMHead:
     """Read the head of a Hugging Face language model, with its scale, bias, softcap and LoRA adapter.
 
     What happens to the logits is read from the forward of the class that makes them, with the values that the model
-    holds: a multimodal class may leave out what its text configuration names. `check_head` compares the result with the
-    model's own logits. Cheap enough for every step, and traceable: under `torch.compile` scale, softcap and refusals are
-    those of the time of tracing.
+    holds: a multimodal class may leave out what its text configuration names. `check_head` compares the result with
+    the model's own logits. Cheap enough for every step, and traceable: under `torch.compile` scale, softcap and
+    refusals are those of the time of tracing.
 
     Args:
         model: a `transformers` causal LM or encoder-decoder, bare or wrapped by `peft`, `torch.compile` or FSDP1. Tied
-            embeddings are fine: the weight is the shared parameter itself, and its gradient arrives there. The head takes
-            the hidden states of `backbone_of(model)`, of encoder-decoders the decoder's last ones: a factor on these
-            (T5) is in `logit_scale`, a buffer that is added to the logits (BART, Marian) in `bias`. Where logits are cut
-            to the first rows (Inkling), weight and bias are views of these.
+            embeddings are fine: the weight is the shared parameter itself, and its gradient arrives there. The head
+            takes the hidden states of `backbone_of(model)`, of encoder-decoders the decoder's last ones: a factor on
+            these (T5) is in `logit_scale`, a buffer that is added to the logits (BART, Marian) in `bias`. Where logits
+            are cut to the first rows (Inkling), weight and bias are views of these.
 
     Raises:
         TypeError: the model has no output embeddings, or is wrapped by DistributedDataParallel.
         NotImplementedError: the head carries something the kernels do not know (a quantised weight, several active
             adapters, adapter dropout in training, another adapter than LoRA, layers between the hidden states and the
-            weight, as BERT's), its layer has a forward of its own or hooks other than those that gather or move (FSDP's,
-            accelerate's, DeepSpeed's), or the model's forward does something to its logits that is not understood.
+            weight, as BERT's); its layer has a forward of its own, or hooks other than those that gather or move
+            (FSDP's, accelerate's, DeepSpeed's); or the model's forward does something to its logits that is not
+            understood.
     """
     causal = causal_model(model)
     layer = head_layer(causal)
     if layer is None or not hasattr(layer, "forward"):
         raise TypeError(
-            f"{type(causal).__name__} has no output embeddings to read a head from; pass the weight [V, D] or an LMHead."
+            f"{type(causal).__name__} has no output embeddings to read a head from; pass the weight [V, D] or an "
+            f"LMHead."
         )
     base, lora = read_adapter(layer)
-    for each in {id(part): part for part in (layer, unwrapped(layer), base)}.values():
-        if getattr(each, "_forward_pre_hooks", None) or getattr(each, "_forward_hooks", None):
-            _refuse_hooks(each)
+    for each in (layer, unwrapped(layer), base):
+        _refuse_changes(each)
     reading = _read(causal, layer, base)
     weight, bias = base.weight, getattr(base, "bias", None)
     if bias is not None and reading.on_hidden != 1.0:
@@ -99,17 +105,19 @@ def _read(causal: Any, layer: nn.Module, base: Any) -> _Reading:
     return _Reading(transform.scale, transform.on_hidden, transform.softcap, rows, biases)
 
 
-def _refuse_hooks(layer: Any) -> None:
+def _refuse_changes(layer: Any) -> None:
+    """Refuse what was put on a layer and may change its logits."""
+    refuse_replaced_forward(layer)
     refuse_hooks(layer)
 
 
-# What `torch.compiler.assume_constant_result` sets, whose module takes long to import: Dynamo then calls them as they are.
-for _function in (_read, _refuse_hooks):
+# What `torch.compiler.assume_constant_result` sets, which imports Dynamo to do so: it then calls them as they are.
+for _function in (_read, _refuse_changes):
     _function._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _place_of(causal: Any, layer: nn.Module, base: Any) -> _Place:
-    """Find a head in its model, and refuse those that are more than a weight; looked for once, as it walks all parts."""
+    """Find a head in its model, and refuse those that are more than a weight; once, as it walks all parts."""
     known = _PLACES.get(causal) if isinstance(causal, nn.Module) else None
     if known is not None and known.layer() is layer:
         return known

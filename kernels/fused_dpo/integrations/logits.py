@@ -55,8 +55,8 @@ def _transform(model: nn.Module, head: str, config: dict[str, Any]) -> LogitTran
         return LogitTransform(1.0, 1.0, None, None, ())
     if forward.unknown is not None:
         raise NotImplementedError(
-            f"{name}.forward computes {forward.unknown!r} on the way to its logits, which is not understood here; build "
-            f"the LMHead yourself, with logit_scale, softcap and bias set as the model applies them."
+            f"{name}.forward computes {forward.unknown!r} on the way to its logits, which is not understood here; "
+            f"build the LMHead yourself, with logit_scale, softcap and bias set as the model applies them."
         )
     scale, on_hidden = _scales(model, forward)
     softcap = next((float(value) for value in map(config.get, _SOFTCAPS) if value), None) if forward.caps else None

@@ -47,8 +47,8 @@ def causal_model(model: Any) -> Any:
     if not hasattr(model, "get_output_embeddings") and isinstance(getattr(model, "module", None), nn.Module):
         name = type(model).__name__
         raise TypeError(
-            f"{name} wraps the model: pass its .module, and do so within the call of the {name}, as its hooks run there "
-            f"(called from outside, DistributedDataParallel leaves gradients unreduced)."
+            f"{name} wraps the model: pass its .module, and do so within the call of the {name}, as its hooks run "
+            f"there (called from outside, DistributedDataParallel leaves gradients unreduced)."
         )
     return unwrapped(model.get_base_model()) if hasattr(model, "get_base_model") else model
 

@@ -57,7 +57,11 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         r"got the module Linear; pass head_of\(model\), or its .weight",
     ),
     "a model": (padded(lm_head=WithHead()), TypeError, r"got the module WithHead; pass head_of\(model\)\.$"),
-    "a layer in a head": (padded(lm_head=LMHead(nn.Linear(D, V))), TypeError, r"got the module Linear"),  # pyright: ignore[reportArgumentType]
+    "a layer in a head": (
+        padded(lm_head=LMHead(nn.Linear(D, V))),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        r"got the module Linear",
+    ),
     "labels not a tensor": (padded(labels=[1]), TypeError, r"labels must be a torch.Tensor, got list"),
     "integer hidden": (
         padded(hidden_states=torch.ones(B, S, D).int()),

@@ -1,6 +1,7 @@
 """The table of heads in docs/drop-in.md: tiny models of many families against their own logits."""
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def test_control_the_bare_weight_is_caught(name: str, monkeypatch: pytest.Monkey
     ],
 )
 def test_control_what_the_text_configuration_says_is_caught(
-    name: str, changes: dict[str, float], monkeypatch: pytest.MonkeyPatch
+    name: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Negative control: these classes leave out what their text configuration names."""
     from fused_dpo.integrations import check

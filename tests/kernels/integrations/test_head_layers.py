@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fused_dpo import check_head, head_of
+from fused_dpo.integrations.head_layer import HEAD_FORWARD
 from tests.kernels.support.families import FAMILIES, build, tokens
 
 LLAMA = FAMILIES[0]
@@ -111,6 +112,8 @@ def test_a_forward_that_was_replaced() -> None:
     model.lm_head.forward = lambda hidden: 2 * forward(hidden)
     with pytest.raises(NotImplementedError, match=r"was replaced by tests\..*take it off"):
         head_of(model)
+    setattr(model.lm_head.forward, HEAD_FORWARD, True)
+    assert head_of(model).weight is model.lm_head.weight
 
 
 def test_an_offloaded_head_is_named() -> None:
@@ -118,7 +121,7 @@ def test_an_offloaded_head_is_named() -> None:
 
     accelerate = pytest.importorskip("accelerate")
     model = accelerate.cpu_offload(llama(), execution_device="cpu")
-    with pytest.raises(ValueError, match="lm_head weight is on meta, .*accelerate's offloading"):
+    with pytest.raises(ValueError, match=r"lm_head weight is on meta, .*accelerate's offloading"):
         fused_dpo_logps(torch.randn(1, 8, 32), head_of(model), tokens()[None])
 
 

@@ -119,6 +119,19 @@ def test_control_an_adapter_that_is_left_out_is_caught(monkeypatch: pytest.Monke
         check_head(adapted(), tokens())
 
 
+def test_a_derived_layer_with_a_forward_of_its_own_is_refused() -> None:
+    model = adapted()
+    layer = model.get_base_model().lm_head
+
+    class Doubled(type(layer)):
+        def forward(self, *arguments, **settings):
+            return 2 * super().forward(*arguments, **settings)
+
+    layer.__class__ = Doubled
+    with pytest.raises(NotImplementedError, match=r"an adapter of type .*Doubled, which is not peft's LoRA"):
+        head_of(model)
+
+
 def own_adapter() -> nn.Module:
     """Holds what an adapter holds, and does what nobody knows."""
 
@@ -137,5 +150,5 @@ def own_adapter() -> nn.Module:
 def test_adapters_of_others_are_refused() -> None:
     model: Any = build(LLAMA)
     model.lm_head = own_adapter()
-    with pytest.raises(NotImplementedError, match=r"an adapter of type .*Gated, which is not LoRA"):
+    with pytest.raises(NotImplementedError, match=r"an adapter of type .*Gated, which is not peft's LoRA"):
         head_of(model)

@@ -25,9 +25,13 @@ ATTENTION_NAME = "fused_dpo"
 
 
 class _Calls(local):
-    """What this thread is about to do; a context variable would say it too, but `torch.compile` cannot read one."""
+    """What this thread is about to do; a context variable would say it too, but `torch.compile` cannot read one.
 
-    packed = False
+    Nor can it of torch 2.11 where the class has a value too: it then takes that of the class.
+    """
+
+    def __init__(self) -> None:
+        self.packed = False
 
 
 _calls = _Calls()

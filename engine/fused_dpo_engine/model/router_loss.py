@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fused_dpo_engine.errors import UnsupportedModelError
+
 _KNOWN = {"gate_logits", "num_experts", "top_k", "attention_mask"}
 
 
@@ -35,7 +37,16 @@ class RouterLoss:
         Args:
             router_logits: of each layer, [..., E].
             attention_mask: 1 where a row holds a token, [B, S]; None if all do.
+
+        Raises:
+            UnsupportedModelError: the backbone does not return them at all.
         """
+        if router_logits is None:
+            raise UnsupportedModelError(
+                "the configuration asks for the load-balancing loss of its experts (output_router_logits), but the "
+                "model's forward returns no router logits with this release of transformers; install a newer one, or "
+                "set output_router_logits to false in config.json."
+            )
         if not router_logits:
             return None
         experts = router_logits[0].shape[-1]

@@ -1,4 +1,4 @@
-"""Short runs of TRL's own DPOTrainer on toy pairs, with and without our patch; `python -m` runs one as a process of many."""
+"""Short runs of TRL's own DPOTrainer on toy pairs, with and without our patch; a module of torchrun's too."""
 
 import contextlib
 import json

@@ -13,6 +13,7 @@ slots; on a CPU each in a process of its own:
   packed logits      as packed, but full logits and a log-softmax in fp32
   padded logits      as padded, but full logits and a log-softmax in fp32
   TRL                its DPOTrainer's training step, padded, with the head it has (see `benchmarks.steps.trl`)
+  TRL, compact       the same, scoring what counts alone, as TRL 1.15 does and 1.16 where it has Triton
   TRL, checkpointed  the same with gradient checkpointing, its default
 
 The log-probs of every sequence are compared with those of the model in float32, one sequence at a time, before a way is

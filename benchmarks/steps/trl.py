@@ -1,15 +1,19 @@
 """The same step taken by TRL's own `DPOTrainer`, padded, through its `training_step`.
 
 TRL 1.16 has one head, `ChunkedLogProbFunction` in tiles of the vocabulary, and no option to take another. It has no
-packing and no prefix sharing. Two things are given to it instead of computed: the pairs, as the token ids that every
-way gets, and the reference log-probs, as its own precomputation would add them. Its gradient checkpointing, on by
-default, is a way of its own, since ours is off by default.
+packing and no prefix sharing. Where it has no Triton, as on a CPU, it scores every position, prompts and padding too;
+1.15 scores what counts alone, everywhere. Both are measured, the second by telling 1.16 that it may.
+
+Two things are given to it instead of computed: the pairs, as the token ids that every way gets, and the reference
+log-probs, as its own precomputation would add them. Its gradient checkpointing, on by default, is a way of its own,
+since ours is off by default.
 """
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +24,33 @@ from fused_dpo_engine.config.options import PackingOptions
 from fused_dpo_engine.data.pairs import TokenPair
 from fused_dpo_engine.training.metrics import SlotMetrics
 
-TRL = {"TRL": False, "TRL, checkpointed": True}
-"""Whether the backbone's activations are recomputed."""
+
+class Variant(NamedTuple):
+    """How TRL is set up."""
+
+    checkpointed: bool = False
+    """Recompute the backbone's activations."""
+    compact: bool = False
+    """Score what counts alone."""
+
+
+TRL = {
+    "TRL": Variant(),
+    "TRL, compact": Variant(compact=True),
+    "TRL, checkpointed": Variant(checkpointed=True),
+}
+
+
+@contextmanager
+def scored_alone() -> Iterator[None]:
+    """Let TRL score what counts alone within the block, whatever the device."""
+    from trl.trainer import utils  # pyright: ignore[reportMissingImports]
+
+    own, utils._use_triton = utils._use_triton, lambda _device: True
+    try:
+        yield
+    finally:
+        utils._use_triton = own
 
 
 def absent() -> str | None:
@@ -49,12 +78,12 @@ class TrlStep:
 
     Args:
         case: the step.
-        checkpointed: whether the backbone's activations are recomputed.
+        variant: how it is set up.
         pairs: those of the case.
         ref_logps: fp32 [P, 2], what the reference gives.
     """
 
-    def __init__(self, case: Case, checkpointed: bool, pairs: list[TokenPair], ref_logps: Tensor) -> None:
+    def __init__(self, case: Case, variant: Variant, pairs: list[TokenPair], ref_logps: Tensor) -> None:
         from datasets import Dataset
         from trl.trainer.dpo_config import DPOConfig  # pyright: ignore[reportMissingImports]
         from trl.trainer.dpo_trainer import DPOTrainer  # pyright: ignore[reportMissingImports]
@@ -68,13 +97,14 @@ class TrlStep:
             def _precompute_ref_logps(self, dataset: Any, *_: Any, **__: Any) -> Any:
                 return dataset
 
+        self.variant = variant
         self.pairs, self.size = pairs, batch_size(pairs, case.budget)
         self.budget = case.budget
         self.folder = tempfile.TemporaryDirectory()
         arguments = DPOConfig(
             self.folder.name,
             per_device_train_batch_size=self.size,
-            gradient_checkpointing=checkpointed,
+            gradient_checkpointing=variant.checkpointed,
             beta=BETA,
             bf16=case.dtype == "bfloat16",
             use_cpu=case.device == "cpu",
@@ -99,7 +129,7 @@ class TrlStep:
         dataset = Dataset.from_list(rows)
         trainer: Any = Trainer(model, args=arguments, train_dataset=dataset, processing_class=_tokenizer())
         # What `train` does before its first step, without an optimizer.
-        if checkpointed:
+        if variant.checkpointed:
             trainer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.model: Any = trainer.accelerator.prepare(trainer.model)
         self.loader = trainer.get_train_dataloader()
@@ -116,7 +146,8 @@ class TrlStep:
         """Take the step; gradients of the one before are dropped first."""
         self.model.zero_grad()
         self.scored = []
-        losses = [self.trainer.training_step(self.model, batch) for batch in self.loader]
+        with scored_alone() if self.variant.compact else nullcontext():
+            losses = [self.trainer.training_step(self.model, batch) for batch in self.loader]
         return Outcome(torch.stack(losses).sum(), torch.cat(self.scored))
 
     def describe(self) -> dict[str, Any]:

@@ -101,6 +101,25 @@ def test_trl_batches_keep_to_the_slots(case, rows):
         trl_step.batch_size(case.token_pairs(), 10)
 
 
+@pytest.mark.skipif(find_spec("trl") is None, reason="trl is not installed")
+def test_trl_scores_what_counts_alone_where_it_is_told_to(case, true, monkeypatch):
+    """Rows that its head is given: all positions of the padded batches, or the scored ones."""
+    from trl.trainer import utils
+
+    given = []
+    own = utils._ChunkedLogProbFunction.apply
+    monkeypatch.setattr(utils._ChunkedLogProbFunction, "apply", lambda *args: given.append(len(args[0])) or own(*args))
+    counted = {}
+    for way in ("TRL", "TRL, compact"):
+        given.clear()
+        row, _ = examine(case, way, true)
+        assert "failed" not in row
+        counted[way] = sum(given)
+    pairs = case.token_pairs()
+    assert counted["TRL, compact"] == sum(pair.chosen_length + pair.rejected_length for pair in pairs)
+    assert counted["TRL"] == row["slots"] - 2 * len(pairs)
+
+
 def without_last_token(policy: Any, batch: Any) -> Tensor:
     """Wrong: nothing predicts the end of a response."""
     targets = batch.targets.clone()

@@ -1,7 +1,5 @@
 """Pairs written out for a person to look at."""
 
-import pytest
-
 from fused_dpo_engine.cli import main
 from fused_dpo_engine.reports.rows import show_pairs
 from tests.engine.support.templates import CHATML

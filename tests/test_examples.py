@@ -12,6 +12,7 @@ import torch
 from examples import demo, minimal, smollm2
 from fused_dpo_engine.data.formats import parse_row
 from fused_dpo_engine.data.sources import read_rows
+from tests.engine.support.toys import save_folder
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,6 +41,18 @@ def test_minimal_example() -> None:
     assert losses[-1] < losses[0] - 0.1
     source = (ROOT / "examples" / "minimal.py").read_text(encoding="utf-8")
     assert set(re.findall(r"^(?:import|from) (\w+)", source, flags=re.MULTILINE)) == {"copy", "torch", "fused_dpo"}
+
+
+def test_patched_trl_example(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It begins at ln 2, and every forward pass of policy and reference is packed."""
+    pytest.importorskip("trl", reason="TRL is not installed")
+    from examples import patched_trl
+
+    folder = save_folder(tmp_path / "model")
+    losses = patched_trl.main(str(folder), steps=2)
+    assert len(losses) == 2
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-4)
+    assert "4 of 4 forward passes packed" in capsys.readouterr().out
 
 
 def test_example_preferences() -> None:

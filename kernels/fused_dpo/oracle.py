@@ -45,8 +45,9 @@ def reference_token_logps(
 
     detached = logps.detach()
     entropy = -(detached.exp() * detached.nan_to_num(neginf=0.0)).sum(-1)
-    is_top1 = picked.detach() >= detached.amax(-1)
-    stats = TokenStats(entropy, logits.detach().mean(-1), is_top1.to(dtype))
+    is_top1 = picked.detach() >= detached.amax(-1)  # every one of several equal maxima
+    log_sum_sq_probs = logits.detach().softmax(-1).square().sum(-1).log().clamp(max=0.0)
+    stats = TokenStats(entropy, logits.detach().mean(-1), is_top1.to(dtype), log_sum_sq_probs)
 
     def spread(values: Tensor) -> Tensor:
         """Put values of scored rows back among all rows, 0 elsewhere."""

@@ -86,8 +86,7 @@ def _merge_splits_kernel(
         tl.store(stats_ptr + rows, log_total - (weighted / total - shift), mask=mask_t)
         tl.store(stats_ptr + T + rows, plain / V, mask=mask_t)
         tl.store(stats_ptr + 2 * T + rows, tl.where(picked >= peak, 1.0, 0.0), mask=mask_t)
-        log_sum_sq_probs = tl.log(squares / (total * total))
-        tl.store(stats_ptr + 3 * T + rows, tl.where(log_sum_sq_probs > 0.0, 0.0, log_sum_sq_probs), mask=mask_t)
+        tl.store(stats_ptr + 3 * T + rows, tl.log(squares / (total * total)), mask=mask_t)
 
 
 class Results(NamedTuple):

@@ -72,7 +72,7 @@ class OnlineSoftmax:
             entropy=self.total.log() - (self._weighted / self.total - self.peak),
             mean_logit=self._sum / V,
             is_top1=(self.picked >= self.peak).to(self.peak.dtype),
-            log_sum_sq_probs=(self._squares / self.total.square()).log().clamp(max=0.0),
+            log_sum_sq_probs=(self._squares / self.total.square()).log(),
         )
 
 

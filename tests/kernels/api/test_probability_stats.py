@@ -87,8 +87,7 @@ def test_rows_known_by_hand(impl: str, mode: str) -> None:
     got = stat(rows_of(logits, [1] * 6), impl, mode).tolist()
     last = 2 * (12 - math.log(math.exp(12) + V - 1)) + math.log1p((V - 1) * math.exp(-24))
     expected = [-math.log(V), 0.0, -math.log(2), -math.log(V), -math.log(V), last]
-    # torch's softmax adds up to 19 small terms to a 1 one after the other, at 2^-24 each, and the sum is squared.
-    assert got == pytest.approx(expected, abs=2.5e-6)
+    assert got == pytest.approx(expected, abs=1e-6)  # logarithms of sums of 300 terms in fp32
     assert max(got) <= 0
     assert expected[5] == pytest.approx(-0.0036, abs=1e-4)
 
@@ -114,7 +113,8 @@ def test_an_invalid_label_changes_nothing(impl: str, mode: str) -> None:
         logps, stats, _ = token_logps(
             hidden, target, offsets, None, LMHead(weight), impl, 1, filtering, want_stats=True
         )
-        return logps, present(stats).log_sum_sq_probs
+        assert stats is not None
+        return logps, stats.log_sum_sq_probs
 
     logps, got = run(target.index_fill(0, torch.tensor([7], device=DEVICE), 50))
     assert logps.isnan().nonzero().tolist() == [[7]]

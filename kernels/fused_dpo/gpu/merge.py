@@ -68,7 +68,7 @@ def _merge_splits_kernel(
         if WANT_STATS:
             weighted += tl.sum(tl.load(weighted_ptr + at, mask=mask, other=0.0) * rescale, axis=0)
             plain += tl.sum(tl.load(sum_ptr + at, mask=mask, other=0.0), axis=0)
-            squares += tl.sum(tl.load(squares_ptr + at, mask=mask, other=0.0) * (rescale * rescale), axis=0)
+            squares += tl.sum(tl.load(squares_ptr + at, mask=mask, other=0.0) * rescale * rescale, axis=0)
         if SCREEN:
             tail += tl.sum(tl.load(tail_ptr + at, mask=mask, other=0.0) * rescale, axis=0)
     log_total = tl.log(total)

@@ -30,7 +30,11 @@ class TokenLogps(NamedTuple):
     mean_logit: Tensor | None = None
     """Mean of the row's V logits, if asked for. Not differentiable."""
     is_top1: Tensor | None = None
-    """bool: no token is likelier than the label, if asked for."""
+    """bool: no token is likelier than the label, if asked for. Of several equal maxima every one is top-1; in
+    `logits.argmax(-1) == labels` it is the first alone."""
+    log_sum_sq_probs: Tensor | None = None
+    """`log sum_v p_v^2` of the row's distribution in nats, if asked for: from -log V (flat) to 0 (one token has all).
+    Not differentiable."""
     tail: Tensor | None = None
     """Mass of the tokens that the filter calls small, if asked for: see `FilterStats`. 0 with exact gradients."""
     kept_fraction: Tensor | None = None
@@ -137,12 +141,23 @@ def fused_token_logps(
     Args, errors, numerics and memory as in `fused_dpo_logps`, and:
 
     Args:
-        with_stats: names out of `"entropy"`, `"mean_logit"`, `"is_top1"` to compute in the same pass over the head, and
-            of `"tail"`, `"kept_fraction"`, which are known anyway.
+        with_stats: names out of `"entropy"`, `"mean_logit"`, `"is_top1"`, `"log_sum_sq_probs"` to compute in the same
+            pass over the head, and of `"tail"`, `"kept_fraction"`, which are known anyway.
 
     Returns:
-        A `TokenLogps` of fp32 tensors in the shape of `labels`. With `shift=True` entry i belongs to the token that
-        row i predicts, label i+1, so the last entry of every sequence is 0.
+        A `TokenLogps` of tensors in the shape of `labels`: fp32 (float64 for float64 inputs), but for `is_top1`, which
+        is bool, and True for every one of several equal maxima. With `shift=True` entry i belongs to the token that row
+        i predicts, label i+1, so the last entry of every sequence is 0.
+
+    Numerics:
+        `log_sum_sq_probs` never overflows, and is within 3e-7 of float64's, times log V or the largest logit's
+        magnitude, whichever is larger; in float64 within 1e-12 times that. Wherever log-probs are computed with rounded
+        numbers (an adapter's inner product in half precision, the tokens of tiny probability under a coarse screen of
+        filtered gradients), so is this.
+
+    Source:
+        Zhou et al., 2024, WPO, arXiv 2406.11827, weighs a sequence by exp of the sum or mean of `logps -
+        log_sum_sq_probs` over its tokens.
     """
     known = TokenLogps._fields[1:]
     for name in with_stats:

@@ -45,8 +45,11 @@ def reference_token_logps(
 
     detached = logps.detach()
     entropy = -(detached.exp() * detached.nan_to_num(neginf=0.0)).sum(-1)
-    is_top1 = picked.detach() >= detached.amax(-1)
-    stats = TokenStats(entropy, logits.detach().mean(-1), is_top1.to(dtype))
+    is_top1 = picked.detach() >= detached.amax(-1)  # every one of several equal maxima
+    # Sums of torch's own: those within its softmax are taken one by one, and lose a digit over large vocabularies.
+    weights = (logits.detach() - logits.detach().amax(-1, keepdim=True)).exp()
+    log_sum_sq_probs = (weights.square().sum(-1) / weights.sum(-1).square()).log()
+    stats = TokenStats(entropy, logits.detach().mean(-1), is_top1.to(dtype), log_sum_sq_probs)
 
     def spread(values: Tensor) -> Tensor:
         """Put values of scored rows back among all rows, 0 elsewhere."""

@@ -14,7 +14,11 @@ class TokenStats(NamedTuple):
     mean_logit: Tensor
     """Mean of the row's V logits."""
     is_top1: Tensor
-    """1.0 where no token is likelier than the target, else 0.0."""
+    """1.0 where no token is likelier than the target, so for every one of several equal maxima, else 0.0."""
+    log_sum_sq_probs: Tensor
+    """`log sum_v p_v^2` of the row's distribution in nats, from -log V to 0: that of the sum of `exp(logit - peak)^2`
+    over the square of the sum of `exp(logit - peak)`. No rounding makes it positive: no term of the first sum is above
+    its like in the second, and that is at least 1."""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from tests.kernels.support.problems import (
 Function = Callable[[Tensor], Tensor]
 REFUSED = r"do not go through\s+them. Use options=KernelOptions\(impl='reference'\)"
 KERNELS = (None, "streaming", "triton", "library")
-STATS = ("entropy", "mean_logit", "is_top1", "tail", "kept_fraction")
+STATS = ("entropy", "mean_logit", "is_top1", "log_sum_sq_probs", "tail", "kept_fraction")
 
 
 def forward_mode(function: Function, at: Tensor, along: Tensor) -> Tensor:

@@ -43,6 +43,7 @@ def _logps_forward_kernel(
     stride_ev,
     saved_rows,
     R,
+    squares_ptr,
     SPLIT_COLUMNS: tl.constexpr,
     OPTIONS: tl.constexpr,
     WANT_STATS: tl.constexpr,
@@ -57,8 +58,9 @@ def _logps_forward_kernel(
 
     Grid: row blocks x splits from `first_split` on, in the order of `grouped_block`. Each program writes, at
     `[split, row]`, the maximum of its logits and the sum of their exponentials above it (and for the stats the
-    exponential-weighted and the plain sum of the logits), and at `[row]` the target's logit if the target lies in its
-    columns: every entry has one writer. The product of hidden states and weight is formed here, or read if GIVEN.
+    exponential-weighted and the plain sum of the logits, and the sum of the exponentials' squares), and at `[row]` the
+    target's logit if the target lies in its columns: every entry has one writer. The product of hidden states and
+    weight is formed here, or read if GIVEN.
 
     SCREEN adds what filtered gradients need, from tiles that are in registers anyway. Probabilities are known from
     above, by a bound on the log-sum-exp from below: `bound` [R], the log-sum-exp over the first `hot_splits`, which
@@ -86,6 +88,7 @@ def _logps_forward_kernel(
     total = tl.zeros([BLOCK_T], dtype=tl.float32)
     weighted = tl.zeros([BLOCK_T], dtype=tl.float32)
     plain = tl.zeros([BLOCK_T], dtype=tl.float32)
+    squares = tl.zeros([BLOCK_T], dtype=tl.float32)
     picked = tl.zeros([BLOCK_T], dtype=tl.float32)
     tail = tl.zeros([BLOCK_T], dtype=tl.float32)
     if SCREEN:
@@ -128,6 +131,7 @@ def _logps_forward_kernel(
             finite = tl.where(z == float("-inf"), 0.0, z)
             weighted = weighted * rescale + tl.sum(weights * finite, axis=1)
             plain += tl.sum(tl.where(offs_v[None, :] < V, z, 0.0), axis=1)
+            squares = squares * (rescale * rescale) + tl.sum(weights * weights, axis=1)
         if SCREEN:
             own = tl.where(split < hot_splits, 0.0, total)  # is in the bound already
             above = own + exp(tl.minimum(bound - shift, 80.0))
@@ -146,6 +150,7 @@ def _logps_forward_kernel(
     if WANT_STATS:
         tl.store(weighted_ptr + at, weighted, mask=mask_t)
         tl.store(sum_ptr + at, plain, mask=mask_t)
+        tl.store(squares_ptr + at, squares, mask=mask_t)
     if SCREEN:
         tl.store(tail_ptr + at, tail, mask=mask_t)
     mine = (target >= first_v) & (target < tl.minimum(first_v + SPLIT_COLUMNS, V))
@@ -171,8 +176,7 @@ class Partials:
         self._filter_eps, self._config, self._split_columns = filter_eps, config, split_columns
         R, device = rows.numel(), hidden.device
         with_stats, with_screen = results.stats is not None, results.screen is not None
-        count = 2 + 2 * with_stats + with_screen
-        partials = iter(torch.empty(count, self.splits, R, dtype=torch.float32, device=device))
+        partials = iter(torch.empty(results.partials, self.splits, R, dtype=torch.float32, device=device))
         self._peak, self._total = next(partials), next(partials)
         self._arguments: dict[str, Any] = {
             "row_index_ptr": rows,
@@ -181,6 +185,7 @@ class Partials:
             "total_ptr": self._total,
             "weighted_ptr": next(partials) if with_stats else self._peak,
             "sum_ptr": next(partials) if with_stats else self._peak,
+            "squares_ptr": next(partials) if with_stats else self._peak,
             "picked_ptr": torch.empty(R, dtype=torch.float32, device=device),
             "tail_ptr": next(partials) if with_screen else self._peak,
             "R": R,
@@ -260,7 +265,7 @@ def triton_forward(
 ) -> tuple[Tensor, SoftmaxState, TokenStats | None]:
     """Compute log-prob and softmax state of every row, and the stats if wanted: `streaming_forward` on CUDA.
 
-    Memory: log-prob and state, 16 bytes a row, and what the scan takes: 8 bytes (16 with stats) a scored row and split
+    Memory: log-prob and state, 16 bytes a row, and what the scan takes: 8 bytes (20 with stats) a scored row and split
     of SPLIT_COLUMNS columns; `workspace_mib` where the weight has another dtype. No synchronisation with the host.
     """
     results = empty_results(inputs.hidden, want_stats=want_stats)

@@ -16,8 +16,8 @@ from fused_dpo.head import LMHead
 
 OF_BATCH = (
     *("row_index_ptr", "target_ptr", "index_ptr", "picked_ptr", "logps_ptr", "state_ptr", "stats_ptr", "upstream_ptr"),
-    *("peak_ptr", "total_ptr", "weighted_ptr", "sum_ptr", "tail_ptr", "bound_ptr", "residual_ptr", "smallest_ptr"),
-    *("T", "R", "M", "blocks", "first_split", "saved_rows"),
+    *("peak_ptr", "total_ptr", "weighted_ptr", "sum_ptr", "squares_ptr", "tail_ptr", "bound_ptr", "residual_ptr"),
+    *("smallest_ptr", "T", "R", "M", "blocks", "first_split", "saved_rows"),
 )
 """Names of kernel parameters whose values depend on the batch. Triton is told to compile nothing for these values.
 

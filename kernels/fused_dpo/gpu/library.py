@@ -40,7 +40,7 @@ def library_scan(inputs: HeadInputs, results: Results, filter_eps: float) -> Non
     A slice of the weight is converted, and read from memory, once for as many chunks as fit into the workspace.
 
     Memory: 4 bytes for each entry of a product; a slice of the weight where it has another dtype; and `workspace_mib`
-        for 8 bytes (16 with stats, and 4 more with a screen) a row and split, and for copies of hidden states where
+        for 8 bytes (20 with stats, and 4 more with a screen) a row and split, and for copies of hidden states where
         not all rows are scored.
     """
     hidden, _, rows, head, workspace_mib = inputs
@@ -48,7 +48,7 @@ def library_scan(inputs: HeadInputs, results: Results, filter_eps: float) -> Non
     (V, D), R, tile, split = head.weight.shape, rows.numel(), config.tile, config.split_columns
     width, all_scored = min(config.slice_columns, V), hidden.shape[0] == R
     values = torch.empty(width, config.chunk_rows, dtype=torch.float32, device=hidden.device).T
-    row_bytes = 4 * ceil_div(V, split) * (2 + 2 * (results.stats is not None) + (results.screen is not None))
+    row_bytes = 4 * ceil_div(V, split) * results.partials
     row_bytes += 0 if all_scored else D * hidden.element_size()
     rows_at_once = max(workspace_mib * 2**20 // (config.chunk_rows * row_bytes), 1) * config.chunk_rows
     for start in range(0, R, rows_at_once):

@@ -24,6 +24,7 @@ def _merge_splits_kernel(
     total_ptr,
     weighted_ptr,
     sum_ptr,
+    squares_ptr,
     picked_ptr,
     row_index_ptr,
     target_ptr,
@@ -56,6 +57,7 @@ def _merge_splits_kernel(
     total = tl.zeros([BLOCK_T], dtype=tl.float32)
     weighted = tl.zeros([BLOCK_T], dtype=tl.float32)
     plain = tl.zeros([BLOCK_T], dtype=tl.float32)
+    squares = tl.zeros([BLOCK_T], dtype=tl.float32)
     tail = tl.zeros([BLOCK_T], dtype=tl.float32)
     for start in range(0, splits, BLOCK_S):
         offs_s = start + tl.arange(0, BLOCK_S)
@@ -66,6 +68,7 @@ def _merge_splits_kernel(
         if WANT_STATS:
             weighted += tl.sum(tl.load(weighted_ptr + at, mask=mask, other=0.0) * rescale, axis=0)
             plain += tl.sum(tl.load(sum_ptr + at, mask=mask, other=0.0), axis=0)
+            squares += tl.sum(tl.load(squares_ptr + at, mask=mask, other=0.0) * rescale * rescale, axis=0)
         if SCREEN:
             tail += tl.sum(tl.load(tail_ptr + at, mask=mask, other=0.0) * rescale, axis=0)
     log_total = tl.log(total)
@@ -83,6 +86,7 @@ def _merge_splits_kernel(
         tl.store(stats_ptr + rows, log_total - (weighted / total - shift), mask=mask_t)
         tl.store(stats_ptr + T + rows, plain / V, mask=mask_t)
         tl.store(stats_ptr + 2 * T + rows, tl.where(picked >= peak, 1.0, 0.0), mask=mask_t)
+        tl.store(stats_ptr + 3 * T + rows, tl.log(squares / (total * total)), mask=mask_t)
 
 
 class Results(NamedTuple):
@@ -93,9 +97,14 @@ class Results(NamedTuple):
     state: SoftmaxState
     """[3, T], with a screen [5, T]."""
     stats: Tensor | None
-    """[3, T], see `TokenStats`."""
+    """[4, T], see `TokenStats`."""
     screen: Tensor | None
     """uint8 [blocks, 2, V], see `fused_dpo.filtering`."""
+
+    @property
+    def partials(self) -> int:
+        """Numbers in fp32 that the forward leaves of each scored row and split, for the merge."""
+        return 2 + 3 * (self.stats is not None) + (self.screen is not None)
 
     @property
     def token_stats(self) -> TokenStats | None:
@@ -110,7 +119,7 @@ def empty_results(hidden: Tensor, *, want_stats: bool, screen_shape: tuple[int, 
     return Results(
         logps,
         SoftmaxState(logps.new_zeros(3 if screen_shape is None else 5, T)),
-        logps.new_zeros(3, T) if want_stats else None,
+        logps.new_zeros(len(TokenStats._fields), T) if want_stats else None,
         None if screen_shape is None else logps.new_zeros(screen_shape, dtype=torch.uint8),
     )
 

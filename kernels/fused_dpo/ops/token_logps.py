@@ -151,7 +151,7 @@ def nothing_filtered(target: Tensor, dtype: torch.dtype) -> FilterStats:
 def _forward(*flat: Any) -> tuple[Tensor, ...]:
     """Compute what the operator returns.
 
-    Log-probs [T], the values of the `SoftmaxState`, the screen [blocks, 2, V], the stats stacked [3, T], and both parts
+    Log-probs [T], the values of the `SoftmaxState`, the screen [blocks, 2, V], the stats stacked [4, T], and both parts
     of `Exponentials`. What is not wanted, or not saved, is empty.
     """
     arguments = Arguments(*flat)
@@ -189,7 +189,7 @@ def _fake_forward(*flat: Any) -> tuple[Tensor, ...]:
     hidden, T = arguments.hidden, arguments.target.shape[0]
     per_row = hidden.new_empty(T, dtype=accumulation_dtype(hidden.dtype))
     state = per_row.new_empty(5 if arguments.filter_eps else 3, T)
-    stats = per_row.new_empty((3, T) if arguments.want_stats else (0,))
+    stats = per_row.new_empty((len(TokenStats._fields), T) if arguments.want_stats else (0,))
     screen = hidden.new_empty(arguments.screen_shape, dtype=torch.uint8)
     return per_row, state, screen, stats, arguments.weight.new_empty(0), hidden.new_empty(0, dtype=torch.float32)
 

@@ -112,7 +112,9 @@ def filtered_forward(
                 continue
             # The screen's probabilities are in units of its own softmax; its largest entry tells what those are.
             unit = (z_top - softmax.peak[span]).exp() / p_top
-            softmax.add_tail(span, unit * tails[span], *((unit * (p * z).sum(1), z.sum(1)) if want_stats else ()))
+            softmax.add_tail(span, unit * tails[span])
+            if want_stats:
+                softmax.add_tail_stats(span, z, p, unit)
 
     T = hidden.shape[0]
 

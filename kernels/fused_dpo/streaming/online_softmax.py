@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fused_dpo.linalg.operands import Buffer
+from fused_dpo.stats import TokenStats
 
 
 class OnlineSoftmax:
@@ -23,6 +24,7 @@ class OnlineSoftmax:
         self._logits = Buffer()
         self._sum = torch.zeros_like(self.peak)  # of the logits
         self._weighted = torch.zeros_like(self.peak)  # of exp(logit - peak) * logit
+        self._squares = torch.zeros_like(self.peak)  # of exp(logit - peak)^2
 
     def fold(self, z: Tensor, column: Tensor, inside: Tensor, span: slice) -> Tensor:
         """Take in one tile of logits `z` [n, columns] of the rows `span`; returns their `peak` [n] as it is then.
@@ -42,28 +44,36 @@ class OnlineSoftmax:
             self._sum[span] += logits.sum(1)
             logits.mul_(weights).masked_fill_(logits == -torch.inf, 0.0)
             self._weighted[span] = self._weighted[span] * rescale + logits.sum(1)
+            squares = torch.mul(weights, weights, out=logits)
+            self._squares[span] = self._squares[span] * rescale.square() + squares.sum(1)
         self.peak[span] = new_peak
         return new_peak
 
-    def add_tail(self, span: slice, mass: Tensor, weighted: Tensor | None = None, plain: Tensor | None = None) -> None:
-        """Take in what is known of columns that are not folded: none of them above `peak`, nor the target.
-
-        `mass` is their sum of `exp(logit - peak)` [n]; for the stats `weighted` is that of `exp(logit - peak) * logit`
-        and `plain` that of the logits.
-        """
+    def add_tail(self, span: slice, mass: Tensor) -> None:
+        """Take in the sum of `exp(logit - peak)` [n] over columns not folded: none above `peak`, nor the target."""
         self.total[span] += mass
-        if weighted is not None and plain is not None:
-            self._weighted[span] += weighted
-            self._sum[span] += plain
+
+    def add_tail_stats(self, span: slice, z: Tensor, p: Tensor, unit: Tensor) -> None:
+        """Take in the same columns for the stats: their logits `z` [n, columns], where `exp(z - peak)` is `unit * p`.
+
+        `p` is [n, columns], `unit` [n].
+        """
+        self._weighted[span] += unit * (p * z).sum(1)
+        self._sum[span] += z.sum(1)
+        self._squares[span] += unit.square() * p.square().sum(1)
 
     def logps(self) -> Tensor:
         """Compute the log-prob of the targets [rows]."""
         return self.picked - self.peak - self.total.log()
 
-    def stats(self, V: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute entropy, mean of the V logits, and whether no token is likelier than the target, each [rows]."""
-        entropy = self.total.log() - (self._weighted / self.total - self.peak)
-        return entropy, self._sum / V, (self.picked >= self.peak).to(self.peak.dtype)
+    def stats(self, V: int) -> TokenStats:
+        """Compute the statistics of all rows over the V logits, each [rows]."""
+        return TokenStats(
+            entropy=self.total.log() - (self._weighted / self.total - self.peak),
+            mean_logit=self._sum / V,
+            is_top1=(self.picked >= self.peak).to(self.peak.dtype),
+            log_sum_sq_probs=(self._squares / self.total.square()).log(),
+        )
 
 
 def logits_gradient(

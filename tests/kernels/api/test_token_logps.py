@@ -28,13 +28,13 @@ from tests.kernels.support.problems import (
     upstream_like,
 )
 
-STATS = ("entropy", "mean_logit", "is_top1")
+STATS = ("entropy", "mean_logit", "is_top1", "log_sum_sq_probs")
 FIELDS = (*STATS, "tail", "kept_fraction")
-SUBSETS = list(chain.from_iterable(combinations(FIELDS, k) for k in (0, 1, 2, 5)))
+SUBSETS = list(chain.from_iterable(combinations(FIELDS, k) for k in (0, 1, 2, 6)))
 
 
 def truth(problem: Problem) -> TokenLogps:
-    """All four in float64, by the textbook's formulas, zero where nothing is scored."""
+    """All five in float64, by the textbook's formulas, zero where nothing is scored."""
     problem = problem.to(torch.float64)
     logits, target = naive_logits(problem.hidden, problem), problem.aligned
     scored = target != IGNORE
@@ -45,6 +45,7 @@ def truth(problem: Problem) -> TokenLogps:
         torch.special.entr(log_p.exp()).sum(-1).masked_fill(~scored, 0),
         logits.mean(-1).masked_fill(~scored, 0),
         scored & (logps >= log_p.amax(-1)),
+        log_p.exp().square().sum(-1).log().masked_fill(~scored, 0),
     )
 
 
@@ -62,7 +63,7 @@ def test_against_the_truth(dtype: torch.dtype, padded: bool, shift: bool, impl: 
     # Half-precision inputs are exact numbers, and all arithmetic on them is fp32: one tolerance for the three, some
     # twenty roundings at the size of the values.
     tolerance = FLOAT64_LOGPS if dtype == torch.float64 else 3e-6
-    for name in ("logps", "entropy", "mean_logit"):
+    for name in ("logps", "entropy", "mean_logit", "log_sum_sq_probs"):
         value = present(getattr(got, name))
         assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert value.shape == problem.labels.shape
@@ -143,13 +144,14 @@ def test_top1_counts_ties() -> None:
 
 @pytest.mark.parametrize("impl", ["streaming", "reference"])
 def test_statistics_with_impossible_tokens(impl: str) -> None:
-    """A bias of -inf (vocabulary padding): entropy is over the other tokens, the mean logit is -inf."""
+    """A bias of -inf (vocabulary padding): entropy and squares are over the other tokens, the mean logit is -inf."""
     problem = make_problem(V=2000, bias=True)
     problem = replace(problem, labels=problem.labels.clamp(max=1500))
     present(problem.bias)[[1600, 1999]] = -torch.inf
     got, expected = tokens(problem, STATS, impl=impl, workspace_mib=1), truth(problem)
     assert_close("logps", got.logps, expected.logps, FLOAT64_LOGPS)
-    assert_close("entropy", present(got.entropy), present(expected.entropy), FLOAT64_LOGPS)
+    for name in ("entropy", "log_sum_sq_probs"):
+        assert_close(name, present(getattr(got, name)), present(getattr(expected, name)), FLOAT64_LOGPS)
     assert torch.equal(present(got.mean_logit), present(expected.mean_logit))
     assert torch.equal(present(got.is_top1), present(expected.is_top1))
 
@@ -179,7 +181,7 @@ def test_row_index_of_all_scored_rows_changes_nothing(impl: str, padded: bool) -
     problem = make_problem((5, 63, 1, 200), padded=padded, **EVERY_FEATURE)
     ways: list[dict[str, Any]] = [{"impl": impl}, {"impl": impl, "row_index": rows_of(problem)}]
     plain, indexed = (tokens(problem, STATS, **way) for way in ways)
-    assert all(torch.equal(a, b) for a, b in zip(map(present, plain[:4]), map(present, indexed[:4]), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(map(present, plain[:5]), map(present, indexed[:5]), strict=True))
     expected, got = (evaluate(lambda p, way=way: fused(p, **way), problem) for way in ways)
     assert bits_equal(got.logps, expected.logps)
     assert all(bits_equal(grad, expected.grads[name]) for name, grad in got.grads.items())

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fused_dpo.stats import TokenStats
 from fused_dpo.streaming.screener import BLOCK_ROWS
 from tests.kernels.support.filtered import (
     UNITS,
@@ -71,7 +72,7 @@ def test_batch_composition_under_a_coarse_screen(D: int, mib: int) -> None:
     assert bits_equal(padded[labels >= 0], together.logps)
     sums = filter_of(problem, **options)
     assert bits_equal(evaluate(lambda p: filter_of(p, **options), problem).logps, sums)
-    assert bits_equal(filtered_tokens(problem, ["entropy", "mean_logit", "is_top1"], **options).logps, together.logps)
+    assert bits_equal(filtered_tokens(problem, TokenStats._fields, **options).logps, together.logps)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

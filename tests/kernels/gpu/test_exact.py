@@ -103,7 +103,7 @@ def test_several_splits_and_slices() -> None:
     check(problem, torch.float32, workspace_mib=1)
 
 
-@pytest.mark.parametrize("with_stats", [("entropy",), ("mean_logit", "is_top1"), ("entropy", "mean_logit", "is_top1")])
+@pytest.mark.parametrize("with_stats", [("entropy",), ("mean_logit", "is_top1"), ("entropy", "log_sum_sq_probs")])
 def test_stats(with_stats: tuple[str, ...]) -> None:
     problem = on_device(make_problem((9, 30), V=70, D=12, bias=True, softcap=5.0).to(torch.float32))
     got, true = (tokens(p, with_stats, i) for p, i in ((problem, "triton"), (problem.to(torch.float64), "reference")))

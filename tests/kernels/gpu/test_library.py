@@ -84,7 +84,7 @@ def test_subsets_of_gradients(needs: tuple[str, ...]) -> None:
 
 
 def test_stats() -> None:
-    names = ["entropy", "mean_logit", "is_top1"]
+    names = ["entropy", "mean_logit", "is_top1", "log_sum_sq_probs"]
     problem = on_device(make_problem((9, 50), V=SLICE + 70, D=12, bias=True, softcap=5.0).to(torch.float32))
     got, true = (tokens(p, names, i) for p, i in ((problem, "library"), (problem.to(torch.float64), "reference")))
     for name in ("logps", *names):

@@ -85,7 +85,8 @@ def test_token_logps_and_statistics_compile() -> None:
     weight = torch.randn(V, D)
 
     def step(hidden: Tensor, labels: Tensor, offsets: Tensor) -> tuple:
-        return fused_token_logps(hidden, weight, labels, cu_seqlens=offsets, with_stats=("entropy", "is_top1"))
+        names = ("entropy", "is_top1", "log_sum_sq_probs")
+        return fused_token_logps(hidden, weight, labels, cu_seqlens=offsets, with_stats=names)
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
     batch = packed([5, 70])

@@ -57,7 +57,8 @@ def train(way: str, model: str, rows: list[dict[str, Any]], steps: int, pairs: i
     import torch
     from datasets import Dataset, disable_progress_bars
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import DPOConfig, DPOTrainer
+    from trl.trainer.dpo_config import DPOConfig
+    from trl.trainer.dpo_trainer import DPOTrainer
 
     from fused_dpo import backbone_of
 
@@ -78,12 +79,13 @@ def train(way: str, model: str, rows: list[dict[str, Any]], steps: int, pairs: i
 
     def count(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal slots
-        given = kwargs.get("input_ids", args[0] if args else None)
+        given = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
         slots += given.numel() if given.shape[-1] > 8 else 0  # not the comparison of the head, on eight tokens
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    policy, reference = (AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(device) for _ in range(2))
+    load: Any = AutoModelForCausalLM.from_pretrained
+    policy, reference = (load(model, dtype=torch.float32).to(device) for _ in range(2))
     with tempfile.TemporaryDirectory() as folder, WAYS[way]():
         config = DPOConfig(
             folder,

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import DPOConfig, DPOTrainer
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.dpo_trainer import DPOTrainer
 
 from examples.smollm2 import prepare_smollm2
 from fused_dpo.integrations import patch_trl
@@ -34,4 +35,4 @@ def main(model: str = "", pairs: str = PAIRS, steps: int = 3) -> list[float]:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(**dict(zip(("model", "pairs"), sys.argv[1:], strict=False)))

@@ -9,6 +9,7 @@ log-probs, as its own precomputation would add them. Its gradient checkpointing,
 since ours is off by default.
 """
 
+import importlib
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -44,8 +45,7 @@ TRL = {
 @contextmanager
 def scored_alone() -> Iterator[None]:
     """Let TRL score what counts alone within the block, whatever the device."""
-    from trl.trainer import utils  # pyright: ignore[reportMissingImports]
-
+    utils: Any = importlib.import_module("trl.trainer.utils")
     own, utils._use_triton = utils._use_triton, lambda _device: True
     try:
         yield

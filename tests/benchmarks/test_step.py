@@ -1,6 +1,7 @@
 """The step benchmark: every way scores the same pairs, counts the slots it says, and a wrong one gets no time."""
 
 import dataclasses
+import importlib
 import math
 import os
 import subprocess
@@ -104,8 +105,7 @@ def test_trl_batches_keep_to_the_slots(case, rows):
 @pytest.mark.skipif(find_spec("trl") is None, reason="trl is not installed")
 def test_trl_scores_what_counts_alone_where_it_is_told_to(case, true, monkeypatch):
     """Rows that its head is given: all positions of the padded batches, or the scored ones."""
-    from trl.trainer import utils
-
+    utils: Any = importlib.import_module("trl.trainer.utils")
     given = []
     own = utils._ChunkedLogProbFunction.apply
     monkeypatch.setattr(utils._ChunkedLogProbFunction, "apply", lambda *args: given.append(len(args[0])) or own(*args))

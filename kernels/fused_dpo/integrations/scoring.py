@@ -179,7 +179,8 @@ class Scorer:
         from fused_dpo_engine.attention.interface import packed_call
         from fused_dpo_engine.batching.unpadding import repack, unpad
 
-        ids, mask, positions = (inputs.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
+        ids: Tensor = inputs["input_ids"]
+        mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
         if mask is None and positions is not None and len(ids) == 1:
             batch = repack(ids, (positions[0] == 0).nonzero()[:, 0].tolist(), labels)
         else:
@@ -208,15 +209,16 @@ class Scorer:
             cu_seqlens=batch.cu_scored,
             row_index=every_row,
         )
-        entries = batch.scored_slots - 1  # the position before a token predicts it
-        spread = [
-            None if value is None else value.new_zeros(labels.numel()).index_copy(0, entries, value).view(labels.shape)
-            for value in packed
-        ]
+
+        def spread(values: Tensor) -> Tensor:
+            entries = batch.scored_slots - 1  # the position before a token predicts it
+            return values.new_zeros(labels.numel()).index_copy(0, entries, values).view(labels.shape)
+
+        stats = [None if values is None else spread(values) for values in packed[1:]]
         router = _flat(output)
         if router is not None:
             router = tuple(gather_rows(logits, batch.row_of_slot) for logits in router)
-        return Scored(TokenLogps(*spread), hidden, batch.row_of_slot, router)
+        return Scored(TokenLogps(spread(packed.logps), *stats), hidden, batch.row_of_slot, router)
 
     def _logps(
         self, model: Any, hidden: Tensor, labels: Tensor, with_stats: Collection[str], **settings: Any

@@ -6,6 +6,7 @@ replaced, in the module of `DPOTrainer` alone: other trainers, which import the 
 """
 
 import functools
+import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -77,8 +78,7 @@ def patch_trl(packed: bool = True, *, grad_mode: str | None = None, options: Ker
             f"TRL {trl.__version__} computes DPO's log-probs and metrics from full logits in the middle of its loss, "
             f"so there is no place to put fused ones; pip install 'trl>=1.15,<1.17', or 'trl<=0.28'."
         )
-    from trl.trainer import dpo_trainer
-
+    dpo_trainer: Any = importlib.import_module("trl.trainer.dpo_trainer")
     known = tuple(inspect.signature(dpo_trainer.add_fused_lm_head).parameters)
     if version > (1, 16) or known[: len(_ARGUMENTS)] != _ARGUMENTS:
         raise NotImplementedError(
@@ -161,26 +161,22 @@ def _forward(
     stats = tuple(_STATS[name] for name in outputs if name in _STATS)
     scored = scorer.score(model, inputs, wanted, shift=shift, with_stats=stats)
     width = wanted.shape[1] - 1 if shift else wanted.shape[1]
-    fields = scored.tokens._asdict()
-    tokens = {
-        name: None if fields.get(ours) is None else fields[ours][:, :width]
-        for name, ours in {"log_probs": "logps", **_STATS}.items()
-    }
+    log_probs = scored.tokens.logps[:, :width]
+    fields = {name: getattr(scored.tokens, ours) for name, ours in _STATS.items()}
     mask = (wanted[:, 1:] if shift else wanted) != IGNORE_INDEX
     count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-    loss = -tokens["log_probs"].sum() / count
+    loss = -log_probs.sum() / count
     aux_loss = _router_loss(scored, config, inputs) if inputs.get("output_router_logits") else None
     if aux_loss is not None:
         loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * aux_loss
-    from trl.trainer.utils import FusedCausalLMOutput
-
-    return FusedCausalLMOutput(loss=loss, label_mask=mask, aux_loss=aux_loss, **tokens)
+    output_type: Any = importlib.import_module("trl.trainer.utils").FusedCausalLMOutput
+    tokens = {name: None if values is None else values[:, :width] for name, values in fields.items()}
+    return output_type(loss=loss, log_probs=log_probs, label_mask=mask, aux_loss=aux_loss, **tokens)
 
 
 def _router_loss(scored: Scored, config: Any, inputs: dict[str, Any]) -> Any:
     """Compute the load-balancing loss that TRL does, over the padded batch's tokens, however they were laid out."""
-    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-
-    return load_balancing_loss_func(
+    mixtral: Any = importlib.import_module("transformers.models.mixtral.modeling_mixtral")
+    return mixtral.load_balancing_loss_func(
         scored.router_logits, config.num_experts, config.num_experts_per_tok, inputs.get("attention_mask")
     )

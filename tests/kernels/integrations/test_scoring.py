@@ -3,6 +3,7 @@
 import copy
 import warnings
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ FAMILIES = {
 }
 
 
-def tiny(family: str = "llama") -> torch.nn.Module:
+def tiny(family: str = "llama") -> Any:
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **SIZES, **FAMILIES[family])
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -60,7 +61,7 @@ def batch(side: str = "right") -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def true_logps(model: torch.nn.Module, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+def true_logps(model: Any, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
     """[N, S] by the model's own logits, a sequence at a time."""
     rows = []
     for tokens, seen, wanted in zip(ids, mask.bool(), labels, strict=True):

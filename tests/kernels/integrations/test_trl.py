@@ -1,5 +1,6 @@
 """TRL's DPOTrainer, unpatched, with the fused head, and packed: the same losses, metrics and weights, in fp32."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -20,6 +21,7 @@ from tests.kernels.support.trl import PAIRS, STEPS, Result, build, rows, run, to
 WEIGHTS, METRICS = 1e-4, 1e-3
 """Adam divides by the size of each gradient, so that those of 1e-6, which are sums in another order, move weights by
 1e-5 of theirs. Margins are differences of log-probs of size 100."""
+MODULES = ("dpo_trainer", "kto_trainer", "sft_trainer", "utils")
 PATCHES = {"plain": {"packed": False}, "packed": {"packed": True}}
 
 
@@ -181,8 +183,7 @@ def test_two_processes(tmp_path: Path) -> None:
 
 class TestOtherCallsOfTheModel:
     def test_generation_and_logits(self) -> None:
-        from trl.trainer import dpo_trainer
-
+        dpo_trainer: Any = importlib.import_module("trl.trainer.dpo_trainer")
         model, unpatched = build("qwen2"), build("qwen2")
         with patch_trl():
             dpo_trainer.add_fused_lm_head(model)
@@ -198,8 +199,8 @@ class TestOtherCallsOfTheModel:
         torch.testing.assert_close(got, expected)
 
     def test_other_trainers_keep_their_head(self) -> None:
-        from trl.trainer import dpo_trainer, kto_trainer, sft_trainer, utils
-
+        modules: list[Any] = [importlib.import_module(f"trl.trainer.{name}") for name in MODULES]
+        dpo_trainer, kto_trainer, sft_trainer, utils = modules
         with patch_trl():
             assert sft_trainer.add_fused_lm_head is kto_trainer.add_fused_lm_head is utils.add_fused_lm_head
             assert dpo_trainer.add_fused_lm_head is not utils.add_fused_lm_head
@@ -243,15 +244,15 @@ class TestRefusals:
             patch_trl()
 
     def test_another_signature(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from trl.trainer import dpo_trainer
-
+        dpo_trainer: Any = importlib.import_module("trl.trainer.dpo_trainer")
         monkeypatch.setattr(dpo_trainer, "add_fused_lm_head", lambda model, outputs: None)
         with pytest.raises(NotImplementedError, match="is not known to work"):
             patch_trl()
 
     def trainer(self, model: Any, folder: Path) -> Any:
         from datasets import Dataset
-        from trl import DPOConfig, DPOTrainer
+        from trl.trainer.dpo_config import DPOConfig
+        from trl.trainer.dpo_trainer import DPOTrainer
 
         config = DPOConfig(
             str(folder), max_steps=1, report_to=[], bf16=False, use_cpu=True, disable_tqdm=True, save_strategy="no"

@@ -91,7 +91,8 @@ def run(
 ) -> Result:
     """Train for a few steps; `patch` has the arguments of `patch_trl`, None is TRL as it is."""
     from datasets import Dataset, disable_progress_bars
-    from trl import DPOConfig, DPOTrainer  # pyright: ignore[reportMissingImports]
+    from trl.trainer.dpo_config import DPOConfig
+    from trl.trainer.dpo_trainer import DPOTrainer
 
     disable_progress_bars()
     with contextlib.ExitStack() as stack:

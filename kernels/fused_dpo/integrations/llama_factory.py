@@ -72,7 +72,7 @@ def concatenated_forward(
         sums = totals(logps)
     else:
         columns = torch.arange(logps.shape[1], device=logps.device)
-        sums = desensitized(logps, scored, columns - scored.int().argmax(1, keepdim=True), trainer.ld_alpha)
+        sums = desensitized(logps, length, columns - scored.int().argmax(1, keepdim=True), trainer.ld_alpha)
     averages = sums / length
     chosen, rejected = (averages if trainer.loss_type in _AVERAGED else sums).chunk(2)
     assert answer.mean_logits is not None

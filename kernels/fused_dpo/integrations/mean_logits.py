@@ -10,7 +10,7 @@ from fused_dpo.head import LMHead
 def mean_logits(hidden: Tensor, head: LMHead, counts: Tensor | None = None) -> Tensor:
     """Compute the mean over rows and vocabulary of the logits, from the means of hidden states and head.
 
-    Logits are linear in both, so their mean is `mean(hidden) @ mean(weight) + mean(bias)`, times scale over temperature.
+    Logits are linear in both: their mean is `mean(hidden) @ mean(weight) + mean(bias)`, times scale over temperature.
 
     Args:
         hidden: [T, D], or [..., D].

@@ -63,8 +63,8 @@ def concatenated_forward(
     """
     if trainer.template.sequence_parallel_size > 1:
         raise NotImplementedError(
-            f"patch_ms_swift does not score sequences that are split over ranks "
-            f"(sequence_parallel_size={trainer.template.sequence_parallel_size}); set it to 1, or train without the patch."
+            f"patch_ms_swift does not score sequences that are split over ranks (sequence_parallel_size="
+            f"{trainer.template.sequence_parallel_size}); set it to 1, or train without the patch."
         )
     if trainer.is_encoder_decoder:
         raise NotImplementedError("patch_ms_swift scores causal models, not encoder-decoders; train without the patch.")
@@ -88,7 +88,7 @@ def concatenated_forward(
     if trainer.args.ld_alpha is None or is_ref_model:
         sums = totals(logps)
     else:
-        sums = desensitized(logps, scored, scored.cumsum(1) - 1, trainer.args.ld_alpha)
+        sums = desensitized(logps, counts, scored.cumsum(1) - 1, trainer.args.ld_alpha)
     pairs = len(sums) // 2
     output = {
         "chosen_logps": sums[:pairs],

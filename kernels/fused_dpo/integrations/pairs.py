@@ -26,17 +26,17 @@ def mean_of(values: Tensor, mask: Tensor) -> Tensor:
     return (values * mask).sum(dtype=torch.float64).div(mask.sum()).to(values.dtype)
 
 
-def desensitized(logps: Tensor, scored: Tensor, place: Tensor, alpha: float) -> Tensor:
+def desensitized(logps: Tensor, lengths: Tensor, place: Tensor, alpha: float) -> Tensor:
     """Sum each sequence [N], with a factor on tokens that its partner is too short to have.
 
     Args:
-        logps: [N, S].
-        scored: bool [N, S].
+        logps: [N, S], 0 where nothing is scored.
+        lengths: int [N], tokens of each response.
         place: int [N, S] or [1, S], the number of each token, from 0, in what its trainer takes for the response.
         alpha: factor on the tokens from the length of the pair's shorter response on.
 
     Source:
-        Liu et al., 2024, Iterative Length-Regularized DPO and LD-DPO, arXiv 2409.06411.
+        Liu et al., 2024, Length Desensitization in Direct Preference Optimization, arXiv 2409.06411.
     """
-    shorter = scored.sum(1).view(2, -1).amin(0).repeat(2)
-    return totals(torch.where(place < shorter[:, None], logps, alpha * logps) * scored)
+    shorter = lengths.view(2, -1).amin(0).repeat(2)
+    return totals(torch.where(place < shorter[:, None], logps, alpha * logps))

@@ -68,12 +68,13 @@ def concatenated_forward(
     assert mean_logit is not None
     labels = labels.to(logps.device)
     scored = scored_mask(labels)
+    lengths = (labels != IGNORE_INDEX).sum(1)  # a response that is cut at both ends has a first token without a row
     pairs = len(ids) // 2
     sums = totals(logps)
     if "ipo" in trainer.loss_type:
-        sums = sums / scored.sum(1)
+        sums = sums / lengths
     if trainer.args.ld_alpha is not None and not is_ref_model:
-        sums = _desensitized(trainer, logps, scored)
+        sums = _desensitized(trainer, logps, scored, lengths)
     output = {
         "chosen_logps": sums[:pairs],
         "rejected_logps": sums[pairs:],
@@ -128,15 +129,13 @@ def _sequences(trainer: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Ten
     return ids, mask.to(prompt.dtype), labels.masked_fill(~mask, IGNORE_INDEX)
 
 
-def _desensitized(trainer: Any, logps: Tensor, scored: Tensor) -> Tensor:
+def _desensitized(trainer: Any, logps: Tensor, scored: Tensor, lengths: Tensor) -> Tensor:
     """Apply `ld_alpha` as TRL up to 0.28 does: it numbers tokens from the first that it has logits of.
 
     That is the beginning of the prompt, or with `use_logits_to_keep` of the batch's first response, and tokens from a
     sequence's own length on are not counted at all.
     """
-    first = int(scored.any(0).int().argmax()) if trainer.use_logits_to_keep else -1
-    place = torch.arange(logps.shape[1], device=logps.device)[None] - first
-    own = scored & (place < scored.sum(1, keepdim=True))
-    alpha = trainer.args.ld_alpha
-    shorter = scored.sum(1).view(2, -1).amin(0).repeat(2)
-    return totals(torch.where(place < shorter[:, None], logps, alpha * logps) * own)
+    first = int(scored.any(0).int().argmax()) if trainer.use_logits_to_keep else 0
+    place = torch.arange(1, logps.shape[1] + 1, device=logps.device)[None] - first
+    kept = torch.where(place < lengths[:, None], logps, 0.0)
+    return desensitized(kept, lengths, place, trainer.args.ld_alpha)

@@ -83,7 +83,7 @@ def concatenated_forward(
     columns = torch.arange(ids.shape[1], device=ids.device)
     prompts = columns < torch.tensor(lengths, device=ids.device)[:, None]
     labels = ids.masked_fill((mask == 0) | prompts, IGNORE_INDEX)
-    inputs = {"input_ids": ids, "attention_mask": mask}
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
     if not getattr(model, "is_vlm", False):  # which count their positions themselves
         inputs["position_ids"] = (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 1)
     if getattr(below_wrappers(model.model).config, "output_router_logits", False):

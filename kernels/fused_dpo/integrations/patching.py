@@ -66,7 +66,7 @@ class Patch:
 
 
 KNOWN = {
-    "patch_trl": ("trl", "0.18", "0.28"),
+    "patch_trl": ("trl", "0.20", "0.28"),
     "patch_llama_factory": ("llamafactory", "0.9.5", "0.9.5"),
     "patch_ms_swift": ("ms-swift", "4.6", "4.6"),
     "patch_openrlhf": ("openrlhf", "0.11", "0.11"),

@@ -1,4 +1,4 @@
-"""TRL's DPOTrainer from 0.18 to 0.28, which takes everything from `concatenated_forward`, by the fused head."""
+"""TRL's DPOTrainer from 0.20 to 0.28, which takes everything from `concatenated_forward`, by the fused head."""
 
 from functools import partialmethod
 from typing import Any
@@ -27,7 +27,7 @@ def patch_legacy(
         RuntimeError: it is patched already.
     """
     check_version("patch_trl", version)
-    from trl import DPOTrainer  # pyright: ignore[reportMissingImports]
+    from trl.trainer.dpo_trainer import DPOTrainer  # pyright: ignore[reportMissingImports]
 
     caller = Caller(packed=packed, grad_mode=grad_mode, options=options, stats=("mean_logit",))
     method = partialmethod(concatenated_forward, caller=caller)
@@ -37,7 +37,7 @@ def patch_legacy(
 def concatenated_forward(
     trainer: Any, model: Any, batch: dict[str, Any], is_ref_model: bool = False, *, caller: Caller
 ) -> dict[str, Tensor]:
-    """Compute what `DPOTrainer.concatenated_forward` of 0.18 to 0.28 does, without the logits.
+    """Compute what `DPOTrainer.concatenated_forward` of 0.20 to 0.28 does, without the logits.
 
     `padding_free` and `use_logits_to_keep` have nothing to save here: packed rows have no padding, and the head sees
     scored rows alone. What they change in the results of TRL is done too, or refused.
@@ -59,7 +59,7 @@ def concatenated_forward(
     """
     _refuse(trainer, batch)
     ids, mask, labels = _sequences(trainer, batch)
-    inputs = {"input_ids": ids, "attention_mask": mask}
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
     if trainer.aux_loss_enabled:
         inputs["output_router_logits"] = True
     with trainer.accelerator.autocast():
@@ -133,7 +133,8 @@ def _desensitized(trainer: Any, logps: Tensor, scored: Tensor, lengths: Tensor) 
     """Apply `ld_alpha` as TRL up to 0.28 does: it numbers tokens from the first that it has logits of.
 
     That is the beginning of the prompt, or with `use_logits_to_keep` of the batch's first response, and tokens from a
-    sequence's own length on are not counted at all.
+    sequence's own length on are not counted at all. What is not done is to count the first token of a response that
+    fills the whole row, which TRL scores by the row's last logits.
     """
     first = int(scored.any(0).int().argmax()) if trainer.use_logits_to_keep else 0
     place = torch.arange(1, logps.shape[1] + 1, device=logps.device)[None] - first

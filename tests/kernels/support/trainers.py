@@ -6,6 +6,7 @@ A stand-in loops over sequences and tokens, with log-softmax of the model's own 
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -82,9 +83,9 @@ def in_one_row() -> dict[str, Tensor]:
     """The same sequences behind each other [1, T]."""
     made = responses()
     return {
-        "input_ids": torch.tensor([sum((p + r for p, r in made), [])]),
-        "labels": torch.tensor([sum(([-100] * len(p) + r for p, r in made), [])]),
-        "position_ids": torch.tensor([sum((list(range(len(p + r))) for p, r in made), [])]),
+        "input_ids": torch.tensor([[token for p, r in made for token in p + r]]),
+        "labels": torch.tensor([[label for p, r in made for label in [-100] * len(p) + r]]),
+        "position_ids": torch.tensor([[position for p, r in made for position in range(len(p + r))]]),
     }
 
 
@@ -130,8 +131,7 @@ def rows_of(labels: Tensor, logits: Tensor, positions: Tensor | None) -> list[Re
     if positions is None:
         return scored_tokens(logits, labels)
     starts = [*(positions[0] == 0).nonzero()[:, 0].tolist(), labels.shape[1]]
-    spans = list(zip(starts[:-1], starts[1:], strict=True))
-    return [scored_tokens(logits[:, a:b], labels[:, a:b])[0] for a, b in spans]
+    return [scored_tokens(logits[:, a:b], labels[:, a:b])[0] for a, b in pairwise(starts)]
 
 
 def own_llama_factory(trainer: Any, model: Any, batch: dict, is_ref_model: bool = False) -> dict[str, Tensor]:
@@ -161,7 +161,8 @@ def own_ms_swift(trainer: Any, model: Any, batch: dict, is_ref_model: bool = Fal
     rows = rows_of(batch["labels"], output.logits, positions)
     logps = sums(rows, None if is_ref_model else trainer.args.ld_alpha, lambda row, i: i)
     counts = torch.tensor([len(row.labels) for row in rows])
-    made = dict(zip(("chosen_logps", "rejected_logps"), halves(logps), strict=True))
+    chosen, rejected = halves(logps)
+    made = {"chosen_logps": chosen, "rejected_logps": rejected}
     for side, half, count in zip(("chosen", "rejected"), halves(rows), halves(counts), strict=True):
         made[f"mean_{side}_logits"] = torch.cat([row.logits for row in half]).mean()
         made[f"{side}_completion_token_counts"] = count
@@ -211,7 +212,8 @@ def own_trl(trainer: Any, model: Any, batch: dict, is_ref_model: bool = False) -
     else:
         logps = sums(rows, None, lambda row, i: i)
         logps = logps / counts if "ipo" in trainer.loss_type else logps
-    result = dict(zip(("chosen_logps", "rejected_logps"), halves(logps), strict=True))
+    chosen, rejected = halves(logps)
+    result = {"chosen_logps": chosen, "rejected_logps": rejected}
     for side, half in zip(("chosen", "rejected"), halves(rows), strict=True):
         result[f"mean_{side}_logits"] = torch.cat([row.logits for row in half]).mean()
     if trainer.args.rpo_alpha is not None or "sft" in trainer.loss_type:
@@ -243,7 +245,7 @@ def as_dict(output: Any) -> dict[str, Tensor]:
 
 
 def trl_batch(side: str) -> tuple[dict[str, Tensor]]:
-    """As its collator makes it; `side` changes nothing, as prompts are padded on the left and responses on the right."""
+    """As its collator makes it, whatever `side` is: prompts padded on the left and responses on the right."""
     made = responses()
     pairs = len(made) // 2
     batch = {}
@@ -430,7 +432,7 @@ PEERS = {
         f"trl-{version}": Peer(
             trl_legacy.concatenated_forward, own_trl, cut_trl(version), trl_trainer, trl_batch, STATS
         )
-        for version in ("0.18", "0.20", "0.24", "0.28")
+        for version in ("0.20", "0.24", "0.28")
     },
     "openrlhf": Peer(
         openrlhf.concatenated_forward, own_openrlhf, cut_openrlhf, openrlhf_trainer, openrlhf_batch, model=Actor

@@ -20,13 +20,12 @@ def main(model: str, folder: str) -> list[float]:
     reference = LogpsModel(copy.deepcopy(base).eval().requires_grad_(False))
     policy = LogpsModel(base)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
-    batches = DataLoader(toy_pairs(base.config.vocab_size)[:6], batch_size=2, collate_fn=collate)
+    pairs = toy_pairs(base.config.vocab_size, count=6)
+    batches = DataLoader(pairs, batch_size=2, collate_fn=collate)  # pyright: ignore[reportArgumentType]
     policy, optimizer, batches = accelerator.prepare(policy, optimizer, batches)
     reference = accelerator.prepare_model(reference, evaluation_mode=True)
     for batch in batches:
-        with torch.no_grad():
-            reference_logps = reference(**batch).chunk(2)
-        output = DPOLoss(beta=0.1)(*policy(**batch).chunk(2), *reference_logps)
+        output = DPOLoss(beta=0.1)(*policy(**batch).chunk(2), *reference(**batch).chunk(2))
         accelerator.backward(output.loss)
         optimizer.step()
         optimizer.zero_grad()

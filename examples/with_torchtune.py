@@ -32,7 +32,7 @@ def scoring_head(model):
     def forward(hidden):
         if asked["labels"] is None:
             return project(hidden)
-        head = LMHead(getattr(own, "tied_module", own).weight)
+        head = LMHead(getattr(own, "tied_module", own).weight)  # pyright: ignore
         asked["means"] = [mean_logits(half, head) for half in hidden.chunk(2)]
         return fused_token_logps(hidden, head, asked["labels"]).logps
 

@@ -100,7 +100,8 @@ def test_source_roots_are_not_packages(root: str, tmp_path: Path) -> None:
 
 def test_public_names(tmp_path: Path) -> None:
     for module in ("fused_dpo", "fused_dpo.integrations"):
-        code = f"import {module} as f; names = f.__all__; print([n for n in names if not hasattr(f, n)], names == sorted(names))"
+        code = f"import {module} as f; names = f.__all__; missing = [name for name in names if not hasattr(f, name)]; "
+        code += "print(missing, names == sorted(names))"
         assert run(code, tmp_path).strip() == "[] True"
 
 

@@ -194,7 +194,7 @@ class TestWrappers:
 
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             self.called += 1
-            return self._modules["module"](*args, **kwargs)
+            return self.get_submodule("module")(*args, **kwargs)
 
     @pytest.mark.parametrize("name", list(PEERS))
     def test_an_engine_is_called(self, name: str) -> None:
@@ -266,7 +266,7 @@ class TestCallers:
         assert torch.equal(model(**batch).logits, own(**batch).logits)
 
     def test_a_model_without_a_load_balancing_loss(self) -> None:
-        batch = padded("right") | {"output_router_logits": True}
+        batch: dict[str, Any] = padded("right") | {"output_router_logits": True}
         labels = batch.pop("labels")
         with pytest.raises(NotImplementedError, match="LlamaForCausalLM has no load-balancing loss"):
             Caller(packed=False)(tiny(), batch, labels)

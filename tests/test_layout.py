@@ -50,12 +50,15 @@ ALONE = ("fused_dpo.losses", "fused_dpo.full_logits")
 """Import nothing of ours; imported by `fused_dpo` itself and by what is outside of it."""
 PUBLIC = ("fused_dpo", "fused_dpo.losses", "fused_dpo.hardware")
 """What the engine may import of the kernels."""
+EXPORTS = (*PUBLIC, "fused_dpo.integrations")
+"""Packages that users import from."""
 
 
 def test_import_needs_nothing_but_torch(tmp_path: Path) -> None:
     """With everything optional out of reach, a call with gradients works."""
     output = run(
-        hide("transformers", "peft", "triton", "fused_dpo_engine") + "import torch, fused_dpo\n"
+        hide("transformers", "peft", "triton", "fused_dpo_engine", "accelerate", "trl")
+        + "import torch, fused_dpo, fused_dpo.integrations, fused_dpo.integrations.trl_legacy\n"
         "h = torch.randn(1, 3, 4, requires_grad=True)\n"
         "fused_dpo.fused_dpo_logps(h, torch.randn(5, 4), torch.tensor([[1, 2, 3]])).sum().backward()\n"
         "print(h.grad.shape)",
@@ -96,8 +99,10 @@ def test_source_roots_are_not_packages(root: str, tmp_path: Path) -> None:
 
 
 def test_public_names(tmp_path: Path) -> None:
-    code = "import fused_dpo as f; print([n for n in f.__all__ if not hasattr(f, n)], sorted(f.__all__) == f.__all__)"
-    assert run(code, tmp_path).strip() == "[] True"
+    for module in ("fused_dpo", "fused_dpo.integrations"):
+        code = f"import {module} as f; names = f.__all__; missing = [name for name in names if not hasattr(f, name)]; "
+        code += "print(missing, names == sorted(names))"
+        assert run(code, tmp_path).strip() == "[] True"
 
 
 def dotted(package: str, path: Path) -> str:
@@ -233,7 +238,7 @@ def test_every_room_says_what_it_is(package: str) -> None:
     for folder in {path.parent for path in PACKAGES[package].rglob("*.py")}:
         tree = ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))
         assert ast.get_docstring(tree), folder
-        assert len(tree.body) == 1 or dotted(package, folder / "__init__.py") in PUBLIC, folder
+        assert len(tree.body) == 1 or dotted(package, folder / "__init__.py") in EXPORTS, folder
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,9 @@ from fused_dpo.integrations.parts import backbone_of
 from fused_dpo.losses.module import DPOLoss, LossOutput
 from fused_dpo.ops.sequence_sum import sequence_sum
 from fused_dpo.options import KernelOptions
-from fused_dpo.version import __version__ as __version__
+from fused_dpo.version import VERSION
+
+__version__ = VERSION
 
 __all__ = [
     "DPOLoss",

@@ -149,9 +149,17 @@ class Scorer:
 
     def _check(self, model: Any, inputs: dict[str, Any]) -> None:
         """Compare the head with the model's own logits, of the first batch with token ids."""
-        if "input_ids" in inputs:
+        if "input_ids" not in inputs:
+            return
+        # By the forward of the class: accelerate's on the model is one autocast object, and entered again within itself
+        # it would leave autocast switched on for good.
+        forward = vars(model).pop("forward", None)
+        try:
             check_head(model, inputs["input_ids"])
-            self._checked = True
+        finally:
+            if forward is not None:
+                model.forward = forward
+        self._checked = True
 
     def _can_pack(self, inputs: dict[str, Any]) -> bool:
         ids, mask, positions = (inputs.get(name) for name in ("input_ids", "attention_mask", "position_ids"))

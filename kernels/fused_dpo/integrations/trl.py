@@ -12,18 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 from fused_dpo.integrations.patching import Patch
-from fused_dpo.integrations.scoring import (
-    IGNORE_INDEX,
-    SCORER,
-    Counts,
-    Scored,
-    Scorer,
-    below_peft,
-    named,
-    replace_forward,
-)
+from fused_dpo.integrations.router_loss import load_balancing_loss
+from fused_dpo.integrations.scoring import IGNORE_INDEX, SCORER, Counts, Scorer, below_peft, named, replace_forward
+from fused_dpo.integrations.trl_legacy import patch_legacy
 from fused_dpo.options import KernelOptions
-from fused_dpo.version import __version__
+from fused_dpo.version import VERSION
 
 _STATS = {
     "entropy": "entropy",
@@ -70,8 +63,6 @@ def patch_trl(packed: bool = True, *, grad_mode: str | None = None, options: Ker
     version = tuple(int(part) for part in trl.__version__.split(".")[:2])
     settings = {"packed": packed, "grad_mode": grad_mode, "options": options}
     if version < (0, 29):
-        from fused_dpo.integrations.trl_legacy import patch_legacy
-
         return patch_legacy(trl.__version__, **settings)
     if version < (1, 15):
         raise NotImplementedError(
@@ -82,11 +73,11 @@ def patch_trl(packed: bool = True, *, grad_mode: str | None = None, options: Ker
     known = tuple(inspect.signature(dpo_trainer.add_fused_lm_head).parameters)
     if version > (1, 16) or known[: len(_ARGUMENTS)] != _ARGUMENTS:
         raise NotImplementedError(
-            f"TRL {trl.__version__} is not known to work with fused_dpo {__version__}; pip install 'trl>=1.15,<1.17', "
+            f"TRL {trl.__version__} is not known to work with fused_dpo {VERSION}; pip install 'trl>=1.15,<1.17', "
             f"or a newer fused_dpo."
         )
     counts = Counts()
-    signature = f"fused_dpo {__version__} {options or KernelOptions()} {grad_mode} packed={packed}"
+    signature = f"fused_dpo {VERSION} {options or KernelOptions()} {grad_mode} packed={packed}"
 
     def add_fused_lm_head(
         model: Any,
@@ -166,17 +157,10 @@ def _forward(
     mask = (wanted[:, 1:] if shift else wanted) != IGNORE_INDEX
     count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     loss = -log_probs.sum() / count
-    aux_loss = _router_loss(scored, config, inputs) if inputs.get("output_router_logits") else None
+    mask_of_tokens = inputs.get("attention_mask")
+    aux_loss = load_balancing_loss(model, scored, mask_of_tokens) if inputs.get("output_router_logits") else None
     if aux_loss is not None:
         loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * aux_loss
     output_type: Any = importlib.import_module("trl.trainer.utils").FusedCausalLMOutput
     tokens = {name: None if values is None else values[:, :width] for name, values in fields.items()}
     return output_type(loss=loss, log_probs=log_probs, label_mask=mask, aux_loss=aux_loss, **tokens)
-
-
-def _router_loss(scored: Scored, config: Any, inputs: dict[str, Any]) -> Any:
-    """Compute the load-balancing loss that TRL does, over the padded batch's tokens, however they were laid out."""
-    mixtral: Any = importlib.import_module("transformers.models.mixtral.modeling_mixtral")
-    return mixtral.load_balancing_loss_func(
-        scored.router_logits, config.num_experts, config.num_experts_per_tok, inputs.get("attention_mask")
-    )

@@ -311,6 +311,17 @@ def test_a_copy_keeps_its_own_forward():
 class TestForwardOfTheInstance:
     """As accelerate puts one there for mixed precision."""
 
+    def test_autocast_ends_with_the_call(self):
+        """One autocast object around the forward, as accelerate's: the check of the head does not enter it again."""
+        model = tiny()
+        add_scoring(model)
+        model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+        given = batch()
+        labels = given.pop("labels")
+        for _ in range(2):
+            model(**given, fused_dpo_labels=labels)
+            assert not torch.is_autocast_enabled("cpu")
+
     def test_is_called_and_comes_back(self):
         model, given = tiny(), batch()
         calls = []

@@ -16,6 +16,7 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from examples.smollm2 import prepare_smollm2
 from fused_dpo.integrations import patch_trl
 
+ON_GPU = torch.cuda.is_available()
 PAIRS = str(Path(__file__).parent / "preferences.jsonl")
 
 
@@ -25,7 +26,8 @@ def main(model: str = "", pairs: str = PAIRS, steps: int = 3) -> list[float]:
     tokenizer = AutoTokenizer.from_pretrained(model)
     policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     with tempfile.TemporaryDirectory() as folder, patch_trl() as patch:
-        config = DPOConfig(folder, per_device_train_batch_size=4, max_steps=steps, logging_steps=1, report_to="none")
+        settings = {"per_device_train_batch_size": 4, "max_steps": steps, "logging_steps": 1, "report_to": "none"}
+        config = DPOConfig(folder, bf16=ON_GPU, use_cpu=not ON_GPU, **settings)
         dataset = Dataset.from_json(pairs).select(range(4 * steps))
         trainer = DPOTrainer(policy, args=config, train_dataset=dataset, processing_class=tokenizer)
         trainer.train()

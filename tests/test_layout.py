@@ -17,6 +17,7 @@ ORDER: dict[str, list[tuple[str, ...]]] = {
     "fused_dpo": [
         (ITSELF,),
         ("integrations",),
+        ("models",),
         ("api",),
         ("ops",),
         ("gpu", "streaming", "oracle"),
@@ -48,6 +49,8 @@ ORDER: dict[str, list[tuple[str, ...]]] = {
 """Rooms and modules of a package, top to bottom: each imports what stands below it, nothing above or beside it."""
 ALONE = ("fused_dpo.losses", "fused_dpo.full_logits")
 """Import nothing of ours; imported by `fused_dpo` itself and by what is outside of it."""
+PACKING = tuple(f"fused_dpo_engine.{room}" for room in ("attention", "batching", "errors"))
+"""What integrations may import of the engine: rows packed, without its data, settings and pinned requirements."""
 PUBLIC = ("fused_dpo", "fused_dpo.losses", "fused_dpo.hardware")
 """What the engine may import of the kernels."""
 EXPORTS = (*PUBLIC, "fused_dpo.integrations")
@@ -198,6 +201,9 @@ def violations(module: str, source: str) -> list[str]:
             "fused_dpo needs torch, triton and the standard library alone": ours
             and top not in ("torch", "triton", "fused_dpo", *sys.stdlib_module_names)
             and not (lies_in(module, "fused_dpo.integrations") and lazy),
+            "integrations take the engine's attention and batching alone": ours
+            and top == "fused_dpo_engine"
+            and not lies_in(imported, *PACKING),
             "the engine imports what is public": lies_in(module, "fused_dpo_engine")
             and top == "fused_dpo"
             and imported not in PUBLIC,
@@ -264,7 +270,7 @@ def test_tests_mirror_the_rooms(tests: str, code: Path) -> None:
         ("fused_dpo.losses.pairs", "from fused_dpo.stats import TokenStats"),
         ("fused_dpo.api", "from fused_dpo.losses import LOSSES"),
         ("fused_dpo.head", "def f():\n    import transformers"),
-        ("fused_dpo.integrations.hugging_face", "import transformers"),
+        ("fused_dpo.models.head", "import transformers"),
         ("fused_dpo.options", "from fused_dpo import oracle"),
         ("fused_dpo.options", "from fused_dpo import KernelOptions"),
         ("fused_dpo.options", "from fused_dpo.stats import TokenStats"),
@@ -280,8 +286,11 @@ def test_tests_mirror_the_rooms(tests: str, code: Path) -> None:
         ("fused_dpo.gpu.tile", "from fused_dpo.gpu.launch import Tiles"),
         ("fused_dpo.ops.dispatch", "from fused_dpo.gpu.forward import triton_forward"),
         ("fused_dpo.api", "def f():\n    from fused_dpo.gpu.forward import triton_forward"),
-        ("fused_dpo.api", "from fused_dpo.integrations.hugging_face import head_of"),
+        ("fused_dpo.api", "from fused_dpo.models.head import head_of"),
         ("fused_dpo.attic.trunk", "from fused_dpo.head import LMHead"),
+        ("fused_dpo.models.head", "def f():\n    import transformers"),
+        ("fused_dpo.models.head", "from fused_dpo.integrations.scoring import Scorer"),
+        ("fused_dpo.integrations.scoring", "def f():\n    from fused_dpo_engine.model.build import build_policy"),
         ("fused_dpo_engine.training.trainer", "import triton"),
         ("fused_dpo_engine.training.trainer", "from tests.kernels import helpers"),
         ("fused_dpo_engine.training.trainer", "from fused_dpo.ops.sequence_sum import sequence_sum"),
@@ -300,7 +309,8 @@ def test_control_the_rules_find_violations(module: str, source: str) -> None:
         ("fused_dpo.ops.dispatch", "def f():\n    from fused_dpo.gpu.forward import triton_forward"),
         ("fused_dpo.gpu.forward", "import triton\nfrom fused_dpo.gpu.configs import tile_config"),
         ("fused_dpo.gpu.filtered.forward", "from fused_dpo.gpu.forward import fused_scan"),
-        ("fused_dpo.integrations.hugging_face", "def f():\n    import transformers"),
+        ("fused_dpo.integrations.trl", "def f():\n    import trl"),
+        ("fused_dpo.integrations.scoring", "def f():\n    from fused_dpo_engine.attention.plan import Segment"),
         ("fused_dpo_engine.training.trainer", "from fused_dpo import fused_dpo_logps\nimport transformers"),
         ("fused_dpo_engine.training.trainer", "from fused_dpo_engine.model import policy"),
     ],

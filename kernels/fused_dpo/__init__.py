@@ -7,10 +7,10 @@ CUDA kernels, nothing else; imports on a machine without a GPU.
 from fused_dpo.api import TokenLogps, fused_dpo_logps, fused_token_logps
 from fused_dpo.full_logits import get_batch_logps
 from fused_dpo.head import LMHead, LowRankAdapter
-from fused_dpo.integrations.check import check_head
-from fused_dpo.integrations.hugging_face import head_of
-from fused_dpo.integrations.parts import backbone_of
 from fused_dpo.losses.module import DPOLoss, LossOutput
+from fused_dpo.models.check import check_head
+from fused_dpo.models.head import head_of
+from fused_dpo.models.parts import backbone_of
 from fused_dpo.ops.sequence_sum import sequence_sum
 from fused_dpo.options import KernelOptions
 from fused_dpo.version import VERSION

@@ -1,4 +1,4 @@
-"""Other people's models and trainers; third parties are imported inside functions."""
+"""Other people's trainers; third parties and the engine are imported inside functions."""
 
 from fused_dpo.integrations.llama_factory import patch_llama_factory
 from fused_dpo.integrations.logit_means import mean_logits

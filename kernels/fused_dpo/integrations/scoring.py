@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from fused_dpo.api import TokenLogps, fused_token_logps
-from fused_dpo.integrations.check import check_head
-from fused_dpo.integrations.hugging_face import head_of
-from fused_dpo.integrations.parts import backbone_of
+from fused_dpo.models.check import check_head
+from fused_dpo.models.head import head_of
+from fused_dpo.models.parts import backbone_of
 from fused_dpo.options import KernelOptions
 
 IGNORE_INDEX = -100

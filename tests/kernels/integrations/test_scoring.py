@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fused_dpo import KernelOptions
-from fused_dpo.integrations import check, scoring
+from fused_dpo.integrations import scoring
 from fused_dpo.integrations.scoring import Counts, add_scoring, remove_scoring
+from fused_dpo.models import check
 
 VOCAB = 61
 SIZES = {

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fused_dpo import backbone_of, fused_dpo_logps, head_of
-from fused_dpo.integrations import forward_source, hugging_face
+from fused_dpo.models import forward_source
+from fused_dpo.models import head as head_module
 from tests.kernels.support.families import FAMILIES, build, tokens
 
 FAMILY = {family.name: family for family in FAMILIES}
@@ -76,7 +77,7 @@ def test_nothing_is_looked_for_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nn.Module, "named_modules", counted("modules", nn.Module.named_modules))
     forward_source._read.cache_clear()
     forward_source.parse.cache_clear()
-    hugging_face._PLACES.clear()
+    head_module._PLACES.clear()
     head = head_of(model)
     assert counts["parse"] > 0
     assert counts["modules"] > 0

@@ -7,16 +7,16 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from fused_dpo.head import LMHead, LowRankAdapter
-from fused_dpo.integrations.adapters import read_adapter, unwrapped
-from fused_dpo.integrations.forward_source import follow
-from fused_dpo.integrations.head_layer import (
+from fused_dpo.models.adapters import read_adapter, unwrapped
+from fused_dpo.models.forward_source import follow
+from fused_dpo.models.head_layer import (
     refuse_hooks,
     refuse_own_forward,
     refuse_quantised,
     refuse_replaced_forward,
 )
-from fused_dpo.integrations.logits import LogitTransform, logit_transform
-from fused_dpo.integrations.parts import causal_model, head_layer, owners_of
+from fused_dpo.models.logits import LogitTransform, logit_transform
+from fused_dpo.models.parts import causal_model, head_layer, owners_of
 
 
 def head_of(model: nn.Module) -> LMHead:

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from fused_dpo.integrations.forward_source import FACTORS, Forward, follow, read_forward
+from fused_dpo.models.forward_source import FACTORS, Forward, follow, read_forward
 
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma 2; RecurrentGemma; xLSTM
 _ROWS = "unpadded_vocab_size"  # Inkling

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from fused_dpo.api import fused_token_logps
 from fused_dpo.head import LMHead
-from fused_dpo.integrations.hugging_face import head_of
-from fused_dpo.integrations.parts import backbone_of, causal_model
+from fused_dpo.models.head import head_of
+from fused_dpo.models.parts import backbone_of, causal_model
 
 _ROWS = 8
 _EXACT = 1e-3

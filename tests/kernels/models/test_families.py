@@ -47,7 +47,7 @@ def test_the_table_is_right(name: str) -> None:
 )
 def test_control_the_bare_weight_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: a scale, softcap, bias or cut that is not read shows as an error."""
-    from fused_dpo.integrations import check
+    from fused_dpo.models import check
 
     model = build_or_skip(FAMILY[name])
     weight = check.head_of(model).weight
@@ -70,7 +70,7 @@ def test_control_what_the_text_configuration_says_is_caught(
     name: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Negative control: these classes leave out what their text configuration names."""
-    from fused_dpo.integrations import check
+    from fused_dpo.models import check
 
     model = build_or_skip(FAMILY[name])
     head = check.head_of(model)

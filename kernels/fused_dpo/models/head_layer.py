@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from fused_dpo.integrations.forward_source import parse
+from fused_dpo.models.forward_source import parse
 from fused_dpo.validation import DTYPES
 
 HEAD_FORWARD = "_fused_dpo_head"

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from fused_dpo.integrations.adapters import unwrapped
+from fused_dpo.models.adapters import unwrapped
 
 
 def backbone_of(model: Any) -> nn.Module:

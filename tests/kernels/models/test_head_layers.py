@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fused_dpo import check_head, head_of
-from fused_dpo.integrations.head_layer import HEAD_FORWARD
+from fused_dpo.models.head_layer import HEAD_FORWARD
 from tests.kernels.support.families import FAMILIES, build, tokens
 
 LLAMA = FAMILIES[0]

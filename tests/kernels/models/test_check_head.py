@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fused_dpo import LMHead, check_head, head_of
-from fused_dpo.integrations import check
+from fused_dpo.models import check
 from tests.kernels.support.families import FAMILIES, build, tokens
 
 FAMILY = {family.name: family for family in FAMILIES}

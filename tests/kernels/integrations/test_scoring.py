@@ -3,6 +3,7 @@
 import copy
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from fused_dpo import KernelOptions
 from fused_dpo.integrations import scoring
 from fused_dpo.integrations.scoring import Counts, add_scoring, remove_scoring
 from fused_dpo.models import check
+from tests.fresh_process import hide, run
 
 VOCAB = 61
 SIZES = {
@@ -338,3 +340,17 @@ class TestForwardOfTheInstance:
         assert calls == [1]
         remove_scoring(model)
         assert model.forward is instance_forward
+
+
+def test_packing_needs_none_of_the_trainers_packages(tmp_path: Path) -> None:
+    """Other trainers pin what they like: beside torch, NumPy and transformers nothing is imported."""
+    code = (
+        "import torch\nfrom transformers import LlamaConfig, LlamaForCausalLM\n"
+        "from fused_dpo.integrations import add_scoring\n"
+        "model = LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_size=16, intermediate_size=16, num_hidden_layers=1, "
+        "num_attention_heads=2))\n"
+        "counts = add_scoring(model)\nids = torch.tensor([[1, 2, 3], [1, 2, 4]])\n"
+        "model(input_ids=ids, fused_dpo_labels=ids).tokens.logps.sum().backward()\nprint(counts.packed_calls)"
+    )
+    hidden = hide("peft", "datasets", "pyarrow", "tyro", "rich", "tensorboard", "trl", "accelerate", "bitsandbytes")
+    assert run(hidden + code, tmp_path).strip() == "1"

@@ -113,7 +113,8 @@ def _forward(model: Any, original: Callable[..., Any], *args: Any, fused_dpo_lab
 def below_wrappers(model: Any) -> Any:
     """Find the model of transformers below peft, `torch.compile`, DDP, FSDP and DeepSpeed's engine."""
     model = unwrapped(model)
-    while "module" in getattr(model, "_modules", {}):  # not by hasattr: DeepSpeed's engine has all that its model has
+    # Of the class, as DeepSpeed's engine has every attribute of its model.
+    while not hasattr(type(model), "get_output_embeddings") and "module" in getattr(model, "_modules", {}):
         model = unwrapped(model._modules["module"])
     return causal_model(model)
 

@@ -1,6 +1,7 @@
 """Other people's trainers: what they compute from logits, from the fused head, values and gradients in fp32."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -186,16 +187,15 @@ class TestWrappers:
 
         def __init__(self, module: nn.Module) -> None:
             super().__init__()
-            self._modules["module"] = module
+            self._modules["module"] = vars(self)["module"] = module
             self.called = 0
 
         def __getattr__(self, name: str) -> Any:
-            return getattr(self._modules["module"], name)
+            return getattr(vars(self)["module"], name)
 
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             self.called += 1
-            model: Any = self._modules["module"]
-            return model(*args, **kwargs)
+            return vars(self)["module"](*args, **kwargs)
 
     @pytest.mark.parametrize("name", list(PEERS))
     def test_an_engine_is_called(self, name: str) -> None:
@@ -215,6 +215,23 @@ class TestWrappers:
             model, peft.LoraConfig(target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
         )
         assert calling.below_wrappers(self.Engine(torch.compile(adapted))) is model  # pyright: ignore[reportArgumentType]
+
+    @pytest.mark.parametrize("name", ["llama_factory", "ms_swift", "trl-0.28"])
+    def test_adapters_and_the_reference_below_them(self, name: str) -> None:
+        """LoRA on attention and head, switched on and off: policy and reference in one model, packed."""
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(target_modules=["q_proj", "lm_head"], init_lora_weights=False, task_type="CAUSAL_LM")
+        model = peft.get_peft_model(tiny(), config).eval()
+        peer, caller = PEERS[name], Caller(**PEERS[name].caller)
+        outputs = []
+        for context in (nullcontext(), model.disable_adapter()):
+            with context, torch.no_grad():
+                expected = peer.stand_in(peer.trainer(), model, *peer.batch("right"))
+                got = peer.ours(peer.trainer(), model, *peer.batch("right"), caller=caller)
+            outputs.append(got["chosen_logps"])
+            torch.testing.assert_close(outputs[-1], expected["chosen_logps"], rtol=1e-5, atol=1e-5)
+        assert float((outputs[0] - outputs[1]).abs().min()) > 0.01, "control: the adapters matter"
+        assert caller.counts.packed_calls == 2
 
     def test_autocast_of_a_trainer(self) -> None:
         """Entered around the call, as a model that was prepared before has its own forward below ours."""

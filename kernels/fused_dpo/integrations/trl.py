@@ -52,7 +52,7 @@ def patch_trl(packed: bool = True, *, grad_mode: str | None = None, options: Ker
         RuntimeError: it is patched already. Training with a trainer that was built before the patch is one too.
 
     Numerics:
-        In fp32 weights after a few steps agree with TRL's to 1e-4 of their size (docs/drop-in.md). In half precision
+        In fp32 weights after five steps agree with TRL's to 5e-5 of their size (docs/drop-in.md). In half precision
         ours are the more accurate: TRL rounds logits to the dtype of the head. Stored reference log-probs
         (`precompute_ref_log_probs`) are told apart: those that TRL computed are not taken for ours.
     """

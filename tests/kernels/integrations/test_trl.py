@@ -18,7 +18,7 @@ from fused_dpo.integrations.trl import patch_trl
 from tests.fresh_process import ROOT
 from tests.kernels.support.trl import PAIRS, STEPS, Result, build, rows, run, tokenizer, worst_metric, worst_weight
 
-WEIGHTS, METRICS = 1e-4, 1e-3
+WEIGHTS, METRICS = 5e-5, 1e-3
 """Adam divides by the size of each gradient, so that those of 1e-6, which are sums in another order, move weights by
 1e-5 of theirs. Margins are differences of log-probs of size 100."""
 MODULES = ("dpo_trainer", "kto_trainer", "sft_trainer", "utils")

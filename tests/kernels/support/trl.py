@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from fused_dpo.integrations.scoring import Counts
 from fused_dpo.integrations.trl import patch_trl
 
-STEPS, PAIRS = 3, 4
+STEPS, PAIRS = 5, 4
 """Optimizer steps of a run, and pairs in each."""
 ROUTED = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 FAMILIES: dict[str, dict[str, Any]] = {

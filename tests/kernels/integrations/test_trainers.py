@@ -1,5 +1,6 @@
 """Other people's trainers: what they compute from logits, from the fused head, values and gradients in fp32."""
 
+import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -276,6 +277,18 @@ class TestCallers:
         add_scoring(other)
         with pytest.raises(RuntimeError, match=r"already; remove_scoring\(model\)"):
             first(other, batch, labels)
+
+    def test_a_copy_scores_with_its_own_weights(self) -> None:
+        """As a reference that is copied from a policy that has been called already."""
+        model, batch, caller = tiny(), padded("right"), Caller()
+        labels = batch.pop("labels")
+        policy = caller(model, batch, labels).tokens.logps
+        reference = copy.deepcopy(model)
+        with torch.no_grad():
+            model.lm_head.weight.mul_(0.5)
+        assert torch.equal(caller(reference, batch, labels).tokens.logps, policy)
+        assert not torch.equal(caller(model, batch, labels).tokens.logps, policy)
+        assert caller.counts.packed_calls == 3
 
     def test_other_calls_are_the_models_own(self) -> None:
         model, own, batch = tiny(), tiny(), padded("right")

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from fused_dpo.integrations import caller as calling
 from fused_dpo.integrations.caller import Answer, Caller
 from fused_dpo.integrations.scoring import add_scoring
-from tests.kernels.support.trainers import PEERS, Peer, as_dict, in_one_row, padded, tiny
+from tests.kernels.support.tiny_pairs import in_one_row, padded, tiny
+from tests.kernels.support.trainers import PEERS, Peer, as_dict
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama_factory", {}),

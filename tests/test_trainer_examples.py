@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from examples import with_accelerate, with_hf_trainer, with_torchtune
 from tests.kernels.support.peers import cut, source_of
-from tests.kernels.support.trainers import VOCAB, padded, tiny
+from tests.kernels.support.tiny_pairs import VOCAB, padded, tiny
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("with_*.py"))
 

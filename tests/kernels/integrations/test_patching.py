@@ -13,7 +13,8 @@ from fused_dpo.integrations import Patch, patch_llama_factory, patch_ms_swift, p
 from fused_dpo.integrations.patching import KNOWN, check_version
 from fused_dpo.integrations.scoring import Counts
 from fused_dpo.integrations.trl_legacy import patch_legacy
-from tests.kernels.support.trainers import PEERS, as_dict, tiny
+from tests.kernels.support.tiny_pairs import tiny
+from tests.kernels.support.trainers import PEERS, as_dict
 
 
 def install(monkeypatch: pytest.MonkeyPatch, version: str | None) -> None:

@@ -1,5 +1,6 @@
 """Other people's trainers: what they compute from logits, from the fused head, values and gradients in fp32."""
 
+import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from fused_dpo.integrations import caller as calling
 from fused_dpo.integrations.caller import Answer, Caller
 from fused_dpo.integrations.scoring import add_scoring
-from tests.kernels.support.trainers import PEERS, Peer, as_dict, in_one_row, padded, tiny
+from tests.kernels.support.tiny_pairs import in_one_row, padded, tiny
+from tests.kernels.support.trainers import PEERS, Peer, as_dict
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama_factory", {}),
@@ -276,6 +278,18 @@ class TestCallers:
         add_scoring(other)
         with pytest.raises(RuntimeError, match=r"already; remove_scoring\(model\)"):
             first(other, batch, labels)
+
+    def test_a_copy_scores_with_its_own_weights(self) -> None:
+        """As a reference that is copied from a policy that has been called already."""
+        model, batch, caller = tiny(), padded("right"), Caller()
+        labels = batch.pop("labels")
+        policy = caller(model, batch, labels).tokens.logps
+        reference = copy.deepcopy(model)
+        with torch.no_grad():
+            model.lm_head.weight.mul_(0.5)
+        assert torch.equal(caller(reference, batch, labels).tokens.logps, policy)
+        assert not torch.equal(caller(model, batch, labels).tokens.logps, policy)
+        assert caller.counts.packed_calls == 3
 
     def test_other_calls_are_the_models_own(self) -> None:
         model, own, batch = tiny(), tiny(), padded("right")

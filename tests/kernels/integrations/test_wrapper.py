@@ -10,7 +10,8 @@ import torch
 
 from fused_dpo.integrations import LogpsModel
 from tests.fresh_process import ROOT
-from tests.kernels.support.trainers import padded, scored_tokens, tiny
+from tests.kernels.support.tiny_pairs import padded, tiny
+from tests.kernels.support.trainers import scored_tokens
 from tests.kernels.support.wrapped_ranks import gradients
 
 

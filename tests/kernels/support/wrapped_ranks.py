@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from fused_dpo.integrations import LogpsModel
-from tests.kernels.support.trainers import responses, tiny
+from tests.kernels.support.tiny_pairs import responses, tiny
 
 PAIRS = 2
 """Of the three that there are, as each rank gets as many."""

@@ -57,12 +57,14 @@ def train(way: str, model: str, rows: list[dict[str, Any]], steps: int, pairs: i
     import torch
     from datasets import Dataset, disable_progress_bars
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers.utils.logging import disable_progress_bar
     from trl.trainer.dpo_config import DPOConfig
     from trl.trainer.dpo_trainer import DPOTrainer
 
     from fused_dpo import backbone_of
 
     disable_progress_bars()
+    disable_progress_bar()
     slots = 0
     seconds: list[float] = []
 

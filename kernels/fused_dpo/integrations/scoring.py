@@ -86,6 +86,8 @@ class Scorer:
         self.counts = counts or Counts()
         self.before: Callable[..., Any] | None = None
         """What stood as `forward` on the model itself, such as accelerate's; None for nothing."""
+        self.replaced: Callable[..., Any] | None = None
+        """What stands there now."""
         self._checked = False
         self._backends: dict[tuple[torch.device, torch.dtype], Any] = {}
 
@@ -283,6 +285,7 @@ def replace_forward(model: Any, scorer: Scorer, forward: Forward) -> None:
         original = scorer.before or types.MethodType(type(self).forward, self)
         return forward(self, original, *args, **kwargs)
 
+    scorer.replaced = replaced
     setattr(model, SCORER, scorer)
     model.forward = types.MethodType(replaced, model)
 
@@ -326,11 +329,20 @@ def add_scoring(model: Any, **settings: Any) -> Counts:
 
 
 def remove_scoring(model: Any) -> None:
-    """Give a model its own forward back; its attention stays, which without a plan computes what SDPA does."""
+    """Give a model its own forward back; its attention stays, which without a plan computes what SDPA does.
+
+    Raises:
+        RuntimeError: somebody has put a forward of theirs around ours since, as accelerate does; theirs would be lost.
+    """
     model = below_peft(model)
     scorer = vars(model).get(SCORER)
     if scorer is None:
         return
+    if getattr(vars(model).get("forward"), "__func__", None) is not scorer.replaced:
+        raise RuntimeError(
+            f"the forward of this {type(model).__name__} was replaced again after add_scoring; undo that first "
+            f"(accelerator.unwrap_model(model, keep_fp32_wrapper=False) for accelerate's)."
+        )
     delattr(model, SCORER)
     del model.forward
     if scorer.before is not None:

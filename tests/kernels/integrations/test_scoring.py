@@ -341,6 +341,18 @@ class TestForwardOfTheInstance:
         remove_scoring(model)
         assert model.forward is instance_forward
 
+    def test_one_around_ours_is_not_thrown_away(self):
+        accelerate = pytest.importorskip("accelerate")
+        model = tiny()
+        add_scoring(model)
+        ours = model.forward
+        model.forward = accelerate.utils.convert_outputs_to_fp32(model.forward)
+        with pytest.raises(RuntimeError, match="was replaced again after add_scoring"):
+            remove_scoring(model)
+        model.forward = ours
+        remove_scoring(model)
+        assert "forward" not in vars(model)
+
 
 def test_packing_needs_none_of_the_trainers_packages(tmp_path: Path) -> None:
     """Other trainers pin what they like: beside torch, NumPy and transformers nothing is imported."""

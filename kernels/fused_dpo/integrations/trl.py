@@ -152,7 +152,7 @@ def _forward(
     stats = tuple(_STATS[name] for name in outputs if name in _STATS)
     scored = scorer.score(model, inputs, wanted, shift=shift, with_stats=stats)
     width = wanted.shape[1] - 1 if shift else wanted.shape[1]
-    log_probs = scored.tokens.logps[:, :width]
+    log_probs = scored.tokens.logps[:, :width].contiguous()  # FSDP2 warns of views
     fields = {name: getattr(scored.tokens, ours) for name, ours in _STATS.items()}
     mask = (wanted[:, 1:] if shift else wanted) != IGNORE_INDEX
     count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
@@ -162,5 +162,5 @@ def _forward(
     if aux_loss is not None:
         loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * aux_loss
     output_type: Any = importlib.import_module("trl.trainer.utils").FusedCausalLMOutput
-    tokens = {name: None if values is None else values[:, :width] for name, values in fields.items()}
+    tokens = {name: None if values is None else values[:, :width].contiguous() for name, values in fields.items()}
     return output_type(loss=loss, log_probs=log_probs, label_mask=mask, aux_loss=aux_loss, **tokens)

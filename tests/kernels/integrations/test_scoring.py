@@ -1,6 +1,9 @@
 """Log-probs from the forward of a patched model, against log-softmax of the model's own logits."""
 
 import copy
+import os
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +18,7 @@ from fused_dpo import KernelOptions
 from fused_dpo.integrations import scoring
 from fused_dpo.integrations.scoring import Counts, add_scoring, remove_scoring
 from fused_dpo.models import check
-from tests.fresh_process import hide, run
+from tests.fresh_process import ROOT, hide, run
 
 VOCAB = 61
 SIZES = {
@@ -366,3 +369,26 @@ def test_packing_needs_none_of_the_trainers_packages(tmp_path: Path) -> None:
     )
     hidden = hide("peft", "datasets", "pyarrow", "tyro", "rich", "tensorboard", "trl", "accelerate", "bitsandbytes")
     assert run(hidden + code, tmp_path).strip() == "1"
+
+
+def test_two_sharded_ranks(tmp_path: Path) -> None:
+    """A pair each, head and embeddings in FSDP2's root unit: the gradients are those of one process with both."""
+    from tests.kernels.support.sharded_ranks import gradients
+
+    file = tmp_path / "gradients.pt"
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    path = os.pathsep.join(str(ROOT / part) for part in ("kernels", "engine", ""))
+    subprocess.run(
+        [sys.executable, *launch, "-m", "tests.kernels.support.sharded_ranks", str(file)],
+        check=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        timeout=300,
+    )
+    got, expected, half = torch.load(file), gradients(range(4)), gradients([0, 2])
+    assert got.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=1e-4)
+    apart = max(float((half[name] - gradient).norm() / gradient.norm()) for name, gradient in expected.items())
+    assert apart > 0.1, "control: one rank's pairs alone have others"

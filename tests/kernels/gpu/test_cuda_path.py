@@ -312,7 +312,8 @@ def test_arguments_are_checked_on_the_device(packed: bool, shift: bool) -> None:
     labels, offsets, rows = (call.leaf(*size, dtype=torch.int64) for size in (shape, (4,), (30,)))
     arguments: Any = {"cu_seqlens": offsets if packed else None, "shift": shift, "ignore_index": -100}
     no_autocast = mock.patch.object(torch, "is_autocast_enabled", return_value=False)  # knows no meta device
-    with as_on_cuda(), no_autocast, Fixed():
+    numbers = mock.patch("fused_dpo.validation._check_tensors")  # refuses a meta device, and reads no values
+    with as_on_cuda(), no_autocast, numbers, Fixed():
         scoring = check_scoring(call.leaf(*shape, 8), call.leaf(50, 8), labels, **arguments, row_index=rows)
     assert scoring.target.shape == (60,)
     assert scoring.cu_seqlens.shape == (4,)

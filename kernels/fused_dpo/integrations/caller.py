@@ -8,8 +8,9 @@ from torch import Tensor
 
 from fused_dpo.api import TokenLogps
 from fused_dpo.integrations.logit_means import mean_logits
+from fused_dpo.integrations.model_forward import SCORER, named, replace_forward
 from fused_dpo.integrations.router_loss import load_balancing_loss
-from fused_dpo.integrations.scoring import SCORER, Counts, Scored, Scorer, named, replace_forward
+from fused_dpo.integrations.scoring import Counts, Scored, Scorer
 from fused_dpo.models.adapters import unwrapped
 from fused_dpo.models.head import head_of
 from fused_dpo.models.parts import causal_model

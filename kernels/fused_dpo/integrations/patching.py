@@ -92,8 +92,8 @@ def check_version(patch: str, version: str | None = None) -> str:
         version = version or metadata.version(package)
     except metadata.PackageNotFoundError:
         raise ImportError(f"{patch} needs {package}, which is not installed; {way_out}.") from None
-    release = _release(version)
-    if not _release(first) <= release < _release(_after(last)):
+    release = release_of(version)
+    if not release_of(first) <= release < release_of(_after(last)):
         known = first if first == last else f"{first} to {last}"
         raise NotImplementedError(
             f"{patch} knows {package} {known}, and {version} is installed; {way_out}, or train without the patch."
@@ -101,7 +101,7 @@ def check_version(patch: str, version: str | None = None) -> str:
     return version
 
 
-def _release(version: str) -> tuple[int, ...]:
+def release_of(version: str) -> tuple[int, ...]:
     """Take the numbers in front: (0, 28, 0) of 0.28.0.dev1."""
     found = re.match(r"\d+(?:\.\d+)*", version)
     return tuple(int(part) for part in found[0].split(".")) if found else ()
@@ -109,5 +109,5 @@ def _release(version: str) -> tuple[int, ...]:
 
 def _after(version: str) -> str:
     """Name the release behind all that begin with this one: 0.29 behind 0.28.1."""
-    *front, last = _release(version)
+    *front, last = release_of(version)
     return ".".join(map(str, (*front, last + 1)))

@@ -1,12 +1,5 @@
-"""A Hugging Face causal language model that other trainers call for log-probs in the place of logits.
+"""Log-probs of a trainer's batch, within the forward of its model: the backbone, packed if it can be, and the head."""
 
-The trainer's own call of the model stays: whatever wraps the model (autocast, DDP, FSDP, DeepSpeed, peft) acts on it.
-Below it the forward that `add_scoring` puts into the model runs the backbone, packed if it can be, and the fused head.
-"""
-
-import functools
-import inspect
-import types
 import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
@@ -23,16 +16,10 @@ from fused_dpo.options import KernelOptions
 
 IGNORE_INDEX = -100
 """The label of what is not scored, as Hugging Face has it."""
-SCORER = "fused_dpo_scorer"
-"""Attribute of a model whose forward scores."""
 _TOKENS = {"input_ids", "attention_mask", "position_ids"}
 _OF_ONE_ROW = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
 """What variable-length attention is told of the sequences in one row: packed anew, they have other ones."""
 _SETTINGS = {"use_cache", "return_dict", "output_router_logits"}
-
-
-Forward = Callable[..., Any]
-"""(model, original, *args, **kwargs) -> what the model's forward returns; `original` is the forward it replaces."""
 
 
 class Scored(NamedTuple):
@@ -262,93 +249,3 @@ def _flat(output: Any) -> tuple[Tensor, ...] | None:
     """Take the router logits of each layer from what a backbone returns, [rows, E]; None if there are none."""
     router = getattr(output, "router_logits", None)
     return tuple(logits.reshape(-1, logits.shape[-1]) for logits in router) if router else None
-
-
-def replace_forward(model: Any, scorer: Scorer, forward: Forward) -> None:
-    """Put another forward into a model, with the signature of its own, which `generate` and others look at.
-
-    Raises:
-        RuntimeError: it has one already.
-        NotImplementedError, TypeError, ValueError: see `Scorer.prepare`.
-    """
-    if SCORER in vars(model):
-        raise RuntimeError(
-            f"this {type(model).__name__} computes log-probs by fused_dpo already; remove_scoring(model), or load "
-            f"a model for each trainer."
-        )
-    scorer.prepare(model)
-    scorer.before = vars(model).get("forward")
-
-    @functools.wraps(type(model).forward)
-    def replaced(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # Of the class, bound here: a copy of the model has to call its own.
-        original = scorer.before or types.MethodType(type(self).forward, self)
-        return forward(self, original, *args, **kwargs)
-
-    scorer.replaced = replaced
-    setattr(model, SCORER, scorer)
-    model.forward = types.MethodType(replaced, model)
-
-
-def named(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Give the arguments of a model's forward their names, without those that are None, which peft passes on."""
-    names = list(inspect.signature(type(model).forward).parameters)[1:]
-    return {
-        name: value for name, value in {**dict(zip(names, args, strict=False)), **kwargs}.items() if value is not None
-    }
-
-
-def add_scoring(model: Any, **settings: Any) -> Counts:
-    """Let a model be called for log-probs: `model(..., fused_dpo_labels=labels)` returns a `Scored`.
-
-    Called without these labels it is as it was. The call may be that of any wrapper which passes keywords on.
-    `fused_dpo_stats` are the stats to compute, see `fused_token_logps`.
-
-    Args:
-        model: a causal language model of transformers, before or within peft: of a PeftModel its base gets it.
-        settings: see `Scorer`.
-
-    Returns:
-        Where the calls are counted.
-
-    Raises:
-        RuntimeError: it has been done.
-        NotImplementedError, TypeError: its head cannot be read.
-        ValueError: packed, but its layers would let packed sequences see each other.
-    """
-    scorer = Scorer(**settings)
-
-    def forward(self: Any, original: Forward, *args: Any, **kwargs: Any) -> Any:
-        labels, stats = kwargs.pop("fused_dpo_labels", None), kwargs.pop("fused_dpo_stats", ())
-        if labels is None:
-            return original(*args, **kwargs)
-        return scorer.score(self, named(self, args, kwargs), labels, with_stats=stats)
-
-    replace_forward(below_peft(model), scorer, forward)
-    return scorer.counts
-
-
-def remove_scoring(model: Any) -> None:
-    """Give a model its own forward back; its attention stays, which without a plan computes what SDPA does.
-
-    Raises:
-        RuntimeError: somebody has put a forward of theirs around ours since, as accelerate does; theirs would be lost.
-    """
-    model = below_peft(model)
-    scorer = vars(model).get(SCORER)
-    if scorer is None:
-        return
-    if getattr(vars(model).get("forward"), "__func__", None) is not scorer.replaced:
-        raise RuntimeError(
-            f"the forward of this {type(model).__name__} was replaced again after add_scoring; undo that first "
-            f"(accelerator.unwrap_model(model, keep_fp32_wrapper=False) for accelerate's)."
-        )
-    delattr(model, SCORER)
-    del model.forward
-    if scorer.before is not None:
-        model.forward = scorer.before
-
-
-def below_peft(model: Any) -> Any:
-    """Find the model of transformers below a wrapper of peft's, if there is one."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

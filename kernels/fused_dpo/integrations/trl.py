@@ -11,9 +11,10 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from fused_dpo.integrations.patching import Patch
+from fused_dpo.integrations.model_forward import SCORER, below_peft, named, replace_forward
+from fused_dpo.integrations.patching import Patch, release_of
 from fused_dpo.integrations.router_loss import load_balancing_loss
-from fused_dpo.integrations.scoring import IGNORE_INDEX, SCORER, Counts, Scorer, below_peft, named, replace_forward
+from fused_dpo.integrations.scoring import IGNORE_INDEX, Counts, Scorer
 from fused_dpo.integrations.trl_legacy import patch_legacy
 from fused_dpo.options import KernelOptions
 from fused_dpo.version import VERSION
@@ -56,26 +57,11 @@ def patch_trl(packed: bool = True, *, grad_mode: str | None = None, options: Ker
         ours are the more accurate: TRL rounds logits to the dtype of the head. Stored reference log-probs
         (`precompute_ref_log_probs`) are told apart: those that TRL computed are not taken for ours.
     """
-    try:
-        import trl
-    except ImportError as error:
-        raise ImportError("patch_trl needs the package trl, which is not installed.") from error
-    version = tuple(int(part) for part in trl.__version__.split(".")[:2])
     settings = {"packed": packed, "grad_mode": grad_mode, "options": options}
-    if version < (0, 29):
-        return patch_legacy(trl.__version__, **settings)
-    if version < (1, 15):
-        raise NotImplementedError(
-            f"TRL {trl.__version__} computes DPO's log-probs and metrics from full logits in the middle of its loss, "
-            f"so there is no place to put fused ones; pip install 'trl>=1.15,<1.17', or 'trl<=0.28'."
-        )
-    dpo_trainer: Any = importlib.import_module("trl.trainer.dpo_trainer")
-    known = tuple(inspect.signature(dpo_trainer.add_fused_lm_head).parameters)
-    if version > (1, 16) or known[: len(_ARGUMENTS)] != _ARGUMENTS:
-        raise NotImplementedError(
-            f"TRL {trl.__version__} is not known to work with fused_dpo {VERSION}; pip install 'trl>=1.15,<1.17', "
-            f"or a newer fused_dpo."
-        )
+    version = _version()
+    if release_of(version) < (0, 29):
+        return patch_legacy(version, **settings)
+    dpo_trainer = _known_module(version)
     counts = Counts()
     signature = f"fused_dpo {VERSION} {options or KernelOptions()} {grad_mode} packed={packed}"
 
@@ -91,16 +77,41 @@ def patch_trl(packed: bool = True, *, grad_mode: str | None = None, options: Ker
         replace_forward(model, scorer, functools.partial(_forward, scorer, outputs))
 
     trainer = dpo_trainer.DPOTrainer
-    replacements = [
+    replacements: list[tuple[Any, str, Any]] = [
         (dpo_trainer, "add_fused_lm_head", add_fused_lm_head),
         # A store of reference log-probs is found by this hash: of the weights, and now of who computed with them.
         (dpo_trainer, "hash_module", _signed(dpo_trainer.hash_module, signature)),
-        # Its class is there to refuse adapters on the head, which the fused head reads.
-        (dpo_trainer, "BaseTunerLayer", type("NoAdapterIsRefused", (), {})),
         (trainer, "_compute_loss", _checked(trainer._compute_loss)),
         (trainer, "compute_ref_log_probs", _checked(trainer.compute_ref_log_probs)),
     ]
-    return Patch("trl", [each for each in replacements if hasattr(each[0], each[1])], counts)
+    if hasattr(dpo_trainer, "BaseTunerLayer"):  # of peft's, to refuse adapters on the head, which the fused head reads
+        replacements.append((dpo_trainer, "BaseTunerLayer", type("NoAdapterIsRefused", (), {})))
+    return Patch("trl", replacements, counts)
+
+
+def _version() -> str:
+    try:
+        import trl
+    except ImportError as error:
+        raise ImportError("patch_trl needs the package trl, which is not installed.") from error
+    return trl.__version__
+
+
+def _known_module(version: str) -> Any:
+    """Import the module of `DPOTrainer`, and refuse releases in which it is not what is known."""
+    if release_of(version) < (1, 15):
+        raise NotImplementedError(
+            f"TRL {version} computes DPO's log-probs and metrics from full logits in the middle of its loss, so there "
+            f"is no place to put fused ones; pip install 'trl>=1.15,<1.17', or 'trl<=0.28'."
+        )
+    module: Any = importlib.import_module("trl.trainer.dpo_trainer")
+    known = tuple(inspect.signature(module.add_fused_lm_head).parameters)
+    if release_of(version) >= (1, 17) or known[: len(_ARGUMENTS)] != _ARGUMENTS:
+        raise NotImplementedError(
+            f"TRL {version} is not known to work with fused_dpo {VERSION}; pip install 'trl>=1.15,<1.17', or a newer "
+            f"fused_dpo."
+        )
+    return module
 
 
 def _signed(hash_module: Callable[[Any], str], signature: str) -> Callable[[Any], str]:

@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fused_dpo.integrations.model_forward import add_scoring
 from fused_dpo.integrations.pairs import scored_mask, totals
-from fused_dpo.integrations.scoring import add_scoring
 
 
 class LogpsModel(nn.Module):

@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fused_dpo import KernelOptions
 from fused_dpo.integrations import scoring
-from fused_dpo.integrations.scoring import Counts, add_scoring, remove_scoring
+from fused_dpo.integrations.model_forward import add_scoring, remove_scoring
+from fused_dpo.integrations.scoring import Counts
 from fused_dpo.models import check
 from tests.fresh_process import ROOT, hide, run
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fused_dpo.integrations import caller as calling
 from fused_dpo.integrations.caller import Answer, Caller
-from fused_dpo.integrations.scoring import add_scoring
+from fused_dpo.integrations.model_forward import add_scoring
 from tests.kernels.support.tiny_pairs import in_one_row, padded, tiny
 from tests.kernels.support.trainers import PEERS, Peer, as_dict
 

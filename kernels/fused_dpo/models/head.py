@@ -4,6 +4,7 @@ import weakref
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from fused_dpo.head import LMHead, LowRankAdapter
@@ -25,7 +26,8 @@ def head_of(model: nn.Module) -> LMHead:
     What happens to the logits is read from the forward of the class that makes them, with the values that the model
     holds: a multimodal class may leave out what its text configuration names. `check_head` compares the result with
     the model's own logits. Cheap enough for every step, and traceable: under `torch.compile` scale, softcap and
-    refusals are those of the time of tracing.
+    refusals are those of the time of tracing (with torch before 2.13, of the last call before it, which there has to
+    be).
 
     Args:
         model: a `transformers` causal LM or encoder-decoder, bare or wrapped by `peft`, `torch.compile` or FSDP1. Tied
@@ -50,9 +52,16 @@ def head_of(model: nn.Module) -> LMHead:
             f"LMHead."
         )
     base, lora = read_adapter(layer)
-    for each in (layer, unwrapped(layer), base):
-        _refuse_changes(each)
-    reading = _read(causal, layer, base)
+    if _MODULES_ARE_CONSTANTS or not torch.compiler.is_compiling():
+        for each in (layer, unwrapped(layer), base):
+            _refuse_changes(each)
+        reading = _read(causal, layer, base)
+        if not _MODULES_ARE_CONSTANTS:
+            causal._fused_dpo_reading = reading
+    else:
+        reading = getattr(causal, "_fused_dpo_reading", None)
+        if reading is None:
+            raise NotImplementedError("with torch before 2.13, call head_of(model) once before it is compiled.")
     weight, bias = base.weight, getattr(base, "bias", None)
     if bias is not None and reading.on_hidden != 1.0:
         bias = bias / reading.on_hidden  # the model does not scale it, LMHead does
@@ -63,6 +72,10 @@ def head_of(model: nn.Module) -> LMHead:
         weight, bias = weight[: reading.rows], None if bias is None else bias[: reading.rows]
         lora = None if lora is None else LowRankAdapter(lora.a, lora.b[: reading.rows], lora.scale)
     return LMHead(weight, bias, logit_scale=reading.scale, softcap=reading.softcap, lora=lora)
+
+
+_MODULES_ARE_CONSTANTS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
+"""Whether Dynamo hands modules to functions that it takes the results of for constants."""
 
 
 class _Reading(NamedTuple):

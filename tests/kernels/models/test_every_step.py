@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fused_dpo import backbone_of, fused_dpo_logps, head_of
 from fused_dpo.models import forward_source
 from fused_dpo.models import head as head_module
-from tests.kernels.support.families import FAMILIES, build, tokens
+from tests.kernels.support.families import FAMILIES, build, build_or_skip, tokens
 
 FAMILY = {family.name: family for family in FAMILIES}
 
@@ -25,7 +25,7 @@ def _fresh_compiler() -> Iterator[None]:
 @pytest.mark.parametrize("name", ["llama, tied", "gemma2", "granite", "phi", "bart", "inkling2", "gemma3"])
 @pytest.mark.parametrize("adapted", [False, True])
 def test_traced_in_one_graph(name: str, adapted: bool) -> None:
-    model: Any = build(FAMILY[name])
+    model: Any = build_or_skip(FAMILY[name])
     head = model.get_output_embeddings()
     if adapted:
         peft = pytest.importorskip("peft")
@@ -56,7 +56,8 @@ def test_a_whole_step_of_a_model_is_one_graph() -> None:
         hidden = backbone_of(model)(ids, use_cache=False).last_hidden_state
         return fused_dpo_logps(hidden, head_of(model), ids)
 
-    torch.testing.assert_close(torch.compile(step, fullgraph=True, backend="aot_eager")(ids), step(ids))
+    expected = step(ids)  # first, as torch before 2.13 asks for
+    torch.testing.assert_close(torch.compile(step, fullgraph=True, backend="aot_eager")(ids), expected)
 
 
 def test_nothing_is_looked_for_twice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,22 +4,14 @@ import re
 from typing import Any
 
 import pytest
-import torch
 
 from fused_dpo import LMHead, check_head
-from tests.kernels.support.families import BEGIN, DOCUMENT, END, FAMILIES, Family, build, read, tokens
+from tests.kernels.support.families import BEGIN, DOCUMENT, END, FAMILIES, build_or_skip, read, tokens
 
 FAMILY = {family.name: family for family in FAMILIES}
 _TEXT = DOCUMENT.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0]
 WRITTEN = {row.split(" | ")[0]: row for row in re.findall(r"^\| (\w.*) \|$", _TEXT, re.MULTILINE)[1:]}
 REWRITE = "python -m tests.kernels.support.families writes the table anew"
-
-
-def build_or_skip(family: Family) -> torch.nn.Module:
-    try:
-        return build(family)
-    except AttributeError as absent:
-        pytest.skip(f"this transformers does not have {family.cls}: {absent}")
 
 
 def test_the_table_has_these_families() -> None:
@@ -29,7 +21,12 @@ def test_the_table_has_these_families() -> None:
 @pytest.mark.parametrize("name", FAMILY)
 def test_the_table_is_right(name: str) -> None:
     family = FAMILY[name]
-    build_or_skip(family)
+    model: Any = build_or_skip(family)
+    if name == "llama4":
+        try:
+            model(input_ids=tokens()[None])
+        except AttributeError as broken:  # transformers 5.24, of calls without images
+            pytest.skip(f"the model's own forward fails with this transformers: {broken}")
     error, reason = read(family)
     _, cls, result = WRITTEN[name].split(" | ", 2)
     assert cls == f"`{family.cls}`", REWRITE
@@ -50,7 +47,10 @@ def test_control_the_bare_weight_is_caught(name: str, monkeypatch: pytest.Monkey
     from fused_dpo.models import check
 
     model = build_or_skip(FAMILY[name])
-    weight = check.head_of(model).weight
+    head = check.head_of(model)
+    weight = head.weight
+    if name == "paligemma" and head.softcap is None:
+        pytest.skip("this transformers does not cap PaliGemma's logits")
     whole = weight if weight._base is None else weight._base
     monkeypatch.setattr(check, "head_of", lambda _: LMHead(whole))
     with pytest.raises(ValueError, match=rf"the head of {FAMILY[name].cls} is not read as the model applies it"):

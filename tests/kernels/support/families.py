@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import transformers
 from torch import nn
@@ -221,6 +222,13 @@ def main() -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     DOCUMENT.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}", encoding="utf-8")
+
+
+def build_or_skip(family: Family) -> nn.Module:
+    try:
+        return build(family)
+    except AttributeError as absent:
+        pytest.skip(f"this transformers does not have {family.cls}: {absent}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fused_dpo.api import TokenLogps
-from fused_dpo.integrations.logit_means import mean_logits
+from fused_dpo.integrations.logit_means import logits_of_mean, mean_row
 from fused_dpo.integrations.model_forward import SCORER, named, replace_forward
 from fused_dpo.integrations.router_loss import load_balancing_loss
 from fused_dpo.integrations.scoring import Counts, Scored, Scorer
@@ -124,8 +124,8 @@ def _mean_logits(model: Any, scored: Scored, mask: Tensor | None) -> Tensor:
     """Take the mean logits of both halves: of all slots, or, packed, of those that have a row."""
     hidden, rows, head = scored.hidden, scored.row_of_slot, head_of(model)
     if rows is None:
-        return torch.stack([mean_logits(half, head) for half in hidden.chunk(2)])
+        return logits_of_mean(torch.stack([mean_row(half) for half in hidden.chunk(2)]), head)
     kept = torch.ones_like(rows) if mask is None else (mask.flatten() != 0).to(rows.dtype)
     halves = zip(rows.chunk(2), kept.chunk(2), strict=True)
     counts = [rows.new_zeros(len(hidden)).index_add(0, at, once) for at, once in halves]
-    return torch.stack([mean_logits(hidden, head, count) for count in counts])
+    return logits_of_mean(torch.stack([mean_row(hidden, count) for count in counts]), head)

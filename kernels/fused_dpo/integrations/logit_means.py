@@ -24,19 +24,28 @@ def mean_logits(hidden: Tensor, head: LMHead, counts: Tensor | None = None) -> T
     Numerics:
         Sums in float64, of the hidden states and the weight as they are stored.
     """
-    head_device = head.weight.device
-    if head.softcap is not None:
-        return torch.full((), torch.nan, device=head_device)
+    return logits_of_mean(mean_row(hidden, counts), head)
+
+
+@torch.no_grad()
+def mean_row(hidden: Tensor, counts: Tensor | None = None) -> Tensor:
+    """Compute the mean of hidden states over their rows, float64 [D]; arguments as in `mean_logits`."""
     hidden = hidden.reshape(-1, hidden.shape[-1])
     if counts is None:
-        row = hidden.mean(0, dtype=torch.float64)
-    else:
-        row = (hidden * counts[:, None].to(hidden.dtype)).sum(0, dtype=torch.float64) / counts.sum()
-    row = row.to(head_device)
+        return hidden.mean(0, dtype=torch.float64)
+    return (hidden * counts[:, None].to(hidden.dtype)).sum(0, dtype=torch.float64) / counts.sum()
+
+
+@torch.no_grad()
+def logits_of_mean(row: Tensor, head: LMHead) -> Tensor:
+    """Compute the mean logit of mean rows, float64 [..., D] -> fp32 [...]; the weight is read once for all of them."""
+    row = row.to(head.weight.device)
+    if head.softcap is not None:
+        return row.new_full(row.shape[:-1], torch.nan, dtype=torch.float32)
     mean = row @ head.weight.mean(0, dtype=torch.float64)
     if head.lora is not None:
         a, b, scale = head.lora
-        mean = mean + scale * (a.double() @ row) @ b.mean(0, dtype=torch.float64)
+        mean = mean + scale * (row @ a.double().mT) @ b.mean(0, dtype=torch.float64)
     if head.bias is not None:
         mean = mean + head.bias.mean(dtype=torch.float64)
     return (mean * (head.logit_scale / head.temperature)).float()

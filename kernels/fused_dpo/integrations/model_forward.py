@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fused_dpo.integrations.scoring import Counts, Scorer
+from fused_dpo.models.parts import causal_model
 
 SCORER = "fused_dpo_scorer"
 """Attribute of a model whose forward scores."""
@@ -78,7 +79,7 @@ def add_scoring(model: Any, **settings: Any) -> Counts:
             return original(*args, **kwargs)
         return scorer.score(self, named(self, args, kwargs), labels, with_stats=stats)
 
-    replace_forward(below_peft(model), scorer, forward)
+    replace_forward(causal_model(model), scorer, forward)
     return scorer.counts
 
 
@@ -88,7 +89,7 @@ def remove_scoring(model: Any) -> None:
     Raises:
         RuntimeError: somebody has put a forward of theirs around ours since, as accelerate does; theirs would be lost.
     """
-    model = below_peft(model)
+    model = causal_model(model)
     scorer = vars(model).get(SCORER)
     if scorer is None:
         return
@@ -101,8 +102,3 @@ def remove_scoring(model: Any) -> None:
     del model.forward
     if scorer.before is not None:
         model.forward = scorer.before
-
-
-def below_peft(model: Any) -> Any:
-    """Find the model of transformers below a wrapper of peft's, if there is one."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -74,7 +74,7 @@ class Scorer:
         self.before: Callable[..., Any] | None = None
         """What stood as `forward` on the model itself, such as accelerate's; None for nothing."""
         self.replaced: Callable[..., Any] | None = None
-        """What stands there now."""
+        """Forward that `replace_forward` has put on the model; None before that."""
         self._checked = False
         self._backends: dict[tuple[torch.device, torch.dtype], Any] = {}
 

@@ -11,11 +11,12 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from fused_dpo.integrations.model_forward import SCORER, below_peft, named, replace_forward
+from fused_dpo.integrations.model_forward import SCORER, named, replace_forward
 from fused_dpo.integrations.patching import Patch, release_of
 from fused_dpo.integrations.router_loss import load_balancing_loss
 from fused_dpo.integrations.scoring import IGNORE_INDEX, Counts, Scorer
 from fused_dpo.integrations.trl_legacy import patch_legacy
+from fused_dpo.models.parts import causal_model
 from fused_dpo.options import KernelOptions
 from fused_dpo.version import VERSION
 
@@ -127,7 +128,7 @@ def _checked(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
-        model = below_peft(self.accelerator.unwrap_model(self.model))
+        model = causal_model(self.accelerator.unwrap_model(self.model))
         if SCORER not in vars(model):
             raise RuntimeError(
                 "this DPOTrainer was built before patch_trl(), so it would go on with TRL's own head; call patch_trl() "

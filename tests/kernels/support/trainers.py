@@ -344,7 +344,7 @@ class Peer:
     caller: dict[str, Any] = field(default_factory=dict)
     """Settings of the `Caller` that the patch makes."""
     model: Callable[[Any], Any] = lambda model: model
-    """What the trainer calls."""
+    """Wraps a model of transformers as the trainer holds it, such as in an actor."""
 
 
 STATS = {"stats": ("mean_logit",)}

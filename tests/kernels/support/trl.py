@@ -27,7 +27,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 class Result(NamedTuple):
-    """What a run left."""
+    """Holds the metrics, weights and counts of a run."""
 
     log: list[dict[str, float]]
     """Metrics of each step and evaluation."""

@@ -15,6 +15,7 @@ from fused_dpo.oracle import reference_token_logps
 from fused_dpo.stats import FilterStats, TokenStats
 from fused_dpo.transforms import refuse_transforms
 from fused_dpo.validation import Scoring, check_scoring, choose_filter_eps, choose_implementation
+from fused_dpo.vocab_parallel.shard import local_head
 
 _SOFTMAX_STATS = frozenset(TokenStats._fields)
 """Stats that cost work in the pass over the head."""
@@ -197,7 +198,7 @@ def _score(
 ) -> tuple[Scoring, Tensor, TokenStats | None, FilterStats]:
     """Compute flat per-token log-probs [T] by the implementation that the options name."""
     options = options or KernelOptions()
-    head = lm_head if isinstance(lm_head, LMHead) else LMHead(lm_head)
+    head = local_head(lm_head if isinstance(lm_head, LMHead) else LMHead(lm_head))
     if options.impl != "reference":
         refuse_transforms((hidden_states, *head.differentiable))
     scoring = check_scoring(
@@ -212,6 +213,8 @@ def _score(
     impl = choose_implementation(options.impl, scoring.hidden)
     filtering = Filtering(choose_filter_eps(grad_mode, impl, scoring.hidden.dtype, options), options.tail_guard)
     if impl == "reference":
+        if scoring.shard is not None:
+            raise ValueError("impl='reference' takes a head that is whole; leave process_group out, or take another.")
         with torch.autocast(scoring.hidden.device.type, enabled=False):
             logps, stats = reference_token_logps(scoring.hidden, scoring.target, row_index, scoring.head)
         return scoring, logps, stats, nothing_filtered(scoring.target, logps.dtype)
@@ -226,5 +229,6 @@ def _score(
         filtering,
         want_stats=want_stats,
         reuse_exponentials=options.reuse_exponentials,
+        shard=scoring.shard,
     )
     return scoring, logps, stats, filter_stats

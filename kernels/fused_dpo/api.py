@@ -68,7 +68,9 @@ def fused_dpo_logps(
             states of the model, after its final norm. bf16, fp16, fp32 or float64; any strides.
         lm_head: the weight `[V, D]`, or an `LMHead` for bias, scale, softcap, temperature or a low-rank adapter;
             `head_of(model)` reads one from a Hugging Face model. Of the dtype of the hidden states; under
-            `torch.autocast` the weight may stay fp32 and takes part in autocast's dtype.
+            `torch.autocast` the weight may stay fp32 and takes part in autocast's dtype. With `LMHead.process_group`
+            the weight is this rank's rows of a vocabulary that is split over ranks, V is that of all of them, and every
+            rank makes the same call with the same hidden states and labels.
         labels: integers `[B, S]` or `[T]`, `ignore_index` wherever a token is not scored (prompt, padding).
         cu_seqlens: int32 `[N+1]`, offsets of the packed sequences, from 0 to T. Empty sequences are fine.
         shift: True for Hugging Face's labels (label i is token i, predicted by row i-1; the shift never crosses from
@@ -89,9 +91,10 @@ def fused_dpo_logps(
 
     Raises:
         ValueError: shapes, devices or values that do not fit, labels outside `[0, V)` (found at once on a CPU or with
-            `FUSED_DPO_DEBUG=1`; on an accelerator the sequence's log-prob is NaN instead, to spare a synchronisation).
+            `FUSED_DPO_DEBUG=1`; on an accelerator the sequence's log-prob is NaN instead, to spare a synchronisation);
+            there also ranks of a split head that were given different calls.
         TypeError: dtypes that do not fit.
-        NotImplementedError: sharded weights; and, but for `impl="reference"`, double backward, forward-mode derivatives
+        NotImplementedError: DTensors without a `process_group`; and, but for `impl="reference"`, double backward, forward-mode derivatives
             and what `torch.func` differentiates. `vmap` without gradients works: one call of a kernel for each element.
 
     Numerics:
@@ -104,12 +107,24 @@ def fused_dpo_logps(
         unless the head has a bias, a scale, a softcap or a temperature. A row without upstream gradient adds nothing,
         whatever its hidden states are on a CPU, and on CUDA if these are finite: there zero times NaN is NaN.
 
+        A head split over ranks has the log-probs of one process, bit for bit, where ranks meet between two tiles: at
+        multiples of 4096 tokens on CUDA, between two slices of the vocabulary with streaming. The gradients of weight,
+        bias and the adapter's b then are those of one process too; on CUDA as far as the library's matmul gives an
+        entry the same bits in a product with fewer columns. Elsewhere other tiles round otherwise, by a few units in
+        the last place of the largest. Gradients of the hidden states and of the adapter's a are summed over the ranks
+        in fp32, and are the same on all of them. Ranks never screen with rounded logits.
+
     Memory:
         Saved for backward: the inputs and 12 bytes a row; with filtered gradients 20 bytes a row, and 2·V bytes a
         block of up to 128 rows of one sequence, scored or not; with `options.reuse_exponentials` the memory of the
         weight's gradient, and 4 bytes a kept row and tile of 128 or 256 columns. Peak beyond inputs and gradients:
         `options.workspace_mib`, a few numbers a row, and in the backward 4·D bytes a scored row (8·D for float64); with
-        filtered gradients another V bytes a block, on CUDA 5·V bytes a block and V/64 bytes a row.
+        filtered gradients another V bytes a block, on CUDA 5·V bytes a block and V/64 bytes a row. With streaming the
+        forward has 8 bytes (20 with stats) a scored row and slice of 2048 tokens. Of a split head V is the rows here.
+
+    Communication of a split head, over R scored rows:
+        4·R bytes for the largest logits and 32·R for the rest of the forward, 4·R·(D + r) for the gradient of the
+        hidden states in the backward; filtered also 16·R and a few bytes a block.
 
     Source:
         Rafailov et al., 2023, Direct Preference Optimization, arXiv 2305.18290, equation 7 takes these log-probs.

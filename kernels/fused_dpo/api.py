@@ -94,8 +94,9 @@ def fused_dpo_logps(
             `FUSED_DPO_DEBUG=1`; on an accelerator the sequence's log-prob is NaN instead, to spare a synchronisation);
             there also ranks of a split head that were given different calls.
         TypeError: dtypes that do not fit.
-        NotImplementedError: DTensors without a `process_group`; and, but for `impl="reference"`, double backward, forward-mode derivatives
-            and what `torch.func` differentiates. `vmap` without gradients works: one call of a kernel for each element.
+        NotImplementedError: DTensors without a `process_group`; and, but for `impl="reference"`, double backward,
+            forward-mode derivatives and what `torch.func` differentiates. `vmap` without gradients works: one call of a
+            kernel for each element.
 
     Numerics:
         Logits are accumulated and exponentiated in fp32, never rounded below; sums over a sequence are taken in

@@ -63,7 +63,7 @@ class VocabShard(NamedTuple):
     most: int
     """Rows of the rank that has most."""
     group: str
-    """Name of the ranks' group, see `fused_dpo.vocab_parallel.collectives`."""
+    """Name of the ranks' group, as torch names it."""
 
 
 class HeadInputs(NamedTuple):

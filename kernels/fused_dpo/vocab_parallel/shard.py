@@ -7,7 +7,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from fused_dpo.head import LMHead, VocabShard
-from fused_dpo.vocab_parallel.collectives import max_over_ranks, name_of
+from fused_dpo.vocab_parallel.collectives import max_over_ranks
 
 
 def shard_of(head: LMHead) -> VocabShard | None:
@@ -37,7 +37,7 @@ def shard_of(head: LMHead) -> VocabShard | None:
             f"rank {rank} of {ranks} holds {rows} rows of a vocabulary of {size}, and should hold {expected} from row "
             f"{first} on, as torch.chunk and DTensors cut it; pad the vocabulary if a rank would hold none."
         )
-    return VocabShard(first, size, most, name_of(head.process_group))
+    return VocabShard(first, size, most, str(head.process_group.group_name))
 
 
 def local_head(head: LMHead) -> LMHead:

@@ -196,7 +196,7 @@ def told() -> Iterator[list[Told]]:
         return lambda values, **_: calls.append(Told(operation, values.dtype, values.numel()))
 
     functions = mock.Mock(all_reduce=note("all_reduce"), broadcast=note("broadcast"))
-    with mock.patch.object(collectives, "dist", functions), mock.patch.dict(collectives._GROUPS, ranks=None):
+    with mock.patch.object(collectives, "dist", functions), mock.patch.object(collectives, "group_of"):
         yield calls
 
 

@@ -27,7 +27,9 @@ STATS = ("entropy", "mean_logit", "is_top1", "log_sum_sq_probs", "tail", "kept_f
 Group = dist.ProcessGroup | None
 
 
-def score(problem: Problem, group: Group, *, as_dtensors: bool = False, **call: Any) -> dict[str, Tensor]:
+def score(
+    problem: Problem, group: Group, *, as_dtensors: bool = False, compiled: bool = False, **call: Any
+) -> dict[str, Tensor]:
     """Log-probs, stats and gradients of a problem; of a group's rank the rows that it holds."""
     named = {name: tensor.detach().clone().requires_grad_() for name, tensor in problem.tensors.items()}
     vocab_size = None
@@ -42,7 +44,10 @@ def score(problem: Problem, group: Group, *, as_dtensors: bool = False, **call: 
                 named[name] = tensor.chunk(ranks)[rank].clone().requires_grad_()
     leaves = replace(problem, **named)
     head = replace(leaves.head, process_group=group, vocab_size=None if as_dtensors else vocab_size)
-    tokens = fused_token_logps(leaves.hidden, head, problem.labels, cu_seqlens=problem.cu_seqlens, **call)
+    function: Any = (
+        torch.compile(fused_token_logps, backend="aot_eager", fullgraph=True) if compiled else fused_token_logps
+    )
+    tokens = function(leaves.hidden, head, problem.labels, cu_seqlens=problem.cu_seqlens, **call)
     upstream = torch.linspace(-1, 1, tokens.logps.numel(), dtype=tokens.logps.dtype).view_as(tokens.logps)
     tokens.logps.backward(upstream)
     results = {name: value.detach() for name, value in tokens._asdict().items() if value is not None}
@@ -52,9 +57,12 @@ def score(problem: Problem, group: Group, *, as_dtensors: bool = False, **call: 
     return results
 
 
-def compare(problem: Problem, group: dist.ProcessGroup, *, as_dtensors: bool = False, **call: Any) -> dict[str, Any]:
-    """For each result whether it has the bits of one process, and by how much it is off in the largest norm."""
-    alone, split = score(problem, None, **call), score(problem, group, as_dtensors=as_dtensors, **call)
+def compare(problem: Problem, group: dist.ProcessGroup, how: str = "", **call: Any) -> dict[str, Any]:
+    """For each result whether it has the bits of one process, and by how much it is off in the largest norm.
+
+    `how` is one of the switches of `score`.
+    """
+    alone, split = score(problem, None, **call), score(problem, group, **({how: True} if how else {}), **call)
     rank, ranks, found = dist.get_rank(group), dist.get_world_size(group), {}
     for name, whole in alone.items():
         mine = whole.chunk(ranks)[rank] if name.removeprefix("d") in ROWS_OF and name.startswith("d") else whole
@@ -103,7 +111,8 @@ def cases(group: dist.ProcessGroup) -> dict[str, Any]:
             rounded = peaked(problem).to(dtype)
             for mode in ("exact", "filtered"):
                 found[f"{name} {dtype} {mode}"] = compare(rounded, group, grad_mode=mode, with_stats=STATS)
-    found["DTensors"] = compare(everything.to(torch.float32), group, as_dtensors=True, grad_mode="exact")
+    found["DTensors"] = compare(everything.to(torch.float32), group, "as_dtensors", grad_mode="exact")
+    found["compiled"] = compare(on_borders.to(torch.float32), group, "compiled", grad_mode="filtered")
     nothing = replace(odd, labels=torch.full_like(odd.labels, -100)).to(torch.float32)
     found["nothing scored"] = compare(nothing, group)
     small = {"borders": make_problem((3, 30), 256, 16), "everything": make_problem((3, 30), 256, 13, **EVERY_FEATURE)}
@@ -155,7 +164,8 @@ def main() -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     pairs: Any = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-    found = {2: cases(pairs[rank // 2]), 4: cases(dist.new_group())}
+    everybody: Any = dist.new_group()
+    found = {2: cases(pairs[rank // 2]), 4: cases(everybody)}
     torch.save(found, f"{sys.argv[1]}.{rank}")
     dist.destroy_process_group()
 

@@ -104,6 +104,13 @@ def test_dtensors(of_rank: list[dict[int, Found]]) -> None:
         assert found["dlora_a"][1] <= 1e-6
 
 
+def test_compiled(of_rank: list[dict[int, Found]]) -> None:
+    for found in each(of_rank, "compiled"):
+        assert found["logps"][0]
+        assert found["dweight"][0]
+        assert found["dhidden"][1] <= 1e-6
+
+
 def test_nothing_scored(of_rank: list[dict[int, Found]]) -> None:
     for found in each(of_rank, "nothing scored"):
         assert all(same for same, _ in (found["logps"], found["dhidden"], found["dweight"]))

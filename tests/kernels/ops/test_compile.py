@@ -134,6 +134,7 @@ def arguments(dtype: torch.dtype, lora: bool, requires_grad: bool = True) -> tup
 
 
 SETTINGS = (1.5, 0.7, 9.0, 0.8, "streaming", 64)  # lora scale, logit scale, softcap, temperature, impl, workspace
+WHOLE = (0, 0, 0, "")  # where the head lies in a vocabulary that is split
 OPS = torch.ops.fused_dpo
 
 
@@ -150,7 +151,8 @@ def check(op: Callable, *args: object) -> None:
 def test_opcheck_token_logps(
     dtype: torch.dtype, lora: bool, want_stats: bool, row_index: Tensor | None, eps: float
 ) -> None:
-    check(OPS.token_logps.default, *arguments(dtype, lora), row_index, *SETTINGS, eps, 0.5, want_stats, False, False)
+    settings = *SETTINGS, eps, 0.5, want_stats, False, False, *WHOLE
+    check(OPS.token_logps.default, *arguments(dtype, lora), row_index, *settings)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +163,7 @@ def test_opcheck_token_logps(
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_opcheck_token_logps_backward(dtype: torch.dtype, needs: str, eps: float) -> None:
     inputs = arguments(dtype, lora=True, requires_grad=False)
-    call = (*inputs, None, *SETTINGS, eps, 0.5, False, False, False)
+    call = (*inputs, None, *SETTINGS, eps, 0.5, False, False, False, *WHOLE)
     _, state, screen, *_ = OPS.token_logps.default(*call)
     dlogps = torch.randn(9, dtype=state.dtype)
     wanted = [name in needs.split() for name in DIFFERENTIABLE]

@@ -48,10 +48,12 @@ def refuse_own_forward(base: nn.Module) -> None:
 def refuse_replaced_forward(layer: Any) -> None:
     """Refuse a layer whose forward was replaced, but by accelerate's hooks that move weights and inputs, or by ours."""
     own = getattr(layer, "__dict__", {}).get("forward")
+    while getattr(own, HEAD_FORWARD, False):
+        own = getattr(own, "before", None)  # what ours stands in front of
     compiled = "_orig_mod" in getattr(
         layer, "_modules", {}
     )  # torch.compile's wrapper, which has the compiled one there
-    if own is None or compiled or getattr(own, HEAD_FORWARD, False):
+    if own is None or compiled:
         return
     hook = getattr(layer, "_hf_hook", None)
     for each in getattr(hook, "hooks", None) or [hook]:

@@ -50,10 +50,9 @@ def refuse_replaced_forward(layer: Any) -> None:
     own = getattr(layer, "__dict__", {}).get("forward")
     while getattr(own, HEAD_FORWARD, False):
         own = getattr(own, "before", None)  # what ours stands in front of
-    compiled = "_orig_mod" in getattr(
-        layer, "_modules", {}
-    )  # torch.compile's wrapper, which has the compiled one there
-    if own is None or compiled:
+    compiled = "_orig_mod" in getattr(layer, "_modules", {})  # torch.compile's wrapper has the compiled one there
+    of_the_class = getattr(own, "__func__", None) is type(layer).forward  # as accelerate leaves it when it is taken off
+    if own is None or compiled or of_the_class:
         return
     hook = getattr(layer, "_hf_hook", None)
     for each in getattr(hook, "hooks", None) or [hook]:

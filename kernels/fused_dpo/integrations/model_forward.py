@@ -98,6 +98,7 @@ def remove_scoring(model: Any) -> None:
             f"the forward of this {type(model).__name__} was replaced again after add_scoring; undo that first "
             f"(accelerator.unwrap_model(model, keep_fp32_wrapper=False) for accelerate's)."
         )
+    scorer.head.remove()
     delattr(model, SCORER)
     del model.forward
     if scorer.before is not None:

@@ -18,7 +18,7 @@ from fused_dpo import KernelOptions
 from fused_dpo.integrations import scoring
 from fused_dpo.integrations.model_forward import add_scoring, remove_scoring
 from fused_dpo.integrations.scoring import Counts
-from fused_dpo.models import check
+from fused_dpo.models import fused_head
 from tests.fresh_process import ROOT, hide, run
 from tests.kernels.support import tiny_pairs
 from tests.kernels.support.tiny_pairs import VOCAB
@@ -233,13 +233,13 @@ class TestRefusals:
     def test_a_head_that_is_read_wrongly(self, monkeypatch):
         """The first call compares it with the model's own logits; later ones do not."""
         model, given = tiny(), batch()
-        read = check.head_of
-        monkeypatch.setattr(check, "head_of", lambda model: replace(read(model), logit_scale=1.1))
+        read = fused_head.head_of
+        monkeypatch.setattr(fused_head, "head_of", lambda model: replace(read(model), logit_scale=1.1))
         add_scoring(model)
         inputs = {"input_ids": given["input_ids"], "attention_mask": given["attention_mask"]}
         with pytest.raises(ValueError, match="the head of LlamaForCausalLM is not read as the model applies it"):
             model(**inputs, fused_dpo_labels=given["labels"])
-        monkeypatch.setattr(check, "head_of", read)
+        monkeypatch.setattr(fused_head, "head_of", read)
         model(**inputs, fused_dpo_labels=given["labels"])
         monkeypatch.setattr(scoring, "check_head", None)
         model(**inputs, fused_dpo_labels=given["labels"])

@@ -98,7 +98,7 @@ class FusedHead:
             setattr(layer, name, before)
 
     def _layer(self) -> tuple[nn.Module, str]:
-        """Find the head's layer with what is around it, at each call as FSDP1 exchanges it, and where our forward is."""
+        """Find the head's layer with what is around it now, as FSDP1 exchanges it, and where our forward is."""
         layer = head_layer(causal_model(self.model))
         name = _name_of_ours(unwrapped(layer))
         if name is None:

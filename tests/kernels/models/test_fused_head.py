@@ -34,7 +34,8 @@ def assert_reads_the_head(head: Callable[..., Any], model: Any) -> None:
     inputs = [hidden, *(part for part in model.parameters() if part.requires_grad)]
     settings: Any = {"shift": False, "with_stats": ("entropy",)}
     got, expected = head(hidden, labels, **settings), fused_token_logps(hidden, head_of(model), labels, **settings)
-    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True) if a is not None or b is not None)
+    for values, truth in zip(got, expected, strict=True):
+        assert values is truth is None or torch.equal(values, truth)
     ours, theirs = (torch.autograd.grad(each.logps.sum(), inputs, allow_unused=True) for each in (got, expected))
     assert any(gradient is not None for gradient in theirs[1:])
     for gradient, truth in zip(ours, theirs, strict=True):
@@ -44,7 +45,7 @@ def assert_reads_the_head(head: Callable[..., Any], model: Any) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "llama, tied", "gemma2", "cohere", "granite", "phi", "bart", "gpt2"])
 def test_families(name: str) -> None:
-    model = build_or_skip(FAMILY[name])
+    model: Any = build_or_skip(FAMILY[name])
     assert_reads_the_head(FusedHead(model), model)
 
 
@@ -64,7 +65,7 @@ def test_adapters(settings: dict[str, Any], tied: bool) -> None:
 
 
 def test_the_layer_itself_is_as_it_was() -> None:
-    model = build(LLAMA)
+    model: Any = build(LLAMA)
     layer, names = model.lm_head, list(model.state_dict())
     logits = model(tokens()[None]).logits
     FusedHead(model)
@@ -76,9 +77,9 @@ def test_the_layer_itself_is_as_it_was() -> None:
 
 def test_hooks_of_the_layer_run_around_it() -> None:
     """As FSDP's do: the weight is there only between them."""
-    model = build(LLAMA)
-    head, weight, expected = FusedHead(model), model.lm_head.weight, build(LLAMA).lm_head.weight.detach().clone()
-    given: Any = weight.detach().clone()
+    model: Any = build(LLAMA)
+    head, weight = FusedHead(model), model.lm_head.weight
+    given = weight.detach().clone()
 
     def gather(layer: nn.Module, args: Any) -> None:
         weight.data.copy_(given)
@@ -94,12 +95,12 @@ def test_hooks_of_the_layer_run_around_it() -> None:
     hidden, labels = rows()
     with torch.no_grad():
         got = head(hidden, labels).logps
-        assert torch.equal(got, fused_token_logps(hidden, expected, labels).logps)
+        assert torch.equal(got, fused_token_logps(hidden, given, labels).logps)
         assert not torch.equal(got, fused_token_logps(hidden, head_of(model), labels).logps), "control: read outside"
 
 
 def test_a_function_of_ones_own() -> None:
-    model = build(LLAMA)
+    model: Any = build(LLAMA)
     hidden, _ = rows()
 
     def peak(head: LMHead, hidden: Tensor, *, factor: Tensor) -> dict[str, Tensor]:
@@ -112,7 +113,7 @@ def test_a_function_of_ones_own() -> None:
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
 def test_copies(way: str) -> None:
     """A copy of the model reads its own weight, with a handle of its own or that of the copied handle."""
-    model = build(LLAMA)
+    model: Any = build(LLAMA)
     head = FusedHead(model)
     if way == "deepcopy":
         other, copied = copy.deepcopy((model, head))
@@ -133,7 +134,7 @@ def test_copies(way: str) -> None:
 
 
 def test_two_handles_and_removal() -> None:
-    model = build(LLAMA)
+    model: Any = build(LLAMA)
     first, second = FusedHead(model), FusedHead(model)
     assert (first.shared, second.shared) == (False, True)
     assert_reads_the_head(second, model)
@@ -147,7 +148,7 @@ def test_two_handles_and_removal() -> None:
 
 def test_a_layer_that_takes_the_place() -> None:
     peft = pytest.importorskip("peft")
-    model = build(LLAMA)
+    model: Any = build(LLAMA)
     head = FusedHead(model)
     peft.get_peft_model(model, peft.LoraConfig(target_modules=["lm_head"]))
     with pytest.raises(RuntimeError, match="another layer took its place"):
@@ -157,7 +158,7 @@ def test_a_layer_that_takes_the_place() -> None:
 
 def test_somebody_elses_forward() -> None:
     """Below ours it is refused as before; around ours, taking ours off would lose it."""
-    model = build(LLAMA)
+    model: Any = build(LLAMA)
     own = model.lm_head.forward
     model.lm_head.forward = lambda hidden: own(hidden) * 2
     with pytest.raises(NotImplementedError, match="was replaced by"):
@@ -228,7 +229,7 @@ def test_gradient_checkpointing_and_a_compiled_backbone() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_a_whole_step_is_one_graph(name: str) -> None:
-    model = build(FAMILY[name])
+    model: Any = build(FAMILY[name])
     head, ids = FusedHead(model), tokens()[None]
 
     def step(ids: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Gradients through a `FusedHead` on two ranks, every way to wrap it: torchrun ... -m tests.kernels.support.head_ranks FILE."""
+"""Gradients through a `FusedHead`, wrapped every way: torchrun ... -m tests.kernels.support.head_ranks FILE."""
 
 import sys
 from collections.abc import Callable, Iterator

@@ -33,7 +33,8 @@ def assert_reads_the_head(head: Callable[..., Any], model: Any) -> None:
     hidden, labels = rows()
     inputs = [hidden, *(part for part in model.parameters() if part.requires_grad)]
     settings: Any = {"shift": False, "with_stats": ("entropy",)}
-    got, expected = head(hidden, labels, **settings), fused_token_logps(hidden, head_of(model), labels, **settings)
+    got: Any = head(hidden, labels, **settings)
+    expected: Any = fused_token_logps(hidden, head_of(model), labels, **settings)
     for values, truth in zip(got, expected, strict=True):
         assert values is truth is None or torch.equal(values, truth)
     ours, theirs = (torch.autograd.grad(each.logps.sum(), inputs, allow_unused=True) for each in (got, expected))

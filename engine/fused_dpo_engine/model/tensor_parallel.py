@@ -7,7 +7,7 @@ those of the rank.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import AutoModelForCausalLM
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES  # pyright: ignore[reportPrivateImportUsage]
 
@@ -160,6 +161,32 @@ def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
         model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
     )
     return gathered
+
+
+def by_kind(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Part parameters into those that are split and those that are whole, without an empty part.
+
+    torch's operations on lists of tensors take no mixture, and so an optimizer needs a group for each.
+    """
+    parts: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for parameter in parameters:
+        parts[isinstance(parameter, DTensor)].append(parameter)
+    return [part for part in parts.values() if part]
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
+    """Scale the gradients of a split model down to a norm of at most `limit`.
+
+    Returns:
+        The norm before, of the whole model: the same bits on every rank of the mesh.
+    """
+    parts = by_kind(parameter for parameter in parameters if parameter.grad is not None)
+    norms: list[Any] = [get_total_norm([p.grad for p in part if p.grad is not None]) for part in parts]
+    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    total = torch.linalg.vector_norm(torch.stack(norms))
+    for part in parts:
+        clip_grads_with_norm_(part, limit, total)
+    return total
 
 
 def _places(model: Any) -> Iterator[tuple[str, nn.Module, str | None, str]]:

@@ -1,9 +1,10 @@
-"""Models split by transformers' plan, against one process: torchrun ... -m tests.engine.support.tensor_parallel_ranks FILE.
+"""Models split by transformers' plan: torchrun ... -m tests.engine.support.tensor_parallel_ranks FILE.
 
-What each case writes is in `Found`.
+What is written of each case is in `Found`.
 """
 
 import copy
+import math
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,21 +13,29 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES  # pyright: ignore[reportPrivateImportUsage]
 
 from fused_dpo import FusedHead, LMHead, backbone_of, head_of
 from fused_dpo_engine.attention.interface import packed_call
 from fused_dpo_engine.attention.segments import segment_attention
+from fused_dpo_engine.config.options import LoraOptions, ModelOptions
 from fused_dpo_engine.errors import UserError
 from fused_dpo_engine.model import tensor_parallel
-from fused_dpo_engine.model.tensor_parallel import split_model, whole_state_dict
+from fused_dpo_engine.model.loading import load_model
+from fused_dpo_engine.model.tensor_parallel import (
+    by_kind,
+    check_tensor_parallel,
+    clip_gradients,
+    load_tensor_parallel,
+    split_model,
+    whole_state_dict,
+)
 from tests.engine.support.policies import BATCH
 from tests.engine.support.toys import tiny_model, worst_gradient_error
 
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 IN_FLOAT32 = {"dtype": torch.float32, "scale": 2.0}
-"""What torch's grouped products of experts take, and with the scale of the others their rounding would be all there is."""
+"""torch's grouped products of experts take no float64; with the scale of the others rounding would be much."""
 CASES: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama, tied": {"tie_word_embeddings": True},
@@ -62,6 +71,10 @@ class Found(NamedTuple):
     """Together they are the whole head, read directly and within its call."""
     head_gradient: bool = False
     """A gradient of a rank's rows arrives there in the parameter."""
+    norm: float = 0.0
+    """Relative error of the norm of all gradients."""
+    stepped: float = 0.0
+    """Largest relative error of a parameter after a step with clipped gradients."""
     saved: bool = False
     """Gathered and saved it is the model that was split, bit for bit."""
 
@@ -86,6 +99,16 @@ def whole_gradients(model: Any) -> dict[str, Tensor]:
         gradient: Any = parameter.grad
         found[name] = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
     return found
+
+
+def step(model: Any) -> float:
+    """Clip the gradients to a thousandth, and take a step of AdamW in which their size counts; returns the norm."""
+    parameters = list(model.parameters())
+    norm = float(clip_gradients(parameters, math.inf))
+    clip_gradients(parameters, norm / 1000)
+    groups = [{"params": part} for part in by_kind(parameters)]
+    torch.optim.AdamW(groups, lr=0.1, eps=norm / 1000, fused=True).step()
+    return norm
 
 
 def gathered(part: Tensor) -> list[Tensor]:
@@ -114,53 +137,80 @@ def found_of(family: str, mesh: DeviceMesh, folder: Path, *, theirs: bool = Fals
         for norm in (layer.self_attn.q_norm, layer.self_attn.k_norm):
             ALL_PARALLEL_STYLES["replicated_with_grad_allreduce"].install_forward(norm, mesh)
     hidden, expected = hidden_of(model), hidden_of(whole)
+    found = Found(hidden=float((hidden - expected).norm() / expected.norm()), rows=rows_of(model))
     with torch.no_grad():
-        same = torch.equal(hidden_of(model), hidden)
+        found = found._replace(same_without_gradients=torch.equal(hidden_of(model), hidden))
     backward(model)
     backward(whole)
-    truth, got = whole_gradients(whole), whole_gradients(model)
+    truth = whole_gradients(whole)
     plain = [p.grad for p in model.parameters() if p.grad is not None and not hasattr(p, "to_local")]
-    ranks_equal = bool(plain) and all(torch.equal(*gathered(gradient)) for gradient in plain)
+    found = found._replace(
+        gradients=worst_gradient_error(whole_gradients(model), truth),
+        ranks_equal=bool(plain) and all(torch.equal(*gathered(gradient)) for gradient in plain),
+    )
     model.zero_grad()
     model.gradient_checkpointing_enable()
     backward(model)
-    checkpointed = worst_gradient_error(whole_gradients(model), truth)
-    head, within = head_of(model), FusedHead(model).run(weight_within, hidden.detach())
-    parts = gathered(head.weight)
-    is_whole = all(torch.equal(torch.cat(gathered(part)), whole.lm_head.weight) for part in (head.weight, within))
-    is_whole = is_whole and dist.get_process_group_ranks(head.process_group) == [0, 1]
-    model.zero_grad()
+    found = found._replace(checkpointed=worst_gradient_error(whole_gradients(model), truth))
+    found = found._replace(**head_found(model, whole.lm_head.weight), saved=is_saved(model, whole, folder))
+    norm, expected_norm = step(model), step(whole)
+    state, expected_state = whole_state_dict(model), whole.state_dict()
+    changes = [
+        float((value - expected_state[name]).norm() / expected_state[name].norm()) for name, value in state.items()
+    ]
+    return found._replace(norm=abs(norm / expected_norm - 1), stepped=max(changes, default=0.0))
+
+
+def rows_of(model: Any) -> list[int]:
+    return [len(part) for part in gathered(head_of(model).weight)]
+
+
+def head_found(model: Any, weight: Tensor) -> dict[str, bool]:
+    """Compare the ranks' rows with the whole weight, and see where their gradient goes, without leaving one."""
+    head, before = head_of(model), model.lm_head.weight.grad.clone()
+    within = FusedHead(model).run(weight_within, weight[:1])
+    is_whole = all(torch.equal(torch.cat(gathered(part)), weight) for part in (head.weight, within))
+    model.lm_head.weight.grad = None
     head.weight.sum().backward()
     gradient = model.lm_head.weight.grad.full_tensor()
+    model.lm_head.weight.grad = before
+    return {
+        "head": is_whole and dist.get_process_group_ranks(head.process_group) == [0, 1],
+        "head_gradient": torch.equal(gradient, torch.ones_like(gradient)),
+    }
+
+
+def is_saved(model: Any, whole: Any, folder: Path) -> bool:
+    """Gather and save a model on rank 0, load it on every rank, and compare it with the whole one."""
     state = whole_state_dict(model)
     if dist.get_rank() == 0:
         model.save_pretrained(folder, state_dict=state)
     dist.barrier()
-    loaded = type(model).from_pretrained(folder, dtype=model.dtype).state_dict()
-    dist.barrier()
-    return Found(
-        "",
-        float((hidden - expected).norm() / expected.norm()),
-        same,
-        worst_gradient_error(got, truth),
-        checkpointed,
-        ranks_equal,
-        [len(part) for part in parts],
-        is_whole,
-        torch.equal(gradient, torch.ones_like(gradient)),
-        loaded.keys() == whole.state_dict().keys()
-        and all(torch.equal(loaded[name], value) for name, value in whole.state_dict().items()),
-    )
+    loaded, expected = type(model).from_pretrained(folder, dtype=model.dtype).state_dict(), whole.state_dict()
+    return loaded.keys() == expected.keys() and all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
+def loaded_from(folder: Path, mesh: DeviceMesh) -> float:
+    """Load a saved model split; returns the relative error of its hidden states."""
+    options = ModelOptions(model=str(folder), dtype="float32", device="cpu")
+    check_tensor_parallel(options, LoraOptions(), mesh.size())
+    model = load_tensor_parallel(str(folder), options, torch.float32, mesh).model
+    whole = load_model(str(folder), options, torch.float32, torch.device("cpu")).model
+    assert hasattr(model.lm_head.weight, "to_local")
+    expected = hidden_of(whole)
+    return float((hidden_of(model) - expected).norm() / expected.norm())
 
 
 def main() -> None:
     """Write, of each rank to FILE.RANK, what was found of every case."""
     dist.init_process_group("gloo")
-    mesh, file = init_device_mesh("cpu", (dist.get_world_size(),)), Path(sys.argv[1])
+    file = Path(sys.argv[1])
+    mesh = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("data", "model"))["model"]
     made: dict[str, Any] = {}
     for name, changes in CASES.items():
         made[name] = found_of(name, mesh, file.with_name(f"model {name}"), **changes)._asdict()
-    setattr(tensor_parallel, "_summed", lambda gradient, group: gradient)
+    made["loaded"] = loaded_from(file.with_name("model qwen3"), mesh)
+    tensor_parallel._summed = lambda gradient, group: gradient
     made["control"] = found_of("qwen3", mesh, file.with_name("control"), theirs=True)._asdict()
     torch.save(made, f"{file}.{dist.get_rank()}")
     dist.destroy_process_group()

@@ -355,7 +355,7 @@ def test_packing_needs_none_of_the_trainers_packages(tmp_path: Path) -> None:
 
 
 def test_two_sharded_ranks(tmp_path: Path) -> None:
-    """A pair each, the head in FSDP2's root unit or one of its own: the gradients are those of one process with both."""
+    """A pair each, the head in FSDP2's root unit or one of its own: the gradients of one process with both."""
     from tests.kernels.support.sharded_ranks import gradients
 
     file = tmp_path / "gradients.pt"

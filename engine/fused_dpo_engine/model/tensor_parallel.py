@@ -28,7 +28,8 @@ from fused_dpo_engine.model.compatibility import causal_class_of
 from fused_dpo_engine.model.loading import LoadedModel, load_model
 from fused_dpo_engine.model.source import find_source, read_config
 
-_PARTS = {"colwise": 1, "rowwise": 1, "colwise_gather_output": 1, "embedding_rowwise": 1, "packed_colwise": 2}
+_ROWWISE = ("rowwise", "rowwise_split_input")
+_PARTS = dict.fromkeys(("colwise", *_ROWWISE, "colwise_gather_output", "embedding_rowwise"), 1) | {"packed_colwise": 2}
 """Styles that split parameters, and how many matrices lie in one of them, each split on its own."""
 _UNEVEN = ("colwise_gather_output", "embedding_rowwise")
 """Those whose number of rows need not divide; releases of transformers that want it to say so."""
@@ -76,7 +77,7 @@ def check_plan(model: Any, ranks: int) -> None:
 def _reasons_against(model: Any, ranks: int) -> Iterator[str]:
     places = list(_places(model))
     styles = {style for *_, style in places}
-    if not styles & {"colwise", "packed_colwise"}:
+    if not styles - set(_UNEVEN):
         yield "transformers has no plan for its layers"
     if unknown := styles - _KNOWN:
         yield f"its plan has steps that were not compared with one process ({', '.join(sorted(unknown))})"
@@ -97,8 +98,8 @@ def _reasons_against(model: Any, ranks: int) -> Iterator[str]:
         if name is None or style not in _PARTS or style in _UNEVEN:
             continue
         shape = _parameter(module, name).shape
-        size = shape[-1] if style == "rowwise" else shape[max(len(shape) - 2, 0)]
-        whole = style == "rowwise" and name == "bias"
+        size = shape[-1] if style in _ROWWISE else shape[max(len(shape) - 2, 0)]
+        whole = style in _ROWWISE and name == "bias"
         if size % (ranks * _PARTS[style]) and not whole:
             yield f"{path}.{name} has {size} of what is split, which does not divide by them"
 

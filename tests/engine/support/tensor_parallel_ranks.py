@@ -44,6 +44,14 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen3": {},
     "qwen3, tied": {"tie_word_embeddings": True},
     "gemma2, tied": {"tie_word_embeddings": True},
+    "cohere, tied": {"tie_word_embeddings": True},
+    "olmo2": {},
+    "phi3": {},
+    "deepseek_v3": {
+        **{"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+        **EXPERTS,
+        **IN_FLOAT32,
+    },
     "qwen3_moe": {**EXPERTS, **IN_FLOAT32},
     "mixtral": {**EXPERTS, **IN_FLOAT32},
 }
@@ -88,7 +96,7 @@ def hidden_of(model: Any) -> Tensor:
 def backward(model: Any, times: int = MICRO_BATCHES) -> None:
     """Add the gradients of some micro-batches, through the layer's own call."""
     for seed in range(times):
-        logits = model.lm_head(hidden_of(model))
+        logits = model.get_output_embeddings()(hidden_of(model))
         weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed), dtype=logits.dtype)
         (logits.log_softmax(-1) * weights).mean().backward()
 
@@ -152,13 +160,14 @@ def found_of(family: str, mesh: DeviceMesh, folder: Path, *, theirs: bool = Fals
     model.gradient_checkpointing_enable()
     backward(model)
     found = found._replace(checkpointed=worst_gradient_error(whole_gradients(model), truth))
-    found = found._replace(**head_found(model, whole.lm_head.weight), saved=is_saved(model, whole, folder))
+    found = found._replace(**head_found(model, whole.get_output_embeddings().weight))
+    found = found._replace(saved=is_saved(model, whole, folder))
     norm, expected_norm = step(model), step(whole)
     state, expected_state = whole_state_dict(model), whole.state_dict()
-    changes = [
+    moved = [
         float((value - expected_state[name]).norm() / expected_state[name].norm()) for name, value in state.items()
     ]
-    return found._replace(norm=abs(norm / expected_norm - 1), stepped=max(changes, default=0.0))
+    return found._replace(norm=abs(norm / expected_norm - 1), stepped=max(moved, default=0.0))
 
 
 def rows_of(model: Any) -> list[int]:
@@ -167,13 +176,13 @@ def rows_of(model: Any) -> list[int]:
 
 def head_found(model: Any, weight: Tensor) -> dict[str, bool]:
     """Compare the ranks' rows with the whole weight, and see where their gradient goes, without leaving one."""
-    head, before = head_of(model), model.lm_head.weight.grad.clone()
+    head, before = head_of(model), model.get_output_embeddings().weight.grad.clone()
     within = FusedHead(model).run(weight_within, weight[:1])
     is_whole = all(torch.equal(torch.cat(gathered(part)), weight) for part in (head.weight, within))
-    model.lm_head.weight.grad = None
+    model.get_output_embeddings().weight.grad = None
     head.weight.sum().backward()
-    gradient = model.lm_head.weight.grad.full_tensor()
-    model.lm_head.weight.grad = before
+    gradient = model.get_output_embeddings().weight.grad.full_tensor()
+    model.get_output_embeddings().weight.grad = before
     return {
         "head": is_whole and dist.get_process_group_ranks(head.process_group) == [0, 1],
         "head_gradient": torch.equal(gradient, torch.ones_like(gradient)),
@@ -194,9 +203,9 @@ def loaded_from(folder: Path, mesh: DeviceMesh) -> float:
     """Load a saved model split; returns the relative error of its hidden states."""
     options = ModelOptions(model=str(folder), dtype="float32", device="cpu")
     check_tensor_parallel(options, LoraOptions(), mesh.size())
-    model = load_tensor_parallel(str(folder), options, torch.float32, mesh).model
+    model: Any = load_tensor_parallel(str(folder), options, torch.float32, mesh).model
     whole = load_model(str(folder), options, torch.float32, torch.device("cpu")).model
-    assert hasattr(model.lm_head.weight, "to_local")
+    assert hasattr(model.get_output_embeddings().weight, "to_local")
     expected = hidden_of(whole)
     return float((hidden_of(model) - expected).norm() / expected.norm())
 

@@ -33,8 +33,9 @@ from triton.runtime.jit import JITFunction
 from benchmarks.measure import console
 from fused_dpo.filtering import Filtering
 from fused_dpo.gpu.configs import PLAIN, TILE_CONFIGS
-from fused_dpo.head import LMHead
+from fused_dpo.head import LMHead, VocabShard
 from fused_dpo.ops.token_logps import token_logps
+from fused_dpo.vocab_parallel import collectives
 
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
@@ -159,12 +160,14 @@ def call(
     target = torch.arange(rows)
     target[3::7] = target[3::7] if all_rows else -1
     offsets = torch.tensor([0, rows // 3, rows])
-    filtering, want_stats = Filtering(eps, 1 / 16), bool(options.get("stats"))
-    keep = bool(options.get("reuse_exponentials"))
-    logps, *_ = token_logps(
-        leaf(rows, D), target, offsets, None, head, impl, 1, filtering, want_stats=want_stats, reuse_exponentials=keep
-    )
-    logps.sum().backward()
+    filtering = Filtering(eps, 1 / 16)
+    asked: dict[str, Any] = {"want_stats": bool(options.get("stats"))}
+    asked |= {"reuse_exponentials": bool(options.get("reuse_exponentials"))}
+    if options.get("ranks"):  # the first of two, and nobody answers
+        asked["shard"] = VocabShard(0, 2 * V, V, "ranks")
+    with mock.patch.object(collectives, "dist"), mock.patch.object(collectives, "group_of"):
+        logps, *_ = token_logps(leaf(rows, D), target, offsets, None, head, impl, 1, filtering, **asked)
+        logps.sum().backward()
 
 
 EVERYTHING = {"bias": True, "logit_scale": 0.5, "softcap": 30.0, "rank": 16, "stats": True}
@@ -182,6 +185,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "kept, bias": {"reuse_exponentials": True, "bias": True},
     "kept, lora": {"reuse_exponentials": True, "rank": 16},
     "kept, autocast": {"reuse_exponentials": True, "autocast": True},
+    "ranks": {"ranks": True},
+    "ranks, all": {"ranks": True, **EVERYTHING},
     "all": EVERYTHING,
 }
 
@@ -197,7 +202,7 @@ def compile_all() -> Iterator[Compiled]:
         forms["flattened"] = replace(described, flattened=True)
     for architecture, dtype in product((80, 90), DTYPES):
         seen: set[str] = set()
-        labels = OPTIONS if dtype == "bf16" else ("plain", "stats", "large lora", "kept", "all")
+        labels = OPTIONS if dtype == "bf16" else ("plain", "stats", "large lora", "kept", "ranks", "all")
         for impl, eps, label in product(("triton", "library"), (0.0, 2**-12), labels):
             name = (
                 ", ".join((impl * (impl != "triton"), "filtered" * bool(eps), label)).strip(", ").replace(", , ", ", ")

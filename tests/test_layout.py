@@ -22,6 +22,7 @@ ORDER: dict[str, list[tuple[str, ...]]] = {
         ("ops",),
         ("gpu", "streaming", "oracle"),
         ("validation", "linalg", "filtering"),
+        ("vocab_parallel",),
         ("head", "options", "stats", "hardware", "transforms", "version"),
     ],
     "fused_dpo.gpu": [
@@ -279,8 +280,8 @@ def test_tests_mirror_the_rooms(tests: str, code: Path) -> None:
         ("fused_dpo.streaming.exact", "from ..oracle import reference_token_logps"),
         ("fused_dpo.streaming.exact", "import triton.language as tl"),
         ("fused_dpo.streaming.exact", "from fused_dpo.api import fused_dpo_logps"),
-        ("fused_dpo.streaming.filtered", "from fused_dpo.streaming.screener import _products"),
-        ("fused_dpo.gpu.forward", "from fused_dpo.streaming.tiles import slice_bounds"),
+        ("fused_dpo.streaming.filtered_forward", "from fused_dpo.streaming.screener import _products"),
+        ("fused_dpo.gpu.forward", "from fused_dpo.streaming.tiles import slice_width"),
         ("fused_dpo.gpu.forward", "from fused_dpo.gpu.autotune import choose_config"),
         ("fused_dpo.gpu.forward", "from fused_dpo.gpu.filtered.forward import triton_filtered_forward"),
         ("fused_dpo.gpu.tile", "from fused_dpo.gpu.launch import Tiles"),

@@ -15,6 +15,7 @@ from fused_dpo.oracle import reference_token_logps
 from fused_dpo.stats import FilterStats, TokenStats
 from fused_dpo.transforms import refuse_transforms
 from fused_dpo.validation import Scoring, check_scoring, choose_filter_eps, choose_implementation
+from fused_dpo.vocab_parallel.shard import local_head
 
 _SOFTMAX_STATS = frozenset(TokenStats._fields)
 """Stats that cost work in the pass over the head."""
@@ -67,7 +68,9 @@ def fused_dpo_logps(
             states of the model, after its final norm. bf16, fp16, fp32 or float64; any strides.
         lm_head: the weight `[V, D]`, or an `LMHead` for bias, scale, softcap, temperature or a low-rank adapter;
             `head_of(model)` reads one from a Hugging Face model. Of the dtype of the hidden states; under
-            `torch.autocast` the weight may stay fp32 and takes part in autocast's dtype.
+            `torch.autocast` the weight may stay fp32 and takes part in autocast's dtype. With `LMHead.process_group`
+            the weight is this rank's rows of a vocabulary that is split over ranks, V is that of all of them, and every
+            rank makes the same call with the same hidden states and labels.
         labels: integers `[B, S]` or `[T]`, `ignore_index` wherever a token is not scored (prompt, padding).
         cu_seqlens: int32 `[N+1]`, offsets of the packed sequences, from 0 to T. Empty sequences are fine.
         shift: True for Hugging Face's labels (label i is token i, predicted by row i-1; the shift never crosses from
@@ -88,10 +91,12 @@ def fused_dpo_logps(
 
     Raises:
         ValueError: shapes, devices or values that do not fit, labels outside `[0, V)` (found at once on a CPU or with
-            `FUSED_DPO_DEBUG=1`; on an accelerator the sequence's log-prob is NaN instead, to spare a synchronisation).
+            `FUSED_DPO_DEBUG=1`; on an accelerator the sequence's log-prob is NaN instead, to spare a synchronisation);
+            there also ranks of a split head that were given different calls.
         TypeError: dtypes that do not fit.
-        NotImplementedError: sharded weights; and, but for `impl="reference"`, double backward, forward-mode derivatives
-            and what `torch.func` differentiates. `vmap` without gradients works: one call of a kernel for each element.
+        NotImplementedError: DTensors without a `process_group`; and, but for `impl="reference"`, double backward,
+            forward-mode derivatives and what `torch.func` differentiates. `vmap` without gradients works: one call of a
+            kernel for each element.
 
     Numerics:
         Logits are accumulated and exponentiated in fp32, never rounded below; sums over a sequence are taken in
@@ -103,12 +108,24 @@ def fused_dpo_logps(
         unless the head has a bias, a scale, a softcap or a temperature. A row without upstream gradient adds nothing,
         whatever its hidden states are on a CPU, and on CUDA if these are finite: there zero times NaN is NaN.
 
+        A head split over ranks has the log-probs of one process, bit for bit, where ranks meet between two tiles: at
+        multiples of 4096 tokens on CUDA, between two slices of the vocabulary with streaming. The gradients of weight,
+        bias and the adapter's b then are those of one process too; on CUDA as far as the library's matmul gives an
+        entry the same bits in a product with fewer columns. Elsewhere other tiles round otherwise, by a few units in
+        the last place of the largest. Gradients of the hidden states and of the adapter's a are summed over the ranks
+        in fp32, and are the same on all of them. Ranks never screen with rounded logits.
+
     Memory:
         Saved for backward: the inputs and 12 bytes a row; with filtered gradients 20 bytes a row, and 2·V bytes a
         block of up to 128 rows of one sequence, scored or not; with `options.reuse_exponentials` the memory of the
         weight's gradient, and 4 bytes a kept row and tile of 128 or 256 columns. Peak beyond inputs and gradients:
         `options.workspace_mib`, a few numbers a row, and in the backward 4·D bytes a scored row (8·D for float64); with
-        filtered gradients another V bytes a block, on CUDA 5·V bytes a block and V/64 bytes a row.
+        filtered gradients another V bytes a block, on CUDA 5·V bytes a block and V/64 bytes a row. With streaming the
+        forward has 8 bytes (20 with stats) a scored row and slice of 2048 tokens. Of a split head V is the rows here.
+
+    Communication of a split head, over R scored rows:
+        4·R bytes for the largest logits and 32·R for the rest of the forward, 4·R·(D + r) for the gradient of the
+        hidden states in the backward; filtered also 16·R and a few bytes a block.
 
     Source:
         Rafailov et al., 2023, Direct Preference Optimization, arXiv 2305.18290, equation 7 takes these log-probs.
@@ -197,7 +214,7 @@ def _score(
 ) -> tuple[Scoring, Tensor, TokenStats | None, FilterStats]:
     """Compute flat per-token log-probs [T] by the implementation that the options name."""
     options = options or KernelOptions()
-    head = lm_head if isinstance(lm_head, LMHead) else LMHead(lm_head)
+    head = local_head(lm_head if isinstance(lm_head, LMHead) else LMHead(lm_head))
     if options.impl != "reference":
         refuse_transforms((hidden_states, *head.differentiable))
     scoring = check_scoring(
@@ -212,6 +229,8 @@ def _score(
     impl = choose_implementation(options.impl, scoring.hidden)
     filtering = Filtering(choose_filter_eps(grad_mode, impl, scoring.hidden.dtype, options), options.tail_guard)
     if impl == "reference":
+        if scoring.shard is not None:
+            raise ValueError("impl='reference' takes a head that is whole; leave process_group out, or take another.")
         with torch.autocast(scoring.hidden.device.type, enabled=False):
             logps, stats = reference_token_logps(scoring.hidden, scoring.target, row_index, scoring.head)
         return scoring, logps, stats, nothing_filtered(scoring.target, logps.dtype)
@@ -226,5 +245,6 @@ def _score(
         filtering,
         want_stats=want_stats,
         reuse_exponentials=options.reuse_exponentials,
+        shard=scoring.shard,
     )
     return scoring, logps, stats, filter_stats

@@ -43,6 +43,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fused_dpo.head import VocabShard
+from fused_dpo.vocab_parallel.collectives import sum_over_ranks
+
 
 class Filtering(NamedTuple):
     """How much the gradients may leave out; see `KernelOptions` for both numbers."""
@@ -101,18 +104,26 @@ class Judgement:
         self.smallest = torch.maximum(eps * self.largest * squares.sqrt(), self.negligible)
         self.judged = size > self.negligible
 
-    def columns(self, screen: Tensor) -> Tensor:
+    def columns(self, screen: Tensor, shard: VocabShard | None = None) -> tuple[Tensor, Tensor]:
         """Choose the columns that each block keeps, bool [blocks, V], by a screen's exponents of the largest.
 
-        Of more than half of the columns all are kept: gathering them would cost more.
+        Of more than half of the vocabulary all is kept: gathering it would cost more. Where it is split over ranks they
+        tell each other how many they keep. Returned are also the blocks that keep all of it, bool [blocks].
         """
         limit = ((self.smallest / self.largest).log2() + (BIAS - 1)).floor().clamp(min=-1, max=BIAS)
         keep = screen >= (limit.nan_to_num(nan=-1.0) + 1).to(torch.uint8)[:, None]
         keep &= ~(self.largest <= self.negligible)[:, None]
         _keep_targets(keep, self.block_of_row, self.target, self.judged)
-        for part in keep.split(16):  # sums of bool are taken in int64, eight times their size
-            part |= part.sum(1, keepdim=True) > part.shape[1] // 2
-        return keep
+        # A few blocks at a time: sums of bool are taken in int64, eight times their size.
+        counts = torch.cat([part.sum(1) for part in keep.split(16)]) if len(keep) else keep.new_zeros(0)
+        everything = sum_over_ranks(counts, shard) > vocabulary_size(keep, shard) // 2
+        keep |= everything[:, None]
+        return keep, everything
+
+
+def vocabulary_size(columns: Tensor, shard: VocabShard | None) -> int:
+    """Tell the V of all ranks, given a tensor [..., V] of the columns here."""
+    return columns.shape[-1] if shard is None else shard.size
 
 
 def _keep_targets(keep: Tensor, row: Tensor, column: Tensor, judged: Tensor) -> None:

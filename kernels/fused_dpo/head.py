@@ -38,7 +38,13 @@ class LMHead:
     lora: LowRankAdapter | tuple[Tensor, Tensor, float] | None = None
     """Low-rank adapter on the weight."""
     process_group: Any = None
-    """Reserved for a head whose vocabulary is split over ranks; anything but None is refused."""
+    """Group of ranks that hold the vocabulary between them (a `torch.distributed.ProcessGroup`): `weight`, `bias` and
+    the adapter's `b` are this rank's rows, those of rank i before those of rank i + 1. Hidden states, labels and the
+    adapter's `a` have to be the same on all of them, and so have the gradients of the log-probs. The weight may be a
+    DTensor that is `Shard(0)` over the group. None: the head is whole."""
+    vocab_size: int | None = None
+    """With `process_group` the rows V of all ranks, if these hold parts as `torch.chunk` and DTensors cut them; None:
+    all hold as many."""
 
     @property
     def differentiable(self) -> tuple[Tensor | None, ...]:
@@ -47,19 +53,34 @@ class LMHead:
         return self.weight, self.bias, a, b
 
 
+class VocabShard(NamedTuple):
+    """Which part of the vocabulary a rank holds."""
+
+    first: int
+    """Token of the first row."""
+    size: int
+    """Rows of all ranks, V."""
+    most: int
+    """Rows of the rank that has most."""
+    group: str
+    """Name of the ranks' group, as torch names it."""
+
+
 class HeadInputs(NamedTuple):
-    """What every forward takes, and its backward again."""
+    """What every forward takes, and its backward again. V is the rows of the head that are here."""
 
     hidden: Tensor
     """[T, D] in the compute dtype."""
     target: Tensor
-    """int64 [T]: the token that a row predicts, V where the label was invalid."""
+    """int64 [T]: the token that a row predicts, V where the label was invalid, or lies on another rank."""
     rows: Tensor
     """int64 [R], ascending and contiguous: the scored rows."""
     head: LMHead
     """Its tensors are used in the compute dtype."""
     workspace_mib: int
     """See `KernelOptions`."""
+    shard: VocabShard | None = None
+    """Where the head lies in the vocabulary, if this is split over ranks."""
 
 
 class Needs(NamedTuple):

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from fused_dpo.hardware import HAS_TRITON
-from fused_dpo.head import LMHead, LowRankAdapter
+from fused_dpo.head import LMHead, LowRankAdapter, VocabShard
 from fused_dpo.options import KernelOptions
 from fused_dpo.transforms import is_transformed
+from fused_dpo.vocab_parallel.shard import check_agreement, shard_of
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """What can be computed in, on every device."""
@@ -25,13 +26,15 @@ class Scoring:
     """[T, D] in the compute dtype."""
     target: Tensor
     """int64 [T]: the token that row i predicts, NOT_SCORED where nothing is scored, V where the label was invalid (the
-    implementations answer NaN there)."""
+    implementations answer NaN there); V is that of all ranks."""
     cu_seqlens: Tensor
     """int64 [N+1]: row offsets of the sequences."""
     labels_shape: torch.Size
     """Shape of the caller's labels, for per-token results."""
     head: LMHead
     """The head, its adapter a LowRankAdapter."""
+    shard: VocabShard | None
+    """Which part of the vocabulary the head is; None for all of it."""
 
 
 def check_scoring(
@@ -55,7 +58,8 @@ def check_scoring(
     tensors = (hidden_states, *head.differentiable, labels, cu_seqlens, row_index)
     look = _values_are_free([tensor for tensor in tensors if tensor is not None])
     hidden = _to_compute_dtype(hidden_states, head)
-    T, V = labels.numel(), head.weight.shape[0]
+    shard = shard_of(head)
+    T, V = labels.numel(), head.weight.shape[0] if shard is None else shard.size
     if packed:
         assert cu_seqlens is not None
         if look:
@@ -72,7 +76,10 @@ def check_scoring(
         _check_row_index(row_index, target, look)
         chosen = target[row_index]
         target = torch.full_like(target, NOT_SCORED).index_copy(0, row_index, chosen)
-    return Scoring(hidden.reshape(T, hidden.shape[-1]), target, offsets, labels.shape, _check_head(head, hidden.device))
+    flat = hidden.reshape(T, hidden.shape[-1])
+    if shard is not None and look:
+        check_agreement(shard, flat, target)
+    return Scoring(flat, target, offsets, labels.shape, _check_head(head, hidden.device), shard)
 
 
 def choose_implementation(impl: str | None, hidden: Tensor) -> str:
@@ -235,8 +242,6 @@ def _to_compute_dtype(hidden: Tensor, head: LMHead) -> Tensor:
 def _check_head(head: LMHead, device: torch.device) -> LMHead:
     """Check the optional parts of the head against its weight; returns it with the adapter as a LowRankAdapter."""
     V, D = head.weight.shape
-    if head.process_group is not None:
-        raise NotImplementedError("a head split over a process_group is not supported; gather the weight first.")
     if head.softcap is not None and not head.softcap > 0:
         raise ValueError(f"softcap must be positive, got {head.softcap}; use None for no softcap.")
     if not head.temperature > 0:

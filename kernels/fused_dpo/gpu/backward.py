@@ -170,9 +170,9 @@ def triton_backward(
         states if not all rows are scored. The weight's gradient is written to `dweight` where that is given, a slice
         once its dz has been formed. No synchronisation with the host.
     """
-    hidden, target, rows, head, workspace_mib = inputs
+    hidden, target, rows, head, workspace_mib, shard = inputs
     R = rows.numel()
-    sums = GradientSums(Operands(hidden, rows, head), 0, needs, empty=not R, dweight=dweight)
+    sums = GradientSums(Operands(hidden, rows, head, shard), 0, needs, empty=not R, dweight=dweight)
     if not R:
         return sums.finish()
     upstream, unit = in_range(dlogps[rows].float(), hidden.dtype)

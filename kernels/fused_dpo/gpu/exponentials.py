@@ -43,7 +43,7 @@ class Exponentials(NamedTuple):
     @classmethod
     def empty(cls, inputs: HeadInputs, *, save: bool) -> "Exponentials":
         """Allocate room for as many scored rows as fit, in whole blocks; for none unless they are to be saved."""
-        hidden, _, rows, head, _ = inputs
+        hidden, rows, head = inputs.hidden, inputs.rows, inputs.head
         config, (V, D) = forward_config(hidden, head), head.weight.shape
         fits = D * head.weight.element_size() // hidden.element_size() if save else 0
         block = max(config.block_t, min(SIDE, config.block_v))

@@ -17,6 +17,7 @@ from fused_dpo.gpu.tile import exp, grouped_block, grouped_other, logits_tile
 from fused_dpo.head import HeadInputs
 from fused_dpo.linalg.sizes import ceil_div
 from fused_dpo.stats import SoftmaxState, TokenStats
+from fused_dpo.vocab_parallel.collectives import of_first_rank
 
 
 @triton.jit(do_not_specialize=OF_BATCH, repr=named("_logps_forward_kernel", SCREEN=("screen", "")))
@@ -169,7 +170,7 @@ class Partials:
         split_columns: int,
         exponentials: Exponentials | None = None,
     ) -> None:
-        hidden, target, rows, head, _ = inputs
+        hidden, target, rows, head, _, self._shard = inputs
         self.splits = ceil_div(head.weight.shape[0], split_columns)
         self._rows, self._weight, self._results = rows, head.weight, results
         self._row_bytes = hidden.shape[1] * hidden.element_size()
@@ -199,10 +200,19 @@ class Partials:
         self._tiles = Tiles(hidden, rows, head, lora_h, config)
         self._bound: tuple[Tensor, int] | None = None
 
+    @property
+    def has_hot_splits(self) -> bool:
+        """Whether the first splits of the vocabulary are here."""
+        return self._shard is None or self._shard.first == 0
+
     def bound(self, hot_splits: int) -> None:
-        """Screen from here on, with the log-sum-exp over the first splits, which have run, as a bound on the whole."""
+        """Screen from here on, with the log-sum-exp over the first splits, which have run, as a bound on the whole.
+
+        Where these are on another rank, it tells their log-sum-exp.
+        """
+        hot_splits = hot_splits if self.has_hot_splits else 0
         log_sum_exp = (self._peak[:hot_splits] + self._total[:hot_splits].log()).logsumexp(0)
-        self._bound = log_sum_exp, hot_splits
+        self._bound = of_first_rank(log_sum_exp, self._shard), hot_splits
 
     def forward(self, first_split: int, splits: int, source: WeightSlice | Product | None = None) -> None:
         """Run some splits of the vocabulary, for `source` see `Tiles.arguments`; screen them if bounded."""
@@ -228,7 +238,8 @@ class Partials:
 
     def merge(self) -> None:
         """Merge all splits into the results of the rows."""
-        merge_splits(self._results, self._rows.numel(), self._weight.shape[0], self.splits, self._arguments)
+        R, V = self._rows.numel(), self._weight.shape[0]
+        merge_splits(self._results, R, V, self.splits, self._arguments, self._shard)
 
 
 Scan = Callable[[HeadInputs, Results, float], None]
@@ -244,7 +255,7 @@ def fused_scan(
     exponentials: Exponentials | None = None,
 ) -> None:
     """Fill the results of all rows at once, by kernels that multiply; the logits never leave the registers."""
-    hidden, _, _, head, workspace_mib = inputs
+    hidden, _, _, head, workspace_mib, _ = inputs
     partials = Partials(inputs, results, filter_eps, config, SPLIT_COLUMNS, exponentials)
     V, D = head.weight.shape
     rows_at_once = V  # of the weight, in whole splits
@@ -254,7 +265,8 @@ def fused_scan(
     for part in weight_slices(head.weight, hidden.dtype, rows_at_once):
         if results.screen is not None and part.first == 0:
             hot = min(HOT_SPLITS, partials.splits)
-            partials.forward(0, hot, part)
+            if partials.has_hot_splits:
+                partials.forward(0, hot, part)
             partials.bound(hot)
         partials.forward(part.first // SPLIT_COLUMNS, ceil_div(part.values.shape[0], SPLIT_COLUMNS), part)
     partials.merge()

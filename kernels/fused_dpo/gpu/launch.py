@@ -16,6 +16,7 @@ from fused_dpo.head import LMHead
 
 OF_BATCH = (
     *("row_index_ptr", "target_ptr", "index_ptr", "picked_ptr", "logps_ptr", "state_ptr", "stats_ptr", "upstream_ptr"),
+    *("shared_peak_ptr", "shared_units_ptr", "shared_sums_ptr"),
     *("peak_ptr", "total_ptr", "weighted_ptr", "sum_ptr", "squares_ptr", "tail_ptr", "bound_ptr", "residual_ptr"),
     *("smallest_ptr", "T", "R", "M", "blocks", "first_split", "saved_rows"),
 )

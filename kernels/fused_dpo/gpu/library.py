@@ -43,7 +43,7 @@ def library_scan(inputs: HeadInputs, results: Results, filter_eps: float) -> Non
         for 8 bytes (20 with stats, and 4 more with a screen) a row and split, and for copies of hidden states where
         not all rows are scored.
     """
-    hidden, _, rows, head, workspace_mib = inputs
+    hidden, _, rows, head, workspace_mib, _ = inputs
     config = library_config(architecture(hidden.device), hidden.dtype)
     (V, D), R, tile, split = head.weight.shape, rows.numel(), config.tile, config.split_columns
     width, all_scored = min(config.slice_columns, V), hidden.shape[0] == R
@@ -71,7 +71,8 @@ def library_scan(inputs: HeadInputs, results: Results, filter_eps: float) -> Non
 def _scan_product(partials: Partials, product: Product, split: int, *, screening: bool) -> None:
     first_split, splits = product.first // split, ceil_div(product.values.shape[1], split)
     if screening and first_split == 0:
-        partials.forward(0, splits, product)
+        if partials.has_hot_splits:
+            partials.forward(0, splits, product)
         partials.bound(splits)
     partials.forward(first_split, splits, product)
 

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+UNIT = tl.constexpr(2.0**40)
+"""Sums that are to have the same bits in any order are taken in multiples of its inverse, see `linalg.fixed_point`."""
 
 
 @triton.jit

@@ -6,6 +6,7 @@ from torch import Tensor
 from fused_dpo.head import HeadGrads, Needs
 from fused_dpo.linalg.matmul import add_matmul_fp32, matmul_precision
 from fused_dpo.linalg.operands import Operands
+from fused_dpo.vocab_parallel.collectives import sum_over_ranks
 
 FINISHED_ROWS, FINISHED_ROWS_ON_CUDA = 256, 2048
 """Rows that are brought through the adapter and rounded at a time: nothing there is as large as the batch. On CUDA each
@@ -92,7 +93,8 @@ class GradientSums:
             add_matmul_fp32(out[:, -rank:], dz, head.lora[1][start:stop])
 
     def finish(self) -> HeadGrads:
-        """Bring the hidden states' sums through the adapter, and round."""
+        """Add the hidden states' sums of all ranks, bring them through the adapter, and round."""
+        sum_over_ranks(self.dhidden_sum, self.operands.shard)
         operands, hidden, rows = self.operands, self.operands.hidden, self.operands.rows
         head, D, rank = operands.head, operands.D, operands.rank
         through_b = self.dhidden_sum[:, self.dhidden_sum.shape[1] - rank :] if rank else None

@@ -10,9 +10,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fused_dpo.head import LMHead
+from fused_dpo.head import LMHead, VocabShard
 from fused_dpo.linalg.matmul import accumulation_dtype, as_operand, matmul_precision
-from fused_dpo.linalg.sizes import round_up
+from fused_dpo.linalg.sizes import bounds_of_part, even_bounds, round_up
 
 INNER_MULTIPLE = 64
 """Operands are padded with zero columns to a multiple of this: BLAS takes other inner loops for odd sizes and answers
@@ -45,10 +45,12 @@ class Operands:
         acc_dtype: fp32, or float64 for float64 inputs.
         width: K, columns of both factors.
         rank: of the adapter, 0 without one.
+        V: rows of the head that are here.
+        shard: where they lie in the vocabulary, if this is split over ranks.
     """
 
-    def __init__(self, hidden: Tensor, rows: Tensor, head: LMHead) -> None:
-        self.hidden, self.rows, self.head = hidden, rows, head
+    def __init__(self, hidden: Tensor, rows: Tensor, head: LMHead, shard: VocabShard | None = None) -> None:
+        self.hidden, self.rows, self.head, self.shard = hidden, rows, head, shard
         self.dtype = hidden.dtype
         self.acc_dtype = accumulation_dtype(hidden.dtype)
         self.held_dtype = as_operand(hidden[:0], self.dtype).dtype
@@ -56,6 +58,19 @@ class Operands:
         self.rank = 0 if head.lora is None else head.lora[0].shape[0]
         self.width = round_up(self.D + self.rank, INNER_MULTIPLE)
         self._logits = Buffer()
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the head on all ranks."""
+        return self.V if self.shard is None else self.shard.size
+
+    def slice_bounds(self, width: int) -> list[tuple[int, int]]:
+        """Split the head into nearly equal slices of at most `width` rows, and give their bounds here.
+
+        The whole vocabulary is split, whatever part of it is here, so that ranks have the slices of one process.
+        """
+        bounds = even_bounds(self.vocabulary, width)
+        return bounds if self.shard is None else bounds_of_part(bounds, self.shard.first, self.V)
 
     def buffer(self, count: int, dtype: torch.dtype | None = None) -> Tensor:
         """Allocate zeros [count, K] to read rows into; the padding columns stay zero."""

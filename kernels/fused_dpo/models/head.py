@@ -67,10 +67,10 @@ def head_of(model: nn.Module) -> LMHead:
         if reading is None:
             raise NotImplementedError("with torch before 2.13, call head_of(model) once before it is compiled.")
     weight, bias = base.weight, getattr(base, "bias", None)
-    group = None
+    group = size = None
     if reading.split:
         _refuse_beside_a_split(reading, lora)
-        group = weight.device_mesh.get_group()
+        group, size = weight.device_mesh.get_group(), weight.shape[0]
         weight, bias = rows_of_this_rank(weight), rows_of_this_rank(bias)
     if bias is not None and reading.on_hidden != 1.0:
         bias = bias / reading.on_hidden  # the model does not scale it, LMHead does
@@ -80,7 +80,15 @@ def head_of(model: nn.Module) -> LMHead:
     if reading.rows is not None:
         weight, bias = weight[: reading.rows], None if bias is None else bias[: reading.rows]
         lora = None if lora is None else LowRankAdapter(lora.a, lora.b[: reading.rows], lora.scale)
-    return LMHead(weight, bias, logit_scale=reading.scale, softcap=reading.softcap, lora=lora, process_group=group)
+    return LMHead(
+        weight,
+        bias,
+        logit_scale=reading.scale,
+        softcap=reading.softcap,
+        lora=lora,
+        process_group=group,
+        vocab_size=size,
+    )
 
 
 _MODULES_ARE_CONSTANTS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)

@@ -12,7 +12,8 @@ from fused_dpo.filtering import Filtering
 from fused_dpo.head import HeadGrads, HeadInputs, Needs
 from fused_dpo.stats import SoftmaxState, TokenStats
 from fused_dpo.streaming.exact import streaming_backward, streaming_forward
-from fused_dpo.streaming.filtered import filtered_backward, filtered_forward
+from fused_dpo.streaming.filtered_backward import filtered_backward
+from fused_dpo.streaming.filtered_forward import filtered_forward
 from fused_dpo.streaming.screener import screen_shape
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def shape_of_screen(impl: str, inputs: HeadInputs, num_rows: int, cu_seqlens: Te
     """Tell the shape of a screen for at most `num_rows` scored rows, by shapes alone: nothing has to be read for it."""
     hidden, head = inputs.hidden, inputs.head
     if impl == "streaming":
-        return screen_shape(hidden, head, num_rows, cu_seqlens.shape[0] - 1, inputs.workspace_mib)
+        return screen_shape(hidden, head, num_rows, cu_seqlens.shape[0] - 1, inputs.workspace_mib, inputs.shard)
     from fused_dpo.gpu.filtered.blocks import triton_screen_shape
 
     return triton_screen_shape(hidden, head, num_rows)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_dpo.filtering import Filtering
-from fused_dpo.head import HeadInputs, LMHead, LowRankAdapter, Needs
+from fused_dpo.head import HeadInputs, LMHead, LowRankAdapter, Needs, VocabShard
 from fused_dpo.linalg.matmul import accumulation_dtype
 from fused_dpo.ops.dispatch import (
     run_exact_backward,
@@ -54,6 +54,11 @@ class Arguments(NamedTuple):
     """Run the forward that can save exponentials, whether or not it does: another may round otherwise."""
     save: bool
     """Save them, as there will be a backward."""
+    vocab_first: int
+    """See `VocabShard`, whose fields follow; a head that is whole names no group."""
+    vocab_size: int
+    vocab_most: int
+    vocab_group: str
 
     @property
     def head(self) -> LMHead:
@@ -64,10 +69,20 @@ class Arguments(NamedTuple):
         return LMHead(self.weight, self.bias, self.logit_scale, self.softcap or None, self.temperature, lora)
 
     @property
+    def shard(self) -> VocabShard | None:
+        """Which part of the vocabulary is here, None if all of it is."""
+        whole = not self.vocab_group
+        return None if whole else VocabShard(self.vocab_first, self.vocab_size, self.vocab_most, self.vocab_group)
+
+    @property
     def inputs(self) -> HeadInputs:
         """What an implementation takes; finding the scored rows waits for the device, unless they are given."""
         rows = (self.target >= 0).nonzero().squeeze(1) if self.row_index is None else self.row_index.contiguous()
-        return HeadInputs(self.hidden, self.target, rows, self.head, self.workspace_mib)
+        target, V = self.target, self.weight.shape[0]
+        if self.shard is not None:
+            target = target - self.shard.first
+            target = target.masked_fill((target < 0) | (target >= V), V)
+        return HeadInputs(self.hidden, target, rows, self.head, self.workspace_mib, self.shard)
 
     @property
     def filtering(self) -> Filtering:
@@ -80,7 +95,7 @@ class Arguments(NamedTuple):
         if not self.filter_eps:
             return 0, 0, 0
         may_be_scored = self.target if self.row_index is None else self.row_index
-        inputs = HeadInputs(self.hidden, self.target, may_be_scored, self.head, self.workspace_mib)
+        inputs = HeadInputs(self.hidden, self.target, may_be_scored, self.head, self.workspace_mib, self.shard)
         return shape_of_screen(self.impl, inputs, may_be_scored.shape[0], self.cu_seqlens)
 
     @property
@@ -107,6 +122,7 @@ def token_logps(
     *,
     want_stats: bool,
     reuse_exponentials: bool = False,
+    shard: VocabShard | None = None,
 ) -> tuple[Tensor, TokenStats | None, FilterStats]:
     """Compute differentiable per-token log-probs of canonical inputs (see `fused_dpo.validation.Scoring`)."""
     lora = LowRankAdapter(*head.lora) if head.lora is not None else None
@@ -132,6 +148,10 @@ def token_logps(
         want_stats=want_stats,
         exponentials_kernel=exponentials_kernel,
         save=exponentials_kernel and will_be_differentiated and not torch.compiler.is_compiling(),
+        vocab_first=shard.first if shard else 0,
+        vocab_size=shard.size if shard else 0,
+        vocab_most=shard.most if shard else 0,
+        vocab_group=shard.group if shard else "",
     )
     logps, values, _, stats, *_ = _token_logps_op(*arguments)
     state = SoftmaxState(values)

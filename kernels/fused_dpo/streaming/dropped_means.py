@@ -11,6 +11,7 @@ from torch import Tensor
 from fused_dpo.linalg.matmul import accumulate_product, matmul_precision
 from fused_dpo.linalg.operands import Operands
 from fused_dpo.linalg.sizes import even_bounds
+from fused_dpo.vocab_parallel.collectives import sum_over_ranks
 
 
 class DroppedMeans:
@@ -25,9 +26,10 @@ class DroppedMeans:
 
     def __init__(self, operands: Operands, means: Tensor, keep: Tensor, offset: Tensor) -> None:
         self.operands, self.means, self.keep, self.offset = operands, means, keep, offset
-        everything = [_powers(part).sum(1) for part in means.split(16)]
+        everything = [_powers(part).sum(1, dtype=torch.float64) for part in means.split(16)]
+        total = torch.cat(everything) if everything else means.new_zeros(0).double()
         tiny = torch.finfo(torch.float32).tiny
-        self._unit = 1.0 / torch.cat(everything).clamp(min=tiny) if everything else means.new_zeros(0).float()
+        self._unit = 1.0 / sum_over_ranks(total, operands.shard).float().clamp(min=tiny)
 
     def columns(self, first: int, stop: int) -> tuple[Tensor, Tensor]:
         """Give what columns `first:stop` drop, [blocks, stop - first]: probabilities, and gradients of the product.
@@ -41,9 +43,9 @@ class DroppedMeans:
         return p, self.operands.through_logits(p.clone(), z)
 
     def spread(self, width: int, buffer: Tensor) -> Tensor:
-        """Compute `q @ weight` of every block [blocks, K].
+        """Compute `q @ weight` of every block [blocks, K], over the columns here.
 
-        q is what the block drops, its probabilities divided by their sum; 0 if it drops nothing.
+        q is what the block drops, its probabilities divided by their sum on all ranks; 0 if it drops nothing.
 
         Takes `width` columns at a time, and holds six times `width * blocks` numbers. `buffer` [width or more, K] is
         for operands.
@@ -56,6 +58,7 @@ class DroppedMeans:
             total += p.sum(1)
             with matmul_precision(operands.dtype):
                 accumulate_product(spread, dz, operands.weight_slice(slice(start, stop), buffer))
+        sum_over_ranks(total, operands.shard)
         return spread / torch.where(total > 0, total, 1.0)[:, None]
 
 

@@ -30,18 +30,20 @@ def streaming_forward(inputs: HeadInputs, *, want_stats: bool) -> tuple[Tensor, 
     Returns:
         `logps` [T] and the state [3, T], both in the accumulation dtype, and the stats.
     """
-    hidden, target, rows, head, workspace_mib = inputs
-    operands = Operands(hidden, rows, head)
+    hidden, target, rows, head, workspace_mib, shard = inputs
+    operands = Operands(hidden, rows, head, shard)
     tiles = Tiles(operands, workspace_mib)
     row_target = tiles.of_rows(target, -1)
-    softmax = OnlineSoftmax(tiles.padded_rows, operands.acc_dtype, hidden.device, want_stats=want_stats)
-    for cut in tiles.slices():
+    count, padded = max(len(tiles.bounds), 1), tiles.padded_rows
+    online = OnlineSoftmax(count, padded, operands.acc_dtype, hidden.device, want_stats=want_stats)
+    for number, cut in enumerate(tiles.slices()):
         for block in tiles.blocks():
             z = tiles.logits(block, cut)
-            softmax.fold(z, *cut.targets(row_target[block.span]), block.span)
+            online.fold(number, z, *cut.targets(row_target[block.span]), block.span)
+    softmax = online.merge(count, slice(padded), shard)
     stats = None
     if want_stats:
-        stats = TokenStats(*map(tiles.to_rows, softmax.stats(operands.V)))
+        stats = TokenStats(*map(tiles.to_rows, softmax.stats(operands.vocabulary)))
     logps = softmax.logps()
     state = torch.stack([tiles.to_rows(values) for values in (softmax.peak, softmax.total, -torch.expm1(logps))])
     return tiles.to_rows(logps), SoftmaxState(state), stats
@@ -62,11 +64,11 @@ def streaming_backward(dlogps: Tensor, inputs: HeadInputs, state: SoftmaxState, 
     Numerics: for bf16 inputs the two products take dz in bf16 (as matrix units need it; relative error 2^-9 an entry,
         of the size of the rounding of the returned gradient); for fp16, fp32 and float64 inputs in fp32 or float64.
     """
-    hidden, target, rows, head, workspace_mib = inputs
+    hidden, target, rows, head, workspace_mib, shard = inputs
     dlogps = dlogps.to(accumulation_dtype(hidden.dtype))
     if hidden.device.type == "cpu":  # elsewhere the search would be a synchronisation
         rows = rows[dlogps[rows] != 0]
-    operands = Operands(hidden, rows, head)
+    operands = Operands(hidden, rows, head, shard)
     tiles = Tiles(operands, workspace_mib)
     sums = GradientSums(operands, tiles.width, needs, empty=not tiles.bounds)
     row_target = tiles.of_rows(target, -1)

@@ -26,7 +26,7 @@ class KeptProducts:
         in_bf16 = operands.hidden.device.type == "cpu" and multiplied_in_bf16(operands.dtype)
         self._row_multiple, multiple = KEPT_MULTIPLES_IN_BF16 if in_bf16 else KEPT_MULTIPLES
         column_bytes = (2 * operands.width + 2 * BLOCK_ROWS) * operands.acc_dtype.itemsize
-        width = min(workspace_mib * 2**18 // column_bytes, COLUMNS_AT_ONCE, round_up(operands.V, multiple))
+        width = min(workspace_mib * 2**18 // column_bytes, COLUMNS_AT_ONCE, round_up(operands.vocabulary, multiple))
         # Where that is less than a multiple, all products have the same width.
         self.multiple = min(multiple, max(width // 64, 1) * 64)
         self.width = max(width // self.multiple, 1) * self.multiple

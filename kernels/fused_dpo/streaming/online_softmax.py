@@ -1,53 +1,44 @@
-"""Log-softmax of rows whose logits come a tile of columns at a time (Milakov & Gimelshein, 2018, arXiv 1805.02867)."""
+"""Log-softmax of rows whose logits come a tile of columns at a time (Milakov & Gimelshein, 2018, arXiv 1805.02867).
+
+Each tile is summed up above a peak of its own, and nothing of it depends on the tiles around it. They are merged at the
+end, by sums that come to the same bits in any order (`fused_dpo.linalg.fixed_point`): ranks that hold a part of the
+vocabulary each find the log-probs of one process that holds all of it, if they cut it between two tiles.
+"""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fused_dpo.head import VocabShard
+from fused_dpo.linalg.fixed_point import from_fixed, to_fixed
 from fused_dpo.linalg.operands import Buffer
 from fused_dpo.stats import TokenStats
+from fused_dpo.vocab_parallel.collectives import sum_over_ranks
+from fused_dpo.vocab_parallel.rows import peaks_of_ranks, sums_of_ranks
 
 
-class OnlineSoftmax:
-    """Running maximum and sum of exponentials of some rows, their target's logit, and what the stats need.
+@dataclass(frozen=True)
+class Softmax:
+    """What is known of the logits of some rows over the whole vocabulary."""
 
-    Attributes:
-        peak: largest logit so far [rows].
-        total: sum of `exp(logit - peak)` so far [rows].
-        picked: the target's logit [rows], NaN until it has passed.
-    """
+    values: Tensor
+    """[3, rows], with stats [6, rows]: the properties, in their order."""
 
-    def __init__(self, rows: int, dtype: torch.dtype, device: torch.device, *, want_stats: bool) -> None:
-        self.peak = torch.full((rows,), -torch.inf, dtype=dtype, device=device)
-        self.total = torch.zeros_like(self.peak)
-        self.picked = torch.full_like(self.peak, torch.nan)
-        self._want_stats = want_stats
-        self._logits = Buffer()
-        self._sum = torch.zeros_like(self.peak)  # of the logits
-        self._weighted = torch.zeros_like(self.peak)  # of exp(logit - peak) * logit
-        self._squares = torch.zeros_like(self.peak)  # of exp(logit - peak)^2
+    @property
+    def peak(self) -> Tensor:
+        """Largest logit [rows]."""
+        return self.values[0]
 
-    def fold(self, z: Tensor, column: Tensor, inside: Tensor, span: slice) -> Tensor:
-        """Take in one tile of logits `z` [n, columns] of the rows `span`; returns their `peak` [n] as it is then.
+    @property
+    def total(self) -> Tensor:
+        """Sum of `exp(logit - peak)` [rows]."""
+        return self.values[1]
 
-        `column` [n, 1] is where each row's target is in the tile, if it is `inside` [n, 1]. Leaves `exp(z - peak)` in
-        the place of `z`.
-        """
-        picked = torch.where(inside, z.gather(1, column), self.picked[span, None])
-        self.picked[span] = picked.squeeze(1)
-        lowest = torch.finfo(z.dtype).min
-        new_peak = torch.maximum(self.peak[span], z.amax(1)).clamp_(min=lowest)  # a tile of -inf alone stays finite
-        rescale = (self.peak[span] - new_peak).exp_()
-        logits = self._logits.like(z).copy_(z) if self._want_stats else None
-        weights = shifted_exp(z, new_peak)
-        self.total[span] = self.total[span] * rescale + weights.sum(1)
-        if logits is not None:
-            self._sum[span] += logits.sum(1)
-            logits.mul_(weights).masked_fill_(logits == -torch.inf, 0.0)
-            self._weighted[span] = self._weighted[span] * rescale + logits.sum(1)
-            squares = torch.mul(weights, weights, out=logits)
-            self._squares[span] = self._squares[span] * rescale.square() + squares.sum(1)
-        self.peak[span] = new_peak
-        return new_peak
+    @property
+    def picked(self) -> Tensor:
+        """The target's logit [rows], NaN if there is no such column."""
+        return self.values[2]
 
     def add_tail(self, span: slice, mass: Tensor) -> None:
         """Take in the sum of `exp(logit - peak)` [n] over columns not folded: none above `peak`, nor the target."""
@@ -58,9 +49,10 @@ class OnlineSoftmax:
 
         `p` is [n, columns], `unit` [n].
         """
-        self._weighted[span] += unit * (p * z).sum(1)
-        self._sum[span] += z.sum(1)
-        self._squares[span] += unit.square() * p.square().sum(1)
+        weighted, plain, squares = self.values[3:]
+        weighted[span] += unit * (p * z).sum(1)
+        plain[span] += z.sum(1)
+        squares[span] += unit.square() * p.square().sum(1)
 
     def logps(self) -> Tensor:
         """Compute the log-prob of the targets [rows]."""
@@ -68,12 +60,62 @@ class OnlineSoftmax:
 
     def stats(self, V: int) -> TokenStats:
         """Compute the statistics of all rows over the V logits, each [rows]."""
+        weighted, plain, squares = self.values[3:]
         return TokenStats(
-            entropy=self.total.log() - (self._weighted / self.total - self.peak),
-            mean_logit=self._sum / V,
+            entropy=self.total.log() - (weighted / self.total - self.peak),
+            mean_logit=plain / V,
             is_top1=(self.picked >= self.peak).to(self.peak.dtype),
-            log_sum_sq_probs=(self._squares / self.total.square()).log(),
+            log_sum_sq_probs=(squares / self.total.square()).log(),
         )
+
+
+class OnlineSoftmax:
+    """Sums of the exponentials of some rows in each of `tiles` tiles, their target's logit, and what the stats need."""
+
+    def __init__(self, tiles: int, rows: int, dtype: torch.dtype, device: torch.device, *, want_stats: bool) -> None:
+        # Of each tile its peak, the sum of exp(logit - peak); for the stats that of exp(logit - peak) * logit, of the
+        # logits, and of exp(logit - peak)^2.
+        self._sums = torch.zeros(5 if want_stats else 2, tiles, rows, dtype=dtype, device=device)
+        self._picked = torch.full((rows,), torch.nan, dtype=dtype, device=device)
+        self._logits = Buffer()
+
+    def fold(self, tile: int, z: Tensor, column: Tensor, inside: Tensor, span: slice) -> Tensor:
+        """Take in a tile of logits `z` [n, columns] of the rows `span`; returns their largest [n].
+
+        `column` [n, 1] is where each row's target is in the tile, if it is `inside` [n, 1]. Leaves `exp(z - largest)`
+        in the place of `z`.
+        """
+        picked = torch.where(inside, z.gather(1, column), self._picked[span, None])
+        self._picked[span] = picked.squeeze(1)
+        peak = z.amax(1).clamp_(min=torch.finfo(z.dtype).min)  # a tile of -inf alone stays finite
+        want_stats = len(self._sums) > 2
+        logits = self._logits.like(z).copy_(z) if want_stats else None
+        weights = shifted_exp(z, peak)
+        sums = [peak, weights.sum(1)]
+        if logits is not None:
+            plain = logits.sum(1)
+            logits.mul_(weights).masked_fill_(logits == -torch.inf, 0.0)
+            sums += [logits.sum(1), plain, torch.mul(weights, weights, out=logits).sum(1)]
+        for place, values in zip(self._sums, sums, strict=True):
+            place[tile, span] = values
+        return peak
+
+    def merge(self, tiles: int, span: slice, shard: VocabShard | None = None) -> Softmax:
+        """Merge the first `tiles` tiles of the rows `span`, and those of all ranks; forgets the targets' logits."""
+        peaks, totals, *others = self._sums[:, :tiles, span]
+        peak = peaks_of_ranks(peaks.amax(0), shard)
+        total = to_fixed(torch.zeros_like(peak))
+        stats = total.new_zeros(len(others), len(peak), dtype=peak.dtype)
+        for tile in range(tiles):  # one after the other: nothing here is as large as all of them
+            rescale = (peaks[tile] - peak).exp_()
+            total += to_fixed(totals[tile] * rescale)
+            if others:
+                weighted, plain, squares = (values[tile] for values in others)
+                stats += torch.stack((weighted * rescale, plain, squares * rescale.square()))
+        total, picked = sums_of_ranks(total, self._picked[span], shard)
+        merged = torch.stack((peak, from_fixed(total, peak.dtype), picked, *sum_over_ranks(stats, shard)))
+        self._picked[span] = torch.nan
+        return Softmax(merged)
 
 
 def logits_gradient(

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from fused_dpo.hardware import has_bf16_units
-from fused_dpo.head import LMHead
+from fused_dpo.head import LMHead, VocabShard
 from fused_dpo.linalg.matmul import accumulation_dtype, matmul_precision, product
 from fused_dpo.linalg.operands import Buffer, Operands
-from fused_dpo.linalg.sizes import ceil_div, even_bounds, round_up
+from fused_dpo.linalg.sizes import ceil_div, round_up
 from fused_dpo.streaming.online_softmax import lowest_exponent
 from fused_dpo.streaming.tiles import widest_tile
 
@@ -44,10 +44,11 @@ def exponents(probabilities: Tensor) -> Tensor:
     return (probabilities.float().view(torch.int32) >> 23).to(torch.uint8)
 
 
-def screens_coarsely(hidden: Tensor, head: LMHead) -> bool:
+def screens_coarsely(hidden: Tensor, head: LMHead, shard: VocabShard | None = None) -> bool:
     """Tell whether the screen's logits are rounded to bf16: where that is faster, and the product is the logits."""
     return (
         hidden.dtype == torch.bfloat16
+        and shard is None  # whose parts would have to agree on what is rounded
         and hidden.device.type == "cpu"
         and has_bf16_units(hidden.device)
         and head.bias is None  # where a bias cancels the rounded product, what is left is its rounding
@@ -56,23 +57,25 @@ def screens_coarsely(hidden: Tensor, head: LMHead) -> bool:
     )
 
 
-def rows_screened(hidden: Tensor, head: LMHead, workspace_mib: int) -> int:
+def rows_screened(hidden: Tensor, head: LMHead, workspace_mib: int, shard: VocabShard | None = None) -> int:
     """Count the rows whose screen over the whole vocabulary fits into the workspace: 32 to 512, or 256 if coarse.
 
     A coarse one has logits and probabilities, in half of the workspace. Any other has them one after the other in the
-    same memory, three quarters of it, as it needs no buffers for kept columns.
+    same memory, three quarters of it, as it needs no buffers for kept columns. The same on all ranks.
     """
-    V, most = head.weight.shape[0], SCREENED_ROWS
+    V, most = head.weight.shape[0] if shard is None else shard.most, SCREENED_ROWS
     fits = workspace_mib * 3 * 2**18 // (accumulation_dtype(hidden.dtype).itemsize * V)
-    if screens_coarsely(hidden, head):
+    if screens_coarsely(hidden, head, shard):
         most, fits = SCREENED_ROWS_COARSELY, workspace_mib * 2**19 // (2 * hidden.dtype.itemsize * V)
     fits = fits // SCREEN_ROW_MULTIPLE * SCREEN_ROW_MULTIPLE
     return min(max(fits, SCREEN_ROW_MULTIPLE), most)
 
 
-def screen_shape(hidden: Tensor, head: LMHead, rows: int, sequences: int, workspace_mib: int) -> tuple[int, int, int]:
+def screen_shape(
+    hidden: Tensor, head: LMHead, rows: int, sequences: int, workspace_mib: int, shard: VocabShard | None = None
+) -> tuple[int, int, int]:
     """Tell the shape of the screen for at most `rows` rows in so many sequences: no block straddles two of them."""
-    block_rows = min(rows_screened(hidden, head, workspace_mib), BLOCK_ROWS)
+    block_rows = min(rows_screened(hidden, head, workspace_mib, shard), BLOCK_ROWS)
     return ceil_div(rows, block_rows) + sequences, 2, head.weight.shape[0]
 
 
@@ -86,16 +89,16 @@ class Screener:
     def __init__(self, operands: Operands, workspace_mib: int) -> None:
         self.operands = operands
         head, width, device = operands.head, operands.width, operands.hidden.device
-        self.coarse = screens_coarsely(operands.hidden, head)
-        self.rows = rows_screened(operands.hidden, head, workspace_mib)
+        self.coarse = screens_coarsely(operands.hidden, head, operands.shard)
+        self.rows = rows_screened(operands.hidden, head, workspace_mib, operands.shard)
         held, dtype = (operands.dtype,) * 2 if self.coarse else (operands.held_dtype, operands.acc_dtype)
         self._hidden = operands.buffer(self.rows, held)
         widest = operands.V if self.coarse else widest_tile(device)
         own = operands.is_operand(held)
         if not own:
             widest = min(widest, max(workspace_mib * 2**18 // (width * (operands.dtype.itemsize + held.itemsize)), 16))
-        self._bounds = even_bounds(operands.V, widest)
-        self._weight = operands.buffer(0 if own else max(stop - start for start, stop in self._bounds), held)
+        self.bounds = operands.slice_bounds(widest)
+        self._weight = operands.buffer(0 if own else max(stop - start for start, stop in self.bounds), held)
         self._logits = torch.empty(self.rows, operands.V, dtype=dtype, device=device)
         self._probabilities = Buffer()
 
@@ -123,15 +126,15 @@ class Screener:
         for columns, z in self._products(start, stop):
             yield columns, z[: stop - start]
 
-    def probabilities(self, peaks: list[Tensor], total: Tensor) -> Tensor:
+    def probabilities(self, peaks: list[Tensor], peak: Tensor, total: Tensor) -> Tensor:
         """Turn the tiles of the last call of `tiles` into probabilities [rows, V]; each is now `exp(logit - peak)`.
 
-        `peaks` [rows] of each tile are those then subtracted; `total` [rows] is the sum of `exp(logit - peaks[-1])`.
+        `peaks` [rows] of each tile are those then subtracted; `total` [rows] is the sum of `exp(logit - peak)`.
         What the softmax lifted to its tiny number is 0 here, and so is a tile that is all below it.
         """
         lifted = math.exp(lowest_exponent(total.dtype))
-        for (first, last), peak in zip(self._bounds, peaks, strict=True):
-            unit = (peak - peaks[-1]).exp_() / total
+        for (first, last), of_tile in zip(self.bounds, peaks, strict=True):
+            unit = (of_tile - peak).exp_() / total
             exponentials = torch.threshold_(self._logits[: len(total), first:last], 2 * lifted, 0.0)
             exponentials.mul_(unit.masked_fill_(unit < lifted, 0.0)[:, None])
         return self._logits[: len(total)]
@@ -141,7 +144,7 @@ class Screener:
         operands = self.operands
         rows = round_up(stop - start, SCREEN_ROW_MULTIPLE)
         hidden = operands.read_hidden(start, stop, self._hidden[:rows])
-        for first, last in self._bounds:
+        for first, last in self.bounds:
             columns = slice(first, last)
             weight, z = operands.weight_slice(columns, self._weight), self._logits[:rows, columns]
             if self.coarse:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fused_dpo.linalg.matmul import accumulation_dtype, as_operand, matmul_precision, product
 from fused_dpo.linalg.operands import Operands
-from fused_dpo.linalg.sizes import even_bounds, round_up
+from fused_dpo.linalg.sizes import round_up
 
 ROWS_PER_TILE = 1024
 """Scored rows per tile at most: enough to feed the matrix units, few enough that a tile stays in cache."""
@@ -72,8 +72,8 @@ def rows_per_tile(K: int, workspace_mib: int, dtype: torch.dtype) -> int:
     return rows
 
 
-def slice_bounds(V: int, K: int, workspace_mib: int, dtype: torch.dtype, device: torch.device) -> list[tuple[int, int]]:
-    """Split the vocabulary into nearly equal slices, by V, K, dtype and workspace alone, and give their bounds.
+def slice_width(K: int, workspace_mib: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Choose how many columns a slice of the vocabulary has at most, by K, dtype and workspace alone.
 
     Per column a slice holds K numbers of weight (and those once more while they are converted), K of its gradient, and
     two tiles of logits; beside it stands one block of hidden states (and that once more while it is gathered).
@@ -82,7 +82,7 @@ def slice_bounds(V: int, K: int, workspace_mib: int, dtype: torch.dtype, device:
     block_bytes = 2 * rows * K * itemsize
     column_bytes = (2 * K + 2 * rows) * itemsize + K * dtype.itemsize
     fits = max((workspace_mib * 2**20 - block_bytes) // column_bytes, 16)
-    return even_bounds(V, min(fits, widest_tile(device)))
+    return min(fits, widest_tile(device))
 
 
 class Tiles:
@@ -98,7 +98,7 @@ class Tiles:
         if device.type == "cpu":
             multiple = row_multiple(operands.width, operands.dtype, self._rows_per_tile, torch.get_num_threads())
         self.padded_rows = round_up(R, multiple)
-        bounds = slice_bounds(operands.V, operands.width, workspace_mib, operands.dtype, device)
+        bounds = operands.slice_bounds(slice_width(operands.width, workspace_mib, operands.dtype, device))
         self.bounds = bounds if R else []
         self.width = max(stop - start for start, stop in bounds)
         tile_rows = min(self._rows_per_tile, self.padded_rows)

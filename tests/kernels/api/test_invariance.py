@@ -13,8 +13,9 @@ from torch import Tensor
 
 from fused_dpo import KernelOptions, fused_dpo_logps
 from fused_dpo.linalg.operands import Operands
+from fused_dpo.linalg.sizes import even_bounds
 from fused_dpo.streaming import tiles
-from fused_dpo.streaming.tiles import ROWS_PER_TILE, row_multiple, rows_per_tile, slice_bounds
+from fused_dpo.streaming.tiles import ROWS_PER_TILE, row_multiple, rows_per_tile, slice_width
 from tests.kernels.support.problems import (
     DTYPES,
     EVERY_FEATURE,
@@ -239,7 +240,7 @@ def test_policy_and_reference_agree_to_the_bit() -> None:
 
 def test_slices_do_not_depend_on_tokens() -> None:
     """The mechanism behind it: the vocabulary is cut by V, D, dtype and workspace alone."""
-    bounds = slice_bounds(5003, 48, 1, torch.bfloat16, torch.device("cpu"))
+    bounds = even_bounds(5003, slice_width(48, 1, torch.bfloat16, torch.device("cpu")))
     assert len(bounds) > 5
     assert bounds[0][0] == 0
     assert bounds[-1][1] == 5003

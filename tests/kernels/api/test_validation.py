@@ -234,8 +234,13 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "temperature NaN": (headed(temperature=float("nan")), ValueError, r"temperature must be positive, got nan"),
     "process group": (
         headed(process_group=object()),
-        NotImplementedError,
-        r"split over a process_group is not supported; gather",
+        ValueError,
+        r"process_group must be a torch.distributed.ProcessGroup, got object; of a DeviceMesh it is mesh.get_group",
+    ),
+    "vocab_size without process group": (
+        headed(vocab_size=50),
+        ValueError,
+        r"vocab_size is that of a head split over ranks; give its process_group too",
     ),
     # Options.
     "row_index dtype": (

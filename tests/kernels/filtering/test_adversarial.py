@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_dpo.streaming import filtered
+from fused_dpo.streaming import filtered_backward
 from tests.kernels.support.filtered import (
     coarse_only,
     errors_of,
@@ -127,7 +127,7 @@ def test_control_a_tail_in_common_needs_the_correction(
     adversarial: dict[str, Problem], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Negative control: it adds up in dW, which without the correction is eight times as far off as naive's."""
-    monkeypatch.setattr(filtered, "_correct_weight", lambda *_: None)
+    monkeypatch.setattr(filtered_backward, "_correct_weight", lambda *_: None)
     errors = errors_of(adversarial["tail in common"])
     assert errors.filtered["weight"] > 6 * errors.naive["weight"]
     assert errors.filtered["hidden"] <= errors.naive["hidden"]

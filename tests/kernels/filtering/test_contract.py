@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_dpo.streaming import filtered
+from fused_dpo.streaming import filtered_backward
 from fused_dpo.streaming.kept_products import KeptProducts
 from tests.kernels.support.filtered import (
     EPS,
@@ -310,7 +310,7 @@ def test_what_is_flat_throughout_is_not_gathered(monkeypatch: pytest.MonkeyPatch
     def gathers(*_: object) -> None:
         raise AssertionError("columns are gathered")
 
-    monkeypatch.setattr(filtered, "KeptProducts", gathers)
+    monkeypatch.setattr(filtered_backward, "KeptProducts", gathers)
     grads = torch.autograd.grad(logps["flat"], list(fresh["flat"].tensors.values()), upstream)
     for got, exact in zip(grads, expected, strict=True):
         torch.testing.assert_close(got, exact)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_dpo.streaming import filtered
+from fused_dpo.streaming import filtered_backward
 from tests.kernels.support.filtered import gradients, judgements, one_sequence
 from tests.kernels.support.probe import UPSTREAMS, means_of_blocks, peaked, probe, screened
 from tests.kernels.support.problems import Problem, bits_equal, naive_logits, present, relative_error
@@ -85,7 +85,7 @@ def test_correction_of_every_gradient_of_the_head(dtype: torch.dtype) -> None:
     truth = dict(zip(problem.tensors, gradients(problem.to(torch.float64), upstream, "exact"), strict=True))
     got = run()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(filtered, "_correct_weight", lambda *_: None)
+        patch.setattr(filtered_backward, "_correct_weight", lambda *_: None)
         without = run()
     for name in ("weight", "bias", "lora_b"):
         assert relative_error(without[name], truth[name]) > 0.01

@@ -8,7 +8,7 @@ import torch
 
 from fused_dpo.filtering import Filtering
 from fused_dpo.head import HeadInputs
-from fused_dpo.streaming import filtered
+from fused_dpo.streaming.filtered_forward import filtered_forward
 from fused_dpo.streaming.screener import BLOCK_ROWS, block_spans, exponents, screen_shape, screens_coarsely
 from tests.kernels.support.filtered import (
     EPS,
@@ -46,7 +46,7 @@ def test_screen_of_the_forward(dtype: torch.dtype) -> None:
     options: Any = {"screen_shape": shape, "want_stats": False}
     offsets = present(problem.cu_seqlens)
     inputs = HeadInputs(problem.hidden, problem.labels.clamp(min=0), rows, problem.head, 128)
-    screen = filtered.filtered_forward(inputs, Filtering(EPS, 1.0), cu_seqlens=offsets, **options)[3]
+    screen = filtered_forward(inputs, Filtering(EPS, 1.0), cu_seqlens=offsets, **options)[3]
     spans = block_spans(rows, offsets, BLOCK_ROWS)
     assert spans == [(0, 128), (128, 200), (200, 201), (201, 232)]
     in_fp32 = dtype != torch.float64 and not screens_coarsely(problem.hidden, problem.head)

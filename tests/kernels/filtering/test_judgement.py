@@ -13,7 +13,7 @@ from tests.kernels.support.filtered import EPS
 
 
 def judge(screen: Tensor, block_of_row: Tensor, *rest: Any) -> Tensor:
-    return Judgement(block_of_row, len(screen), *rest).columns(screen)
+    return Judgement(block_of_row, len(screen), *rest).columns(screen)[0]
 
 
 def judged(

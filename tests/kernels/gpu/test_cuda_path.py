@@ -10,9 +10,9 @@ import pkgutil
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
@@ -30,7 +30,7 @@ from fused_dpo.gpu.filtered import dropped_means as triton_tail
 from fused_dpo.gpu.forward import _logps_forward_kernel
 from fused_dpo.gpu.library import library_scan
 from fused_dpo.gpu.merge import empty_results
-from fused_dpo.head import HeadGrads, HeadInputs, Needs
+from fused_dpo.head import HeadGrads, HeadInputs, Needs, VocabShard
 from fused_dpo.ops.dispatch import (
     run_exact_backward,
     run_exact_forward,
@@ -39,6 +39,7 @@ from fused_dpo.ops.dispatch import (
     shape_of_screen,
 )
 from fused_dpo.validation import check_scoring
+from fused_dpo.vocab_parallel import collectives
 from tests.kernels.support.allocations import MIB
 
 WAYS = list(product(("triton", "library"), ("exact", "filtered")))
@@ -71,6 +72,8 @@ class Call:
     stats: bool = False
     keep: bool = False
     """Whether the exact forward by Triton keeps exponentials."""
+    ranks: int = 1
+    """That the head is split over; this one is the last."""
     workspace_mib: int = KernelOptions.workspace_mib
 
     def leaf(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -78,15 +81,17 @@ class Call:
 
     def run(self, impl: str, mode: str) -> tuple[Tensor, HeadGrads, "Alive"]:
         """Log-probs, gradients, and what was allocated."""
-        rows = self.R or self.T
-        hidden, weight = self.leaf(self.T, self.D), self.leaf(self.V, self.D, dtype=self.weight_dtype)
+        rows, V = self.R or self.T, self.V // self.ranks
+        shard = VocabShard((self.ranks - 1) * V, self.V, V, "ranks") if self.ranks > 1 else None
+        hidden, weight = self.leaf(self.T, self.D), self.leaf(V, self.D, dtype=self.weight_dtype)
         target, index, offsets = (self.leaf(size, dtype=torch.int64) for size in (self.T, rows, 17))
-        lora = (self.leaf(self.rank, self.D), self.leaf(self.V, self.rank), 2.0) if self.rank else None
-        head = LMHead(weight, self.leaf(self.V) if self.bias else None, lora=lora)
+        lora = (self.leaf(self.rank, self.D), self.leaf(V, self.rank), 2.0) if self.rank else None
+        head = LMHead(weight, self.leaf(V) if self.bias else None, lora=lora)
         parts = [hidden, weight, target, index, offsets, head.bias, *(lora or ())[:2]]
         trained = not self.frozen
         needs = Needs(True, trained, self.bias and trained, bool(lora), bool(lora))
-        inputs, filtering = HeadInputs(hidden, target, index, head, self.workspace_mib), Filtering(2**-12, 1 / 16)
+        inputs = HeadInputs(hidden, target, index, head, self.workspace_mib, shard)
+        filtering = Filtering(2**-12, 1 / 16)
         with as_on_cuda(), Alive([part for part in parts if part is not None]) as alive:
             if mode == "exact":
                 saved = Exponentials.empty(inputs, save=True) if self.keep else None
@@ -115,8 +120,8 @@ class Call:
             stated += 4 * min(self.D, R) * (self.V / 128 + 32) / MIB
         if mode == "exact":
             return stated + (R * self.D * itemsize / MIB if R < self.T else 0)
-        blocks = R // (128 if itemsize == 2 else 64) + 1
-        return stated + (7 * self.V * blocks + self.V / 64 * R + 1024 * self.D * itemsize) / MIB
+        blocks, V = R // (128 if itemsize == 2 else 64) + 1, self.V / self.ranks
+        return stated + (7 * V * blocks + V / 64 * R + 1024 * self.D * itemsize) / MIB
 
 
 class Alive(TorchDispatchMode):
@@ -172,6 +177,65 @@ def as_on_cuda() -> Iterator[None]:
         mock.patch.object(torch.cuda, "device", return_value=nullcontext()),
     ):
         yield
+
+
+class Told(NamedTuple):
+    """What one rank tells the others in a call."""
+
+    operation: str
+    dtype: torch.dtype
+    numbers: int
+
+
+@contextmanager
+def told() -> Iterator[list[Told]]:
+    """All that a rank tells the others within the block; nobody answers."""
+    calls: list[Told] = []
+
+    def note(operation: str) -> Callable[..., None]:
+        return lambda values, **_: calls.append(Told(operation, values.dtype, values.numel()))
+
+    functions = mock.Mock(all_reduce=note("all_reduce"), broadcast=note("broadcast"))
+    with mock.patch.object(collectives, "dist", functions), mock.patch.object(collectives, "group_of"):
+        yield calls
+
+
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_what_ranks_tell_each_other(ranks: int) -> None:
+    """Two small sums or maxima a row in the forward, and the hidden states' gradient in the backward.
+
+    Filtered also the bound that the screen takes, how much each block keeps, and what is left of each row.
+    """
+    call, R, D, blocks = Call(V=ranks * 19456, R=5000, ranks=ranks), 5000, 4096, 40
+    peak = Told("all_reduce", torch.float32, R)
+    gradient = Told("all_reduce", torch.float32, R * D)
+    with told() as exact:
+        call.run("triton", "exact")
+    assert exact == [peak, Told("all_reduce", torch.int64, 4 * R), gradient]
+    with told() as filtered:
+        call.run("triton", "filtered")
+    assert filtered == [
+        Told("broadcast", torch.float32, R),
+        peak,
+        Told("all_reduce", torch.int64, 5 * R),
+        Told("all_reduce", torch.float32, blocks),  # columns above eps
+        Told("all_reduce", torch.int64, blocks),  # columns that are kept
+        Told("all_reduce", torch.int64, 2 * blocks),  # sums of the means
+        Told("all_reduce", torch.float32, R),  # residuals
+        gradient,
+    ]
+    with told() as with_stats:
+        replace(call, stats=True, frozen=True, rank=8).run("triton", "exact")
+    assert with_stats[2:] == [Told("all_reduce", torch.float32, 3 * R), Told("all_reduce", torch.float32, R * (D + 8))]
+
+
+@pytest.mark.parametrize(("impl", "mode"), WAYS)
+def test_a_part_of_the_vocabulary(impl: str, mode: str) -> None:
+    """Nothing is read back, nothing added in any order, and memory is that of the rows here."""
+    call = Call(ranks=4, rank=8, bias=True, stats=True)
+    with told() as calls, Fixed():
+        assert call.extra_mib(impl, mode) <= call.stated_mib(impl, mode)
+    assert calls
 
 
 @pytest.mark.parametrize(("impl", "mode"), WAYS)
@@ -279,6 +343,8 @@ def launched() -> dict[bool, set[str]]:
     with mock.patch.object(type(_logps_forward_kernel), "__getitem__", launcher):
         for call, mode in ((Call(T=300, D=140, V=5000, rank=3), "filtered"), (Call(T=300, D=140, keep=True), "exact")):
             call.run("triton", mode)
+        with told():
+            Call(T=300, D=140, V=5000, ranks=2).run("triton", "exact")
     return names
 
 
@@ -292,7 +358,7 @@ KERNELS = {
 
 def test_every_kernel_is_compiled_with_fusion() -> None:
     """A default of Triton's that changes between releases would change the bits of sums."""
-    assert len(KERNELS) == 9
+    assert len(KERNELS) == 10
     assert launched() == {True: KERNELS, False: set()}
 
 

@@ -150,14 +150,16 @@ def looked_at(screen: Screener, start: int, stop: int) -> tuple[Tensor, Tensor]:
     """Copies of logits and probabilities of the rows `start:stop`, as the forward comes by them."""
     if screen.coarse:
         return screen.look(start, stop)
-    softmax = OnlineSoftmax(stop - start, screen.operands.acc_dtype, torch.device("cpu"), want_stats=False)
+    tiles, dtype = len(screen.bounds), screen.operands.acc_dtype
+    online = OnlineSoftmax(tiles, stop - start, dtype, torch.device("cpu"), want_stats=False)
     nowhere = torch.zeros(stop - start, 1, dtype=torch.int64), torch.zeros(stop - start, 1, dtype=torch.bool)
     logits, peaks = [], []
     for columns, z in screen.tiles(start, stop):
         assert columns.start == sum(part.shape[1] for part in logits)
         logits.append(z.clone())
-        peaks.append(softmax.fold(z, *nowhere, slice(None)))
-    return torch.cat(logits, 1), screen.probabilities(peaks, softmax.total)
+        peaks.append(online.fold(len(peaks), z, *nowhere, slice(None)))
+    softmax = online.merge(tiles, slice(None))
+    return torch.cat(logits, 1), screen.probabilities(peaks, softmax.peak, softmax.total)
 
 
 @pytest.mark.parametrize("mib", [1, 128], ids="{} MiB".format)

@@ -11,7 +11,8 @@ from torch import Tensor
 from fused_dpo import KernelOptions, TokenLogps
 from fused_dpo.filtering import Judgement
 from fused_dpo.hardware import has_bf16_units
-from fused_dpo.streaming import filtered
+from fused_dpo.head import VocabShard
+from fused_dpo.streaming import filtered_backward
 from tests.kernels.support.problems import (
     Evaluation,
     Problem,
@@ -74,13 +75,13 @@ def judgements() -> Iterator[list[Judged]]:
     seen: list[Judged] = []
 
     class Recorder(Judgement):
-        def columns(self, screen: Tensor) -> Tensor:
-            keep = super().columns(screen)
+        def columns(self, screen: Tensor, shard: VocabShard | None = None) -> tuple[Tensor, Tensor]:
+            keep, everything = super().columns(screen, shard)
             seen.append(Judged(keep, self.block_of_row))
-            return keep
+            return keep, everything
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(filtered, "Judgement", Recorder)
+        patch.setattr(filtered_backward, "Judgement", Recorder)
         yield seen
 
 

@@ -25,6 +25,7 @@ from fused_dpo.linalg.matmul import in_range
 from fused_dpo.linalg.operands import Operands
 from fused_dpo.linalg.sizes import ceil_div
 from fused_dpo.stats import SoftmaxState
+from fused_dpo.vocab_parallel.collectives import sum_over_ranks
 
 
 def triton_filtered_backward(
@@ -44,7 +45,8 @@ def triton_filtered_backward(
         kept columns, V/64 bytes a row, and a copy of 1024 hidden states. No synchronisation with the host.
     """
     rows = inputs.rows
-    sums = GradientSums(Operands(inputs.hidden, rows, inputs.head), 0, needs, empty=not rows.numel())
+    operands = Operands(inputs.hidden, rows, inputs.head, inputs.shard)
+    sums = GradientSums(operands, 0, needs, empty=not rows.numel())
     if rows.numel():
         _add_kept(sums, dlogps[rows].float(), inputs, state, screen, filtering.eps)
     return sums.finish()
@@ -68,11 +70,12 @@ def _add_kept(
     judgement = Judgement(block_of_row, blocks, upstream, state.one_minus_p[rows], inputs.target[rows], eps)
     flat = (screen[:blocks, 0, 0] == EVERYTHING)[block_of_row] & (judgement.magnitude > judgement.negligible)
     marks = F.pad(flat, (0, kept.slots - R)).expand(ceil_div(V, config.narrow), -1).contiguous()
-    keep = judgement.columns(screen[:blocks, 0])
+    keep, _ = judgement.columns(screen[:blocks, 0], inputs.shard)
     residual = kept.add_hidden_gradient(keep, judgement.smallest[block_of_row], marks, sums)
     offset = of_blocks((state.peak[rows] + state.total[rows].log()), blocks, config.block_t).sum(1)
     means = dropped_means(operands, screen[:blocks, 1], keep, offset / block_sizes(R, blocks, config, device))
     if sums.dhidden_sum.shape[1]:
+        sum_over_ranks(residual, inputs.shard)
         _subtract_spread(
             sums.dhidden_sum, residual, _spread_of_blocks(sums, means, inputs.workspace_mib), config.block_t
         )

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from fused_dpo.gpu import configs as triton_configs
 from fused_dpo.gpu.launch import launch
+from fused_dpo.gpu.tile import UNIT
 from fused_dpo.linalg.operands import Operands
 from fused_dpo.linalg.sizes import round_up
+from fused_dpo.vocab_parallel.collectives import sum_over_ranks
 
 TAIL_SCALE = 4096.0
 """Factor on mean probabilities, and divisor of what they are multiplied with: fp16 ends at 6e-8."""
@@ -31,6 +33,7 @@ def _dropped_means_kernel(
     keep_ptr,
     offset_ptr,
     out_ptr,
+    units_ptr,
     mass_ptr,
     V,
     stride_mb,
@@ -39,25 +42,39 @@ def _dropped_means_kernel(
     scale,
     inverse_softcap,
     HAS_SOFTCAP: tl.constexpr,
+    SUM: tl.constexpr,
+    WRITE: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Compute the `DroppedMeans` of one block of rows.
+    """Compute the `DroppedMeans` of one block of rows: SUM what they are divided by, and WRITE them.
+
+    Where the vocabulary is split over ranks, one launch sums, into `units` int64 [blocks, 2], and when these have been
+    added up another one writes. In integers, so that the order of the columns is nothing to the bits.
 
     Grid: blocks. Reads 2·V bytes twice and writes 2·V or 4·V; bound by latency.
     """
     block = tl.program_id(0).to(tl.int64)
     means_ptr += block * stride_mb
     keep_ptr += block * stride_kb
-    everything = tl.zeros([BLOCK_V], dtype=tl.float32)
-    dropped = tl.zeros([BLOCK_V], dtype=tl.float32)
-    for start in range(0, V, BLOCK_V):
-        offs_v = start + tl.arange(0, BLOCK_V)
-        power = _power(tl.load(means_ptr + offs_v, mask=offs_v < V, other=0))
-        keep = tl.load(keep_ptr + offs_v, mask=offs_v < V, other=1)
-        everything += power
-        dropped += tl.where(keep != 0, 0.0, power)
-    unit = 1.0 / tl.maximum(tl.sum(everything), 1.1754944e-38)
-    tl.store(mass_ptr + block, tl.sum(dropped) * unit)
+    if SUM:
+        everything = tl.full([], 0, dtype=tl.int64)
+        dropped = tl.full([], 0, dtype=tl.int64)
+        for start in range(0, V, BLOCK_V):
+            offs_v = start + tl.arange(0, BLOCK_V)
+            power = _power(tl.load(means_ptr + offs_v, mask=offs_v < V, other=0))
+            keep = tl.load(keep_ptr + offs_v, mask=offs_v < V, other=1)
+            units = (power * UNIT).to(tl.int64)
+            everything += tl.sum(units)
+            dropped += tl.sum(tl.where(keep != 0, 0, units))
+        if not WRITE:
+            tl.store(units_ptr + 2 * block, everything)
+            tl.store(units_ptr + 2 * block + 1, dropped)
+            return
+    else:
+        everything = tl.load(units_ptr + 2 * block)
+        dropped = tl.load(units_ptr + 2 * block + 1)
+    unit = 1.0 / tl.maximum(everything.to(tl.float32) * (1.0 / UNIT), 1.1754944e-38)
+    tl.store(mass_ptr + block, dropped.to(tl.float32) * (1.0 / UNIT) * unit)
     for start in range(0, V, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
         keep = tl.load(keep_ptr + offs_v, mask=offs_v < V, other=1)
@@ -78,7 +95,7 @@ class DroppedMeans(NamedTuple):
     column is kept, and in memory beyond V up to a whole narrow block. The factors that all logits have in common are
     left out."""
     mass: Tensor
-    """fp32 [blocks]: what the probabilities themselves sum to."""
+    """fp32 [blocks]: what the probabilities themselves sum to, on all ranks."""
 
 
 def dropped_means(operands: Operands, means: Tensor, keep: Tensor, offset: Tensor) -> DroppedMeans:
@@ -92,5 +109,11 @@ def dropped_means(operands: Operands, means: Tensor, keep: Tensor, offset: Tenso
     arguments |= {"out_ptr": values, "stride_ob": values.stride(0), "scale": TAIL_SCALE}
     arguments |= {"HAS_SOFTCAP": head.softcap is not None, "inverse_softcap": head.temperature / (head.softcap or 1.0)}
     arguments |= {"BLOCK_V": TAIL_BLOCK, "num_warps": 8}
-    launch(_dropped_means_kernel, (blocks,), values, **arguments)
+    if operands.shard is None:
+        launch(_dropped_means_kernel, (blocks,), values, **arguments, units_ptr=mass, SUM=True, WRITE=True)
+        return DroppedMeans(values, mass)
+    units = means.new_empty(blocks, 2, dtype=torch.int64)
+    launch(_dropped_means_kernel, (blocks,), values, **arguments, units_ptr=units, SUM=True, WRITE=False)
+    sum_over_ranks(units, operands.shard)
+    launch(_dropped_means_kernel, (blocks,), values, **arguments, units_ptr=units, SUM=False, WRITE=True)
     return DroppedMeans(values, mass)

@@ -1,0 +1,28 @@
+"""What the ranks know of each row's softmax, merged by a maximum and a sum."""
+
+import torch
+from torch import Tensor
+
+from fused_dpo.head import VocabShard
+from fused_dpo.vocab_parallel.collectives import max_over_ranks, sum_over_ranks
+
+_BITS = {4: torch.int32, 8: torch.int64}
+
+
+def peaks_of_ranks(peak: Tensor, shard: VocabShard | None) -> Tensor:
+    """Find the largest logit [R] of each row on any rank, from the largest of each."""
+    return max_over_ranks(peak, shard)
+
+
+def sums_of_ranks(parts: Tensor, picked: Tensor, shard: VocabShard | None) -> tuple[Tensor, Tensor]:
+    """Sum integers [n, R] over the ranks, and find the target's logit [R], which one of them has; NaN on all others.
+
+    In one call: of the logit the bits are summed, zeros where it is not.
+    """
+    if shard is None:
+        return parts, picked
+    found = ~picked.isnan()
+    bits = picked.view(_BITS[picked.element_size()]).to(torch.int64).masked_fill_(~found, 0)
+    sums = sum_over_ranks(torch.stack([*parts, bits, found.to(torch.int64)]), shard)
+    picked = sums[-2].to(_BITS[picked.element_size()]).view(picked.dtype)
+    return sums[:-2], picked.masked_fill(sums[-1] == 0, torch.nan)

@@ -161,7 +161,7 @@ _DTENSOR = (
     "{name} is a DTensor, split over ranks; what for, it does not say. FSDP2's shards are gathered within the call of "
     "the head's own layer: FusedHead(model)(hidden_states, labels) makes that call. (full_tensor() would leave out "
     "what the other ranks add to its gradient.) For tensor parallelism, where all ranks have the same hidden states, "
-    "pass LMHead(weight.to_local(), process_group=...), which head_of(model) does for transformers' own plan."
+    "pass LMHead(weight, process_group=...), which head_of(model) does for transformers' own plan."
 )
 
 

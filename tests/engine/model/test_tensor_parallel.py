@@ -50,7 +50,7 @@ def found_of(ranks: list[dict[str, Any]], rank: int, name: str) -> dict[str, Any
 def test_numbers_are_those_of_one_process(ranks: list[dict[str, Any]], name: str, rank: int) -> None:
     """Sums over heads and columns are taken in another order; norms inside the models go through fp32."""
     found, rounding = found_of(ranks, rank, name), 2e-6 if name in IN_FLOAT32 else 1e-12
-    for quantity in ("hidden", "gradients", "checkpointed", "norm", "stepped"):
+    for quantity in ("hidden", "gradients", "checkpointed", "logps", "scored", "norm", "stepped"):
         assert found[quantity] < rounding, quantity
     assert found["same_without_gradients"], "policy and reference are one function"
     assert found["ranks_equal"]

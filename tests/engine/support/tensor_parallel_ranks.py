@@ -79,6 +79,10 @@ class Found(NamedTuple):
     """Together they are the whole head, read directly and within its call."""
     head_gradient: bool = False
     """A gradient of a rank's rows arrives there in the parameter."""
+    logps: float = 0.0
+    """Relative error of the log-probs of the row, by the ranks' rows of the head."""
+    scored: float = 0.0
+    """Largest relative error of a gradient of these."""
     norm: float = 0.0
     """Relative error of the norm of all gradients."""
     stepped: float = 0.0
@@ -107,6 +111,19 @@ def whole_gradients(model: Any) -> dict[str, Tensor]:
         gradient: Any = parameter.grad
         found[name] = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
     return found
+
+
+def score(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """Log-probs of a packed row, without a logit that is gathered, and the gradients of their sum alone."""
+    before = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad()
+    call = BATCH.head_call(hidden_of(model))
+    logps = FusedHead(model)(call.hidden_states, call.labels, **call.settings).logps
+    logps.sum().backward()
+    found = whole_gradients(model)
+    for parameter, gradient in zip(model.parameters(), before, strict=True):
+        parameter.grad = gradient
+    return logps.detach(), found
 
 
 def step(model: Any) -> float:
@@ -160,6 +177,12 @@ def found_of(family: str, mesh: DeviceMesh, folder: Path, *, theirs: bool = Fals
     model.gradient_checkpointing_enable()
     backward(model)
     found = found._replace(checkpointed=worst_gradient_error(whole_gradients(model), truth))
+    logps, scored = score(model)
+    expected, expected_scored = score(whole)
+    found = found._replace(
+        logps=float((logps - expected).norm() / expected.norm()),
+        scored=worst_gradient_error(scored, expected_scored),
+    )
     found = found._replace(**head_found(model, whole.get_output_embeddings().weight))
     found = found._replace(saved=is_saved(model, whole, folder))
     norm, expected_norm = step(model), step(whole)

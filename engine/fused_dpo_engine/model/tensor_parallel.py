@@ -7,6 +7,7 @@ those of the rank.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -89,11 +90,10 @@ def _reasons_against(model: Any, ranks: int) -> Iterator[str]:
     for count, what in ((heads, "attention heads"), (key_heads, "key-value heads")):
         if count % ranks:
             yield f"its {count} {what} do not divide by them"
-    planned = [_parameter(module, name) for _, module, name, style in places if name is not None and style in _PARTS]
-    owners = [part for module in model.modules() for part in module._parameters.values() if part is not None]
-    for one in set(planned):
-        if sum(part is one for part in owners) != sum(part is one for part in planned):
-            yield "a parameter that its plan splits is tied to one that it does not"
+    planned = Counter(_parameter(module, name) for _, module, name, style in places if name and style in _PARTS)
+    owned = Counter(part for module in model.modules() for part in module.parameters(recurse=False))
+    if any(owned[parameter] != count for parameter, count in planned.items()):
+        yield "a parameter that its plan splits is tied to one that it does not"
     for path, module, name, style in places:
         if name is None or style not in _PARTS or style in _UNEVEN:
             continue
@@ -132,7 +132,8 @@ def split_model(model: Any, mesh: DeviceMesh) -> None:
 
     Split parameters become DTensors of that mesh, tied ones stay one parameter, and layers get forwards that move what
     goes in and out. The style of norms of single heads is replaced: transformers sums what has been accumulated so far,
-    so that the gradient of an earlier micro-batch is counted once a rank; here each gradient is summed as it comes.
+    so that the gradient of an earlier micro-batch is counted once a rank; here each gradient is summed as it comes, of
+    those that require one now.
 
     Raises:
         UserError: see `check_plan`, or a style refuses it.
@@ -141,11 +142,12 @@ def split_model(model: Any, mesh: DeviceMesh) -> None:
     summed = partial(_summed, group=mesh.get_group())
     split: dict[nn.Parameter, nn.Parameter] = {}
     for path, module, name, style in list(_places(model)):
-        if style == _SUMMED and name is not None:
-            _parameter(module, name).register_hook(summed)
-        elif style != _SUMMED and name is None:
+        if style == _SUMMED:
+            if name is not None and _parameter(module, name).requires_grad:
+                _parameter(module, name).register_hook(summed)
+        elif name is None:
             ALL_PARALLEL_STYLES[style].install_forward(module, mesh)
-        elif name is not None:
+        else:
             whole = _parameter(module, name)
             if whole not in split:  # else tied to one that was
                 split[whole] = _split_parameter(module, name, style, mesh, path)

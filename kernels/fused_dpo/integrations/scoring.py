@@ -76,8 +76,6 @@ class Scorer:
         """What stood as `forward` on the model itself, such as accelerate's; None for nothing."""
         self.replaced: Callable[..., Any] | None = None
         """Forward that `replace_forward` has put on the model; None before that."""
-        self.head: FusedHead | None = None
-        """Of the model that was prepared; None before that."""
         self._checked = False
         self._backends: dict[tuple[torch.device, torch.dtype], Any] = {}
 
@@ -88,7 +86,7 @@ class Scorer:
             NotImplementedError, TypeError: its head cannot be read.
             ValueError: packed, but its layers would let packed sequences see each other.
         """
-        self.head = FusedHead(model)
+        FusedHead(model)
         backbone_of(model)
         if not self.packed:
             return
@@ -222,10 +220,8 @@ class Scorer:
 
     def with_head(self, model: Any, function: Callable[..., Any], hidden: Tensor, **arguments: Any) -> Any:
         """Call a function with a model's head as it is within the call of its layer, see `FusedHead.run`."""
-        head = self.head
-        if head is None or head.model is not model:  # a copy of the model whose forward this scorer stands behind
-            head = FusedHead(model)
-        return head.run(function, hidden, **arguments)
+        # Anew each time: the model may be a copy of the one that was prepared, or have got adapters since.
+        return FusedHead(model).run(function, hidden, **arguments)
 
     def _logps(
         self, model: Any, hidden: Tensor, labels: Tensor, with_stats: Collection[str], **settings: Any

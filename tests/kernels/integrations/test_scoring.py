@@ -199,6 +199,25 @@ class TestOtherCalls:
 
 
 class TestAdapters:
+    def test_added_after_scoring_was(self):
+        """Another layer stands in the head's place then; both can be taken away again."""
+        from peft import LoraConfig, get_peft_model
+
+        model, given = tiny(), batch()
+        add_scoring(model)
+        bare = model(**given | {"labels": None}, fused_dpo_labels=given["labels"]).tokens.logps
+        adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)).eval()
+        inputs = {name: values for name, values in given.items() if name != "labels"}
+        got = adapted(**inputs, fused_dpo_labels=given["labels"]).tokens.logps
+        logits = adapted(**inputs).logits[:, :-1].log_softmax(-1)
+        expected = logits.gather(-1, given["labels"][:, 1:, None].clamp(min=0))[..., 0]
+        expected = expected * (given["labels"][:, 1:] != -100)
+        torch.testing.assert_close(got[:, :-1], expected, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(got, bare, atol=1e-3), "control: the adapter matters"
+        remove_scoring(adapted)
+        assert "forward" not in vars(model)
+        assert "forward" not in vars(model.lm_head)
+
     @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "lm_head"]])
     def test_log_probs_and_gradients(self, targets):
         from peft import LoraConfig, get_peft_model

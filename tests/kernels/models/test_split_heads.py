@@ -66,8 +66,11 @@ def test_another_style_is_refused(style: str, mesh: DeviceMesh) -> None:
 
 @pytest.mark.parametrize(("name", "beside"), [("bart", "a buffer added to its logits"), ("inkling2", "rows without")])
 def test_what_is_whole_beside_the_rows_is_refused(name: str, beside: str, mesh: DeviceMesh) -> None:
+    model = split(name, mesh)
+    if name == "inkling2" and head_of(build(FAMILY[name])).weight.shape == model.get_output_embeddings().weight.shape:
+        pytest.skip("this transformers does not cut Inkling's logits")
     with pytest.raises(NotImplementedError, match=rf"split over ranks by rows, and has {beside}"):
-        head_of(split(name, mesh))
+        head_of(model)
 
 
 def test_an_adapter_beside_the_rows_is_refused(mesh: DeviceMesh) -> None:

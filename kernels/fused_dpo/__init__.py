@@ -9,6 +9,7 @@ from fused_dpo.full_logits import get_batch_logps
 from fused_dpo.head import LMHead, LowRankAdapter
 from fused_dpo.losses.module import DPOLoss, LossOutput
 from fused_dpo.models.check import check_head
+from fused_dpo.models.fused_head import FusedHead
 from fused_dpo.models.head import head_of
 from fused_dpo.models.parts import backbone_of
 from fused_dpo.ops.sequence_sum import sequence_sum
@@ -19,6 +20,7 @@ __version__ = VERSION
 
 __all__ = [
     "DPOLoss",
+    "FusedHead",
     "KernelOptions",
     "LMHead",
     "LossOutput",

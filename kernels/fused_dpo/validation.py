@@ -158,10 +158,10 @@ def _check_tensors(hidden: Tensor, head: LMHead, labels: Tensor) -> None:
 
 
 _DTENSOR = (
-    "{name} is a DTensor, split over ranks (FSDP2 or tensor parallelism). Compute where FSDP2 has it gathered: within "
-    "the call of the head's own module, or in the forward of the wrapped model if its root unit holds the head. Not by "
-    "full_tensor(), whose backward takes the gradient for replicated, so that each rank keeps its own; for FSDP2's "
-    "mean over ranks it takes full_tensor(grad_placements=[Partial('avg')])."
+    "{name} is a DTensor, split over ranks; what for, it does not say. FSDP2's shards are gathered within the call of "
+    "the head's own layer: FusedHead(model)(hidden_states, labels) makes that call. (full_tensor() would leave out "
+    "what the other ranks add to its gradient.) For tensor parallelism, where all ranks have the same hidden states, "
+    "pass LMHead(weight, process_group=...), which head_of(model) does for transformers' own plan."
 )
 
 

@@ -12,7 +12,6 @@ from fused_dpo.integrations.model_forward import SCORER, named, replace_forward
 from fused_dpo.integrations.router_loss import load_balancing_loss
 from fused_dpo.integrations.scoring import Counts, Scored, Scorer
 from fused_dpo.models.adapters import unwrapped
-from fused_dpo.models.head import head_of
 from fused_dpo.models.parts import causal_model
 from fused_dpo.options import KernelOptions
 
@@ -102,7 +101,14 @@ class _CallersScorer(Scorer):
         scored = self.score(model, inputs, labels, with_stats=self.caller.stats)
         mask = inputs.get("attention_mask")
         aux_loss = load_balancing_loss(model, scored, mask) if inputs.get("output_router_logits") else None
-        return Answer(scored.tokens, aux_loss, _mean_logits(model, scored, mask) if self.caller.with_means else None)
+        means = self._mean_logits(model, scored, mask) if self.caller.with_means else None
+        return Answer(scored.tokens, aux_loss, means)
+
+    def _mean_logits(self, model: Any, scored: Scored, mask: Tensor | None) -> Tensor:
+        """Take the mean logits of both halves."""
+        means = _mean_rows(scored, mask)
+        # The call wants hidden states, which a hook may cast: the means stay out of it, in float64.
+        return self.with_head(model, lambda head, _: logits_of_mean(means, head), scored.hidden[:1].detach())
 
 
 def _forward(model: Any, original: Callable[..., Any], *args: Any, fused_dpo_labels: Any = None, **kwargs: Any) -> Any:
@@ -120,12 +126,11 @@ def below_wrappers(model: Any) -> Any:
     return causal_model(model)
 
 
-def _mean_logits(model: Any, scored: Scored, mask: Tensor | None) -> Tensor:
-    """Take the mean logits of both halves: of all slots, or, packed, of those that have a row."""
-    hidden, rows, head = scored.hidden, scored.row_of_slot, head_of(model)
+def _mean_rows(scored: Scored, mask: Tensor | None) -> Tensor:
+    """Take the mean hidden states of both halves: of all slots, or, packed, of those that have a row."""
+    hidden, rows = scored.hidden, scored.row_of_slot
     if rows is None:
-        return logits_of_mean(torch.stack([mean_row(half) for half in hidden.chunk(2)]), head)
+        return torch.stack([mean_row(half) for half in hidden.chunk(2)])
     kept = torch.ones_like(rows) if mask is None else (mask.flatten() != 0).to(rows.dtype)
     halves = zip(rows.chunk(2), kept.chunk(2), strict=True)
-    counts = [rows.new_zeros(len(hidden)).index_add(0, at, once) for at, once in halves]
-    return logits_of_mean(torch.stack([mean_row(hidden, count) for count in counts]), head)
+    return torch.stack([mean_row(hidden, rows.new_zeros(len(hidden)).index_add(0, *half)) for half in halves])

@@ -39,6 +39,8 @@ def mean_row(hidden: Tensor, counts: Tensor | None = None) -> Tensor:
 @torch.no_grad()
 def logits_of_mean(row: Tensor, head: LMHead) -> Tensor:
     """Compute the mean logit of mean rows, float64 [..., D] -> fp32 [...]; the weight is read once for all of them."""
+    if head.process_group is not None:
+        raise NotImplementedError("the mean of all logits is not computed of a head that is split over ranks.")
     row = row.to(head.weight.device)
     if head.softcap is not None:
         return row.new_full(row.shape[:-1], torch.nan, dtype=torch.float32)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fused_dpo.integrations.scoring import Counts, Scorer
+from fused_dpo.models.fused_head import FusedHead
 from fused_dpo.models.parts import causal_model
 
 SCORER = "fused_dpo_scorer"
@@ -98,6 +99,7 @@ def remove_scoring(model: Any) -> None:
             f"the forward of this {type(model).__name__} was replaced again after add_scoring; undo that first "
             f"(accelerator.unwrap_model(model, keep_fp32_wrapper=False) for accelerate's)."
         )
+    FusedHead(model).remove()
     delattr(model, SCORER)
     del model.forward
     if scorer.before is not None:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fused_dpo.api import TokenLogps, fused_token_logps
+from fused_dpo.head import LMHead
 from fused_dpo.models.check import check_head
-from fused_dpo.models.head import head_of
+from fused_dpo.models.fused_head import FusedHead
 from fused_dpo.models.parts import backbone_of
 from fused_dpo.options import KernelOptions
 
@@ -85,7 +86,7 @@ class Scorer:
             NotImplementedError, TypeError: its head cannot be read.
             ValueError: packed, but its layers would let packed sequences see each other.
         """
-        head_of(model)
+        FusedHead(model)
         backbone_of(model)
         if not self.packed:
             return
@@ -217,21 +218,22 @@ class Scorer:
             router = tuple(gather_rows(logits, batch.row_of_slot) for logits in router)
         return Scored(TokenLogps(spread(packed.logps), *stats), hidden, batch.row_of_slot, router)
 
+    def with_head(self, model: Any, function: Callable[..., Any], hidden: Tensor, **arguments: Any) -> Any:
+        """Call a function with a model's head as it is within the call of its layer, see `FusedHead.run`."""
+        # Anew each time: the model may be a copy of the one that was prepared, or have got adapters since.
+        return FusedHead(model).run(function, hidden, **arguments)
+
     def _logps(
         self, model: Any, hidden: Tensor, labels: Tensor, with_stats: Collection[str], **settings: Any
     ) -> TokenLogps:
-        head = replace(head_of(model), temperature=self.temperature)
+        settings |= {"with_stats": with_stats, "grad_mode": self.grad_mode, "options": self.options}
+        return self.with_head(model, self._on_its_device, hidden, labels=labels, **settings)
+
+    def _on_its_device(self, head: LMHead, hidden: Tensor, *, labels: Tensor, **settings: Any) -> TokenLogps:
+        head = replace(head, temperature=self.temperature)
         device = head.weight.device  # of a model that is split over devices, the head's
         settings = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in settings.items()}
-        return fused_token_logps(
-            hidden.to(device),
-            head,
-            labels.to(device),
-            with_stats=with_stats,
-            grad_mode=self.grad_mode,
-            options=self.options,
-            **settings,
-        )
+        return fused_token_logps(hidden.to(device), head, labels.to(device), **settings)
 
     def _backend(self, model: Any, device: torch.device) -> Any:
         """Choose what computes the attention of packed rows, compared once with SDPA on this device."""

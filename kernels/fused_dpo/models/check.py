@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fused_dpo.api import fused_token_logps
 from fused_dpo.head import LMHead
+from fused_dpo.models.fused_head import FusedHead
 from fused_dpo.models.head import head_of
 from fused_dpo.models.parts import backbone_of, causal_model
 
@@ -51,12 +52,16 @@ def check_head(model: nn.Module, input_ids: Tensor) -> float:
     ids = input_ids.reshape(-1, input_ids.shape[-1])[:1, :_ROWS]
     with _eval_mode(causal):
         hidden, logits = _both(causal, ids)
-        head = head_of(causal)
         hidden = hidden[0, -ids.shape[1] :]
         logits = logits[0, -ids.shape[1] :]
         own = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
         labels = torch.cat((own.argmax(-1), own.argmin(-1), ids[0].clamp(max=own.shape[-1] - 1)))
-        ours = _logps(hidden.repeat(3, 1), head, labels)
+        head = FusedHead(causal)
+        try:
+            ours = head.run(_logps, hidden.repeat(3, 1), labels=labels)
+        finally:
+            if not head.shared:
+                head.remove()
         expected = own.repeat(3, 1).gather(-1, labels[:, None])[:, 0]
     error = float((ours - expected).abs().max())
     bound = max(_EXACT, 8 * _unit_roundoff(hidden) * float(logits.abs().max()))
@@ -84,7 +89,7 @@ def _call(module: nn.Module, ids: Tensor) -> Any:
     return module(input_ids=ids, **({"use_cache": False} if no_cache else {}))
 
 
-def _logps(hidden: Tensor, head: LMHead, labels: Tensor) -> Tensor:
+def _logps(head: LMHead, hidden: Tensor, *, labels: Tensor) -> Tensor:
     if not torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(head.weight.dtype)  # some models leave their norm's fp32
     offsets = torch.tensor([0, len(labels)], dtype=torch.int32, device=labels.device)

@@ -11,6 +11,7 @@ from fused_dpo.head import LMHead, LowRankAdapter
 from fused_dpo.models.adapters import read_adapter, unwrapped
 from fused_dpo.models.forward_source import follow
 from fused_dpo.models.head_layer import (
+    forward_below_ours,
     refuse_hooks,
     refuse_own_forward,
     refuse_quantised,
@@ -18,6 +19,7 @@ from fused_dpo.models.head_layer import (
 )
 from fused_dpo.models.logits import LogitTransform, logit_transform
 from fused_dpo.models.parts import causal_model, head_layer, owners_of
+from fused_dpo.models.tensor_parallel import is_of_the_plan, refuse_other_splits, rows_of_this_rank
 
 
 def head_of(model: nn.Module) -> LMHead:
@@ -34,15 +36,17 @@ def head_of(model: nn.Module) -> LMHead:
             embeddings are fine: the weight is the shared parameter itself, and its gradient arrives there. The head
             takes the hidden states of `backbone_of(model)`, of encoder-decoders the decoder's last ones: a factor on
             these (T5) is in `logit_scale`, a buffer that is added to the logits (BART, Marian) in `bias`. Where logits
-            are cut to the first rows (Inkling), weight and bias are views of these.
+            are cut to the first rows (Inkling), weight and bias are views of these. Where transformers' tensor
+            parallelism has split the layer by rows, they are this rank's, and `process_group` its group; FSDP2's shards
+            stay DTensors, which nothing takes for whole: see `FusedHead`.
 
     Raises:
         TypeError: the model has no output embeddings, or is wrapped by DistributedDataParallel.
         NotImplementedError: the head carries something the kernels do not know (a quantised weight, several active
             adapters, adapter dropout in training, another adapter than LoRA, layers between the hidden states and the
             weight, as BERT's); its layer has a forward of its own, or hooks other than those that gather or move
-            (FSDP's, accelerate's, DeepSpeed's); or the model's forward does something to its logits that is not
-            understood.
+            (FSDP's, accelerate's, DeepSpeed's); it is split over ranks in another way than by rows; or the model's
+            forward does something to its logits that is not understood.
     """
     causal = causal_model(model)
     layer = head_layer(causal)
@@ -63,6 +67,11 @@ def head_of(model: nn.Module) -> LMHead:
         if reading is None:
             raise NotImplementedError("with torch before 2.13, call head_of(model) once before it is compiled.")
     weight, bias = base.weight, getattr(base, "bias", None)
+    group = size = None
+    if reading.split:
+        _refuse_beside_a_split(reading, lora)
+        group, size = weight.device_mesh.get_group(), weight.shape[0]
+        weight, bias = rows_of_this_rank(weight), rows_of_this_rank(bias)
     if bias is not None and reading.on_hidden != 1.0:
         bias = bias / reading.on_hidden  # the model does not scale it, LMHead does
     for owner, name in reading.biases:
@@ -71,7 +80,15 @@ def head_of(model: nn.Module) -> LMHead:
     if reading.rows is not None:
         weight, bias = weight[: reading.rows], None if bias is None else bias[: reading.rows]
         lora = None if lora is None else LowRankAdapter(lora.a, lora.b[: reading.rows], lora.scale)
-    return LMHead(weight, bias, logit_scale=reading.scale, softcap=reading.softcap, lora=lora)
+    return LMHead(
+        weight,
+        bias,
+        logit_scale=reading.scale,
+        softcap=reading.softcap,
+        lora=lora,
+        process_group=group,
+        vocab_size=size,
+    )
 
 
 _MODULES_ARE_CONSTANTS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
@@ -87,6 +104,8 @@ class _Reading(NamedTuple):
     rows: int | None
     biases: tuple[tuple[str, str], ...]
     """What is added to the logits beside the layer's own bias: path of its owner and its name."""
+    split: bool
+    """Each rank has some rows of the weight, by the plan of transformers for tensor parallelism."""
 
 
 class _Place(NamedTuple):
@@ -106,6 +125,10 @@ def _read(causal: Any, layer: nn.Module, base: Any) -> _Reading:
     """Read what is no tensor, and refuse what cannot be read."""
     refuse_quantised(base)
     refuse_own_forward(base)
+    forward = forward_below_ours(base)
+    split = is_of_the_plan(forward)
+    if split:
+        refuse_other_splits(type(base).__name__, forward, base.weight)
     place = _place_of(causal, layer, base)
     owners = [follow(causal, path) if path else causal for path in place.owners]
     transform = logit_transform(owners[-1], place.path)
@@ -115,7 +138,18 @@ def _read(causal: Any, layer: nn.Module, base: Any) -> _Reading:
         (path, name) for path, owner in zip(place.owners, owners, strict=True) for name in _biases_of(owner, vocabulary)
     )
     rows = None if transform.rows in (None, vocabulary) else transform.rows
-    return _Reading(transform.scale, transform.on_hidden, transform.softcap, rows, biases)
+    return _Reading(transform.scale, transform.on_hidden, transform.softcap, rows, biases, split)
+
+
+def _refuse_beside_a_split(reading: _Reading, lora: LowRankAdapter | None) -> None:
+    """Refuse what tensor parallelism has left whole beside the rows of a rank."""
+    beside = "an adapter" if lora else "a buffer added to its logits" if reading.biases else None
+    if reading.rows is not None:
+        beside = "rows without logits"
+    if beside is not None:
+        raise NotImplementedError(
+            f"the head is split over ranks by rows, and has {beside}, which is not; do without tensor parallelism."
+        )
 
 
 def _refuse_changes(layer: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from fused_dpo.models.forward_source import parse
+from fused_dpo.models.tensor_parallel import is_of_the_plan
 from fused_dpo.validation import DTYPES
 
 HEAD_FORWARD = "_fused_dpo_head"
@@ -46,12 +47,14 @@ def refuse_own_forward(base: nn.Module) -> None:
 
 
 def refuse_replaced_forward(layer: Any) -> None:
-    """Refuse a layer whose forward was replaced, but by accelerate's hooks that move weights and inputs, or by ours."""
-    own = getattr(layer, "__dict__", {}).get("forward")
-    compiled = "_orig_mod" in getattr(
-        layer, "_modules", {}
-    )  # torch.compile's wrapper, which has the compiled one there
-    if own is None or compiled or getattr(own, HEAD_FORWARD, False):
+    """Refuse a layer whose forward was replaced, but by ours, or by what is known to move weights and inputs.
+
+    That is accelerate's hooks, and transformers' tensor parallelism.
+    """
+    own = forward_below_ours(layer)
+    compiled = "_orig_mod" in getattr(layer, "_modules", {})  # torch.compile's wrapper has the compiled one there
+    of_the_class = getattr(own, "__func__", None) is type(layer).forward  # as accelerate leaves it when it is taken off
+    if own is None or compiled or of_the_class or is_of_the_plan(own):
         return
     hook = getattr(layer, "_hf_hook", None)
     for each in getattr(hook, "hooks", None) or [hook]:
@@ -61,6 +64,14 @@ def refuse_replaced_forward(layer: Any) -> None:
                 f"the forward of the head ({_name_of(layer)}) was replaced by {_describe(own)}, which may change its "
                 f"logits; take it off, or build the LMHead yourself."
             )
+
+
+def forward_below_ours(layer: Any) -> Any:
+    """Give what stands as `forward` on the layer itself, ours left out; None for nothing."""
+    own = getattr(layer, "__dict__", {}).get("forward")
+    while getattr(own, HEAD_FORWARD, False):
+        own = getattr(own, "before", None)
+    return own
 
 
 def refuse_hooks(layer: Any) -> None:

@@ -41,6 +41,13 @@ def test_what_is_not_a_number() -> None:
     assert mean_logits(hidden, LMHead(weight), torch.zeros(4, dtype=torch.int64)).isnan()
 
 
+def test_a_head_that_is_split_over_ranks() -> None:
+    """The mean over a rank's rows would be another number."""
+    head = LMHead(torch.ones(2, 3), process_group=object())
+    with pytest.raises(NotImplementedError, match="a head that is split over ranks"):
+        mean_logits(torch.ones(1, 3), head)
+
+
 def test_has_no_gradient_and_takes_half_precision() -> None:
     hidden = torch.randn(4, 8, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(37, 8, dtype=torch.bfloat16)

@@ -18,7 +18,7 @@ from fused_dpo import KernelOptions
 from fused_dpo.integrations import scoring
 from fused_dpo.integrations.model_forward import add_scoring, remove_scoring
 from fused_dpo.integrations.scoring import Counts
-from fused_dpo.models import check
+from fused_dpo.models import fused_head
 from tests.fresh_process import ROOT, hide, run
 from tests.kernels.support import tiny_pairs
 from tests.kernels.support.tiny_pairs import VOCAB
@@ -199,6 +199,25 @@ class TestOtherCalls:
 
 
 class TestAdapters:
+    def test_added_after_scoring_was(self):
+        """Another layer stands in the head's place then; both can be taken away again."""
+        from peft import LoraConfig, get_peft_model
+
+        model, given = tiny(), batch()
+        add_scoring(model)
+        bare = model(**given | {"labels": None}, fused_dpo_labels=given["labels"]).tokens.logps
+        adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)).eval()
+        inputs = {name: values for name, values in given.items() if name != "labels"}
+        got = adapted(**inputs, fused_dpo_labels=given["labels"]).tokens.logps
+        logits = adapted(**inputs).logits[:, :-1].log_softmax(-1)
+        expected = logits.gather(-1, given["labels"][:, 1:, None].clamp(min=0))[..., 0]
+        expected = expected * (given["labels"][:, 1:] != -100)
+        torch.testing.assert_close(got[:, :-1], expected, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(got, bare, atol=1e-3), "control: the adapter matters"
+        remove_scoring(adapted)
+        assert "forward" not in vars(model)
+        assert "forward" not in vars(model.lm_head)
+
     @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "lm_head"]])
     def test_log_probs_and_gradients(self, targets):
         from peft import LoraConfig, get_peft_model
@@ -233,13 +252,13 @@ class TestRefusals:
     def test_a_head_that_is_read_wrongly(self, monkeypatch):
         """The first call compares it with the model's own logits; later ones do not."""
         model, given = tiny(), batch()
-        read = check.head_of
-        monkeypatch.setattr(check, "head_of", lambda model: replace(read(model), logit_scale=1.1))
+        read = fused_head.head_of
+        monkeypatch.setattr(fused_head, "head_of", lambda model: replace(read(model), logit_scale=1.1))
         add_scoring(model)
         inputs = {"input_ids": given["input_ids"], "attention_mask": given["attention_mask"]}
         with pytest.raises(ValueError, match="the head of LlamaForCausalLM is not read as the model applies it"):
             model(**inputs, fused_dpo_labels=given["labels"])
-        monkeypatch.setattr(check, "head_of", read)
+        monkeypatch.setattr(fused_head, "head_of", read)
         model(**inputs, fused_dpo_labels=given["labels"])
         monkeypatch.setattr(scoring, "check_head", None)
         model(**inputs, fused_dpo_labels=given["labels"])
@@ -355,7 +374,7 @@ def test_packing_needs_none_of_the_trainers_packages(tmp_path: Path) -> None:
 
 
 def test_two_sharded_ranks(tmp_path: Path) -> None:
-    """A pair each, head and embeddings in FSDP2's root unit: the gradients are those of one process with both."""
+    """A pair each, the head in FSDP2's root unit or one of its own: the gradients of one process with both."""
     from tests.kernels.support.sharded_ranks import gradients
 
     file = tmp_path / "gradients.pt"
@@ -369,9 +388,11 @@ def test_two_sharded_ranks(tmp_path: Path) -> None:
         capture_output=True,
         timeout=300,
     )
-    got, expected, half = torch.load(file), gradients(range(4)), gradients([0, 2])
-    assert got.keys() == expected.keys()
-    for name, gradient in expected.items():
-        torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=1e-4)
+    made, expected, half = torch.load(file), gradients(range(4)), gradients([0, 2])
+    assert len(made) == 2
+    for got in made:
+        assert got.keys() == expected.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=1e-4)
     apart = max(float((half[name] - gradient).norm() / gradient.norm()) for name, gradient in expected.items())
     assert apart > 0.1, "control: one rank's pairs alone have others"

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fused_dpo import LMHead, check_head, head_of
-from fused_dpo.models import check
+from fused_dpo.models import fused_head
 from tests.kernels.support.families import FAMILIES, build, tokens
 
 FAMILY = {family.name: family for family in FAMILIES}
@@ -51,13 +51,13 @@ def test_half_precision(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_control_a_scale_is_caught_in_every_dtype(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(FAMILY["cohere"]).to(dtype)
-    monkeypatch.setattr(check, "head_of", lambda model: LMHead(head_of(model).weight))
+    monkeypatch.setattr(fused_head, "head_of", lambda model: LMHead(head_of(model).weight))
     with pytest.raises(ValueError, match=r"the head of CohereForCausalLM .* by .* nat, .*bound.*LMHead made by hand"):
         check_head(model, tokens())
 
 
 def test_an_error_of_a_hundredth_of_a_nat_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check, "head_of", lambda model: LMHead(head_of(model).weight, logit_scale=1.001))
+    monkeypatch.setattr(fused_head, "head_of", lambda model: LMHead(head_of(model).weight, logit_scale=1.001))
     with pytest.raises(ValueError, match="is not read as the model applies it"):
         check_head(build(FAMILY["llama"]), tokens())
 

@@ -44,15 +44,15 @@ def test_the_table_is_right(name: str) -> None:
 )
 def test_control_the_bare_weight_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: a scale, softcap, bias or cut that is not read shows as an error."""
-    from fused_dpo.models import check
+    from fused_dpo.models import fused_head
 
     model = build_or_skip(FAMILY[name])
-    head = check.head_of(model)
+    head = fused_head.head_of(model)
     weight = head.weight
     if name == "paligemma" and head.softcap is None:
         pytest.skip("this transformers does not cap PaliGemma's logits")
     whole = weight if weight._base is None else weight._base
-    monkeypatch.setattr(check, "head_of", lambda _: LMHead(whole))
+    monkeypatch.setattr(fused_head, "head_of", lambda _: LMHead(whole))
     with pytest.raises(ValueError, match=rf"the head of {FAMILY[name].cls} is not read as the model applies it"):
         check_head(model, tokens())
 
@@ -70,11 +70,11 @@ def test_control_what_the_text_configuration_says_is_caught(
     name: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Negative control: these classes leave out what their text configuration names."""
-    from fused_dpo.models import check
+    from fused_dpo.models import fused_head
 
     model = build_or_skip(FAMILY[name])
-    head = check.head_of(model)
+    head = fused_head.head_of(model)
     assert (head.logit_scale, head.softcap) == (1.0, None)
-    monkeypatch.setattr(check, "head_of", lambda _: LMHead(head.weight, **changes))
+    monkeypatch.setattr(fused_head, "head_of", lambda _: LMHead(head.weight, **changes))
     with pytest.raises(ValueError, match="is not read as the model applies it"):
         check_head(model, tokens())

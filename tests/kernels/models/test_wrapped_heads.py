@@ -112,9 +112,9 @@ def test_a_whole_model_below_compile() -> None:
 
 def test_control_an_adapter_that_is_left_out_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     from fused_dpo import LMHead
-    from fused_dpo.models import check
+    from fused_dpo.models import fused_head
 
-    monkeypatch.setattr(check, "head_of", lambda model: LMHead(head_of(model).weight))
+    monkeypatch.setattr(fused_head, "head_of", lambda model: LMHead(head_of(model).weight))
     with pytest.raises(ValueError, match="the head of LlamaForCausalLM is not read as the model applies it"):
         check_head(adapted(), tokens())
 

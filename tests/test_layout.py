@@ -42,7 +42,7 @@ ORDER: dict[str, list[tuple[str, ...]]] = {
         ("model",),
         ("batching", "checkpoint"),
         ("data",),
-        ("attention", "config"),
+        ("attention", "distributed", "config"),
         ("errors",),
     ],
 }

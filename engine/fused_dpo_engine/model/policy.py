@@ -85,11 +85,13 @@ class Policy(nn.Module):
         self.router_loss, self.stated, self.notes = router_loss, stated, notes
         self.reference_has_adapters = reference_has_adapters
         self.compiled = False
+        self.computes_on: torch.device | None = None
+        """Set where that is another device than the one that the weights are kept on."""
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.model.parameters()).device
+        """Where it computes."""
+        return self.computes_on or next(self.model.parameters()).device
 
     @property
     def causal_lm(self) -> Any:

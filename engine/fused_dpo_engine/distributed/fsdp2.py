@@ -51,6 +51,8 @@ class Sharded(Strategy):
             fully_shard(layer, mp_policy=in_layers, **common)
         # The head belongs to the root: it is read within the root's call, and may be the embeddings.
         fully_shard(module, mp_policy=whole, **common)
+        # The root stays gathered until a backward; without one its parameters would not be the shards any more.
+        module.register_forward_hook(lambda *_: None if torch.is_grad_enabled() else self.module.reshard())
         super().__init__(module)
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[Any]:
@@ -59,8 +61,12 @@ class Sharded(Strategy):
         self.module.set_is_last_backward(last)
         return nullcontext()
 
-    def whole_weights(self, model: nn.Module) -> dict[str, Any]:
-        """Gather the weights, or the adapters alone where the rest is frozen; empty on ranks other than 0."""
-        adapters = hasattr(model, "peft_config")
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapters)
-        return get_model_state_dict(model, options=options)
+    def whole_weights(self, model: nn.Module, *, trained_alone: bool) -> dict[str, Any]:
+        """Gather the weights; empty on ranks other than 0."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_alone)
+        weights: dict[str, Any] = get_model_state_dict(model, options=options)
+        first: dict[int, str] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if name in weights:  # tied weights are one tensor again, which is how they are known when they are saved
+                weights[name] = weights[first.setdefault(id(parameter), name)]
+        return weights

@@ -138,7 +138,7 @@ def join_ranks(tensor_parallel: int, timeout: timedelta, *, alone: bool) -> Rank
     # gloo beside nccl: for what FSDP2 keeps on the host, and for what this class sends from there.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     if not dist.is_initialized() and size == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
     elif not dist.is_initialized():
         store, rank, size = next(rendezvous("env://", timeout=timeout))
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)

@@ -25,8 +25,13 @@ class Strategy:
         """Enclose forward and backward of a micro-batch; gradients are added up over ranks in a step's last."""
         return nullcontext()
 
-    def whole_weights(self, model: nn.Module) -> dict[str, Any] | None:
-        """Gather the weights of a model to be saved, on rank 0 and on the host; None if it holds them itself."""
+    def whole_weights(self, model: nn.Module, *, trained_alone: bool) -> dict[str, Any] | None:
+        """Gather the weights of a model to be saved, on rank 0 and on the host; None if it holds them itself.
+
+        Args:
+            model: in the module, on all ranks.
+            trained_alone: leave frozen weights out.
+        """
         return None
 
 

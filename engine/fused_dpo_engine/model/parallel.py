@@ -30,6 +30,17 @@ def share_out(policy: Policy, strategy: str, ranks: Ranks, *, offload: bool) -> 
     return Sharded(policy, decoder_layers(policy.causal_lm), ranks, half, offload=offload)
 
 
+def weights_to_save(strategy: Strategy, policy: Policy) -> dict[str, Any] | None:
+    """Gather what `save_pretrained` is to write, on all ranks; None where the model holds it itself.
+
+    peft writes the weights below adapters on embeddings or head too.
+    """
+    model = policy.causal_lm
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    adapted = any(hasattr(layer, "base_layer") for layer in ends)
+    return strategy.whole_weights(policy.model, trained_alone=policy.model is not model and not adapted)
+
+
 def decoder_layers(causal_lm: Any) -> list[nn.Module]:
     """Find the layers of a language model, the list that holds most of its weights.
 

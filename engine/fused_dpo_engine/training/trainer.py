@@ -22,6 +22,7 @@ from fused_dpo_engine.distributed.failures import interrupts
 from fused_dpo_engine.distributed.ranks import Ranks
 from fused_dpo_engine.distributed.strategy import Strategy, clip_gradients
 from fused_dpo_engine.errors import SaveError, TrainingDivergedError
+from fused_dpo_engine.model.parallel import weights_to_save
 from fused_dpo_engine.model.policy import Policy, SequenceLogps
 from fused_dpo_engine.reference.scoring import ReferenceLogps
 from fused_dpo_engine.training.metrics import MetricsWriter, NoWriter, PairMetrics, SlotMetrics, peak_memory_gib
@@ -276,7 +277,7 @@ class Trainer:
     def _save(self, name: str, *, together: bool = True) -> None:
         """Save the model by the main rank; the others wait for it and fail with it, unless it is called alone."""
         folder, reason = self.output / name, None
-        weights = self.strategy.whole_weights(self.policy.model)
+        weights = weights_to_save(self.strategy, self.policy)
         if self.ranks.is_main:
             try:
                 with self.policy.as_saved():

@@ -31,7 +31,7 @@ from fused_dpo_engine.model.loading import (
     dtype_warning,
     load_tokenizer,
 )
-from fused_dpo_engine.model.parallel import share_out
+from fused_dpo_engine.model.parallel import decoder_layers, share_out
 from fused_dpo_engine.model.parity import pairs_to_test, self_test
 from fused_dpo_engine.model.policy import Policy
 from fused_dpo_engine.model.source import find_source
@@ -110,7 +110,7 @@ def _train(config: TrainConfig, ranks: Ranks) -> Summary:
         console.print(note)
     self_test(policy, [pairs[i] for i in pairs_to_test(pairs, packing)], packing)
     if config.model.compile:
-        policy.compile_backbone()
+        policy.compile_backbone(layers=decoder_layers(policy.causal_lm) if strategy_name == "fsdp2" else ())
     strategy = share_out(policy, strategy_name, ranks, offload=config.parallel.offload)
     if ranks.size > 1:
         console.print(f"{ranks.size} processes, {strategy.name}")

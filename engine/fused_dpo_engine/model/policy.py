@@ -142,10 +142,18 @@ class Policy(nn.Module):
         router = self.router_loss and self.router_loss(output.router_logits, inputs["attention_mask"])
         return output.last_hidden_state, router
 
-    def compile_backbone(self, backend: str = "inductor") -> None:
-        """Run the backbone through `torch.compile` from now on, for rows of any length."""
+    def compile_backbone(self, backend: str = "inductor", layers: Sequence[nn.Module] = ()) -> None:
+        """Run the backbone through `torch.compile` from now on, for rows of any length.
+
+        Args:
+            backend: of torch.compile.
+            layers: parts to compile one by one in the place of the whole, so that hooks on their calls stay outside.
+        """
         tag_compiled_code()
-        backbone_of(self.causal_lm).compile(backend=backend, dynamic=True)
+        for layer in layers:
+            layer.forward = torch.compile(layer.forward, backend=backend, dynamic=True)
+        if not layers:
+            backbone_of(self.causal_lm).compile(backend=backend, dynamic=True)
         self.compiled = True
 
     def autocast(self) -> AbstractContextManager[Any]:

@@ -1,5 +1,6 @@
 """DistributedDataParallel: every rank holds the whole model, and gradients are averaged."""
 
+import inspect
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -8,6 +9,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fused_dpo_engine.distributed.ranks import DATA, Ranks
 from fused_dpo_engine.distributed.strategy import Strategy
+
+_PARAMETERS = inspect.signature(DistributedDataParallel).parameters
+_SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _PARAMETERS else "broadcast_buffers"
+"""Since torch 2.13, and before."""
 
 
 class Replicated(Strategy):
@@ -22,14 +27,14 @@ class Replicated(Strategy):
 
     def __init__(self, module: nn.Module, ranks: Ranks) -> None:
         assert ranks.mesh is not None
-        super().__init__(
-            DistributedDataParallel(
-                module,
-                process_group=ranks.mesh[DATA].get_group(),
-                broadcast_buffers=False,  # nothing here changes them
-                gradient_as_bucket_view=True,  # half the memory that gradients take otherwise
-            )
+        settings: dict[str, Any] = {_SYNC_BUFFERS: False}  # nothing here changes them
+        wrapped = DistributedDataParallel(
+            module,
+            process_group=ranks.mesh[DATA].get_group(),
+            gradient_as_bucket_view=True,  # half the memory that gradients take otherwise
+            **settings,
         )
+        super().__init__(wrapped)
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[Any]:
         """Let gradients add up on each rank, until the last."""

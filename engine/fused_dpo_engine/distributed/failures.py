@@ -17,6 +17,8 @@ from fused_dpo_engine.errors import OtherRankFailedError, SaveError, TrainingDiv
 
 PATIENCE = 5.0
 """Seconds in which a process with an unexpected error waits to be told that another one failed before."""
+EXPECTED = (UserError, SaveError, TrainingDivergedError)
+"""Errors that are a message to the user."""
 _jobs = count()
 
 
@@ -41,9 +43,10 @@ def processes(tensor_parallel: int, timeout_minutes: float, *, alone: bool) -> I
         if failures is not None and not failures.is_first(error):
             raise OtherRankFailedError from error
         raise
-    # After a failure nothing is taken down in order: other ranks may be in the middle of a collective.
-    if ours and dist.is_initialized():
-        dist.destroy_process_group()
+    else:
+        # After a failure nothing is taken down in order: other ranks may be in the middle of a collective.
+        if ours and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 class Failures:
@@ -59,7 +62,7 @@ class Failures:
         An error that is no message of ours may come from a collective that lost another process. That one may have been
         killed and say nothing: torchrun does, and stops the others, for which is waited here.
         """
-        if not isinstance(error, (UserError, SaveError, TrainingDivergedError)):
+        if not isinstance(error, EXPECTED):
             deadline = time.monotonic() + PATIENCE
             try:
                 while time.monotonic() < deadline:
@@ -104,10 +107,10 @@ interrupts = _Interrupts()
 
 @contextmanager
 def told_to_torchrun() -> Iterator[None]:
-    """Write the error that ends the block to the file from which torchrun, which has to have started it, reports."""
+    """Write an unexpected error to the file from which torchrun, which has to have started this process, reports."""
     try:
         yield
     except Exception as error:
-        if not isinstance(error, OtherRankFailedError):
+        if not isinstance(error, (OtherRankFailedError, *EXPECTED)):
             get_error_handler().record_exception(error)
         raise

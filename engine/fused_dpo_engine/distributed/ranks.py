@@ -84,9 +84,9 @@ class Ranks:
         here = torch.cat((torch.stack(tensors), known.to(device, non_blocking=True))) if tensors else known
         if self.data_size > 1:
             assert self.mesh is not None
-            everywhere = here.new_empty(self.data_size * len(here))
-            dist.all_gather_into_tensor(everywhere, here, group=self.mesh[DATA].get_group())
-            here = everywhere
+            everywhere = [torch.empty_like(here) for _ in range(self.data_size)]
+            dist.all_gather(everywhere, here, group=self.mesh[DATA].get_group())
+            here = torch.stack(everywhere)
         names = [name for name, value in numbers.items() if isinstance(value, Tensor)]
         names += [name for name in numbers if name not in names]
         return [dict(zip(names, row, strict=True)) for row in here.view(self.data_size, -1).tolist()]

@@ -5,22 +5,25 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import distributed as dist
 
-from tests.engine.support.toys import ROOT
+from tests.fresh_process import ROOT
 
-NOT_LAUNCHED = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+LAUNCHED = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
 
-def launch(ranks: int, *arguments: object, module: str = "tests.engine.support.ranks", **settings: Any) -> Any:
-    """Start a module on some processes by torchrun, and wait for it; its output is captured."""
+def launch(ranks: int, module: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Start a module on some processes by torchrun, and wait for its end."""
     path = os.pathsep.join(str(ROOT / part) for part in ("kernels", "engine", ""))
     command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", module]
-    environment = {name: value for name, value in os.environ.items() if name not in NOT_LAUNCHED}
+    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
     return subprocess.run(
         [sys.executable, *command, *map(str, arguments)],
         cwd=ROOT,
@@ -28,57 +31,88 @@ def launch(ranks: int, *arguments: object, module: str = "tests.engine.support.r
         capture_output=True,
         text=True,
         timeout=300,
-        **settings,
+        check=False,
     )
 
 
-def digest(parameters: Any) -> str:
+def run_cases(ranks: int, folder: Path, cases: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
+    """Run `{name: {"options": [...], "broken": a key of BROKEN or None}}`.
+
+    Returns:
+        Of each case what `digest` says of the final weights, on every rank.
+    """
+    file = folder / f"{ranks}.json"
+    file.write_text(json.dumps(cases), encoding="utf-8")
+    finished = launch(ranks, "tests.engine.support.ranks", file)
+    assert finished.returncode == 0, finished.stderr[-8000:]
+    return json.loads(file.with_suffix(".out").read_text(encoding="utf-8"))
+
+
+def digest(parameters: Iterable[Any]) -> str:
     """Of all weights, bit for bit; of shards as a whole."""
     seen = hashlib.sha256()
     for parameter in parameters:
         whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-        seen.update(whole.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        seen.update(whole.detach().contiguous().view(torch.uint8).numpy().tobytes())
     return seen.hexdigest()
 
 
+def past_the_wrapper(patch: pytest.MonkeyPatch) -> None:
+    """Call the policy itself in training, so that DDP does not know of it."""
+    from fused_dpo_engine.distributed.ddp import Replicated
+
+    wrap = Replicated.__init__
+
+    def bare(self: Replicated, module: Any, ranks: Any) -> None:
+        wrap(self, module, ranks)
+        self.module = module
+
+    patch.setattr(Replicated, "__init__", bare)
+    patch.setattr(Replicated, "micro_batch", lambda *_, **__: nullcontext())
+
+
+def local_mean(patch: pytest.MonkeyPatch) -> None:
+    """Take the mean over a rank's own pairs, of which there is one pass."""
+    from fused_dpo_engine.training.trainer import Trainer
+
+    loss_of = Trainer._loss_of
+
+    def of_own(self: Trainer, batch: Any, scores: Any, reference: Any, _: int, chosen_tokens: int) -> Any:
+        return loss_of(self, batch, scores, reference, batch.num_pairs * self.ranks.data_size, chosen_tokens)
+
+    patch.setattr(Trainer, "_loss_of", of_own)
+
+
+BROKEN: dict[str, Callable[[pytest.MonkeyPatch], None]] = {"outside": past_the_wrapper, "local mean": local_mean}
+"""What the tests must be able to see."""
+
+
 def main() -> None:
-    """Run every case of a JSON file `{name: [options]}`, and write what came of each on all ranks beside it."""
+    """Run every case of the file, and write what came of each beside it."""
     from fused_dpo_engine.cli import parse
     from fused_dpo_engine.commands import train as command
     from fused_dpo_engine.training.trainer import Trainer
 
-    trainers: list[Trainer] = []
+    made: list[Trainer] = []
+    build = Trainer.__init__
 
-    class Kept(Trainer):
-        def __init__(self, *arguments: Any, **settings: Any) -> None:
-            super().__init__(*arguments, **settings)
-            trainers.append(self)
+    def kept(self: Trainer, *arguments: Any) -> None:
+        build(self, *arguments)
+        made.append(self)
 
-    command.Trainer = Kept  # pyright: ignore[reportPrivateImportUsage]
-    cases = Path(sys.argv[1])
-    outcomes: dict[str, Any] = {}
-    if int(os.environ["WORLD_SIZE"]) > 1:
-        dist.init_process_group("gloo")
-    for name, options in json.loads(cases.read_text(encoding="utf-8")).items():
-        trainers.clear()
-        outcome: dict[str, Any] = {}
-        try:
-            command.train(parse("train", options))
-        except Exception as error:
-            import traceback
-            outcome["error"] = f"{type(error).__name__}: {error}"
-            outcome["tb"] = traceback.format_exc()
-        if trainers:
-            outcome["digest"] = digest(trainers[0].policy.parameters())
-        everywhere: list[Any] = [outcome]
-        if dist.is_initialized():
-            everywhere = [None] * dist.get_world_size()
-            dist.all_gather_object(everywhere, outcome)
-        outcomes[name] = everywhere
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        cases.with_suffix(".out").write_text(json.dumps(outcomes), encoding="utf-8")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    Trainer.__init__ = kept
+    file, digests = Path(sys.argv[1]), {}
+    dist.init_process_group("gloo")
+    for name, case in json.loads(file.read_text(encoding="utf-8")).items():
+        with pytest.MonkeyPatch.context() as patch:
+            if case["broken"]:
+                BROKEN[case["broken"]](patch)
+            command.train(parse("train", case["options"]))
+        digests[name] = [""] * dist.get_world_size()
+        dist.all_gather_object(digests[name], digest(made.pop().policy.parameters()))
+    if dist.get_rank() == 0:
+        file.with_suffix(".out").write_text(json.dumps(digests), encoding="utf-8")
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

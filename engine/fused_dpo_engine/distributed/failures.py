@@ -15,7 +15,7 @@ from torch.distributed.rendezvous import rendezvous
 from fused_dpo_engine.distributed.ranks import Ranks, join_ranks
 from fused_dpo_engine.errors import OtherRankFailedError, SaveError, TrainingDivergedError, UserError
 
-PATIENCE = 5.0
+PATIENCE = 3.0
 """Seconds in which a process with an unexpected error waits to be told that another one failed before."""
 EXPECTED = (UserError, SaveError, TrainingDivergedError)
 """Errors that are a message to the user."""

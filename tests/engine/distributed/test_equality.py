@@ -78,7 +78,11 @@ class Runs:
         two = {name_of(case, strategy, 2): self.case(case, strategy, 2) for case in CASES for strategy in BOTH}
         two |= {name_of(case, "offload", 2): self.case(case, "offload", 2) for case in OFFLOADED}
         for broken in ("outside", "local mean"):
-            two[broken] = {"options": self.options(broken, "plain", strategy="ddp"), "broken": broken}
+            two[broken] = {"options": self.options(broken, "plain", strategy="ddp"), "change": broken}
+        for strategy in BOTH:
+            name = f"compiled, {strategy}"
+            settings = {"strategy": strategy, "compile": True, "gradient_checkpointing": True, "max_steps": 2}
+            two[name] = {"options": self.options(name, "lora", **settings), "change": "traced"}
         four = {name_of(case, strategy, 4): self.case(case, strategy, 4) for case in ON_FOUR for strategy in BOTH}
         self.digests = {**run_cases(2, folder, two), **run_cases(4, folder, four)}
 
@@ -88,7 +92,7 @@ class Runs:
 
     def case(self, case: str, strategy: str, ranks: int) -> dict[str, Any]:
         how = {"offload": True} if strategy == "offload" else {"strategy": strategy}
-        return {"options": self.options(name_of(case, strategy, ranks), case, **how), "broken": None}
+        return {"options": self.options(name_of(case, strategy, ranks), case, **how), "change": None}
 
     def metrics(self, name: str) -> list[dict[str, float]]:
         return read_metrics(self.folder / name)
@@ -131,6 +135,17 @@ class TestAgainstOneProcess:
     def test_the_same_run(self, runs: Runs, name: str, case: str) -> None:
         runs.check(name, case)
         assert len(set(runs.digests[name])) == 1, "the ranks' weights, bit for bit"
+
+    @pytest.mark.parametrize("strategy", BOTH)
+    def test_compiled(self, runs: Runs, strategy: str) -> None:
+        """With the schedule of two steps, of which the first is that of three."""
+        (got, expected) = (runs.metrics(name)[0] for name in (f"compiled, {strategy}", "lora"))
+        for name in ("loss", "grad_norm", "logps/chosen"):
+            assert got[name] == pytest.approx(expected[name], **CLOSE), name
+        assert runs.metrics(f"compiled, {strategy}")[1]["loss"] == pytest.approx(
+            runs.metrics("lora")[1]["loss"], **CLOSE
+        )
+        assert len(set(runs.digests[f"compiled, {strategy}"])) == 1
 
     def test_offload_on_one_process_is_bit_equal(self, runs: Runs) -> None:
         offloaded, plain = (read_weights(runs.folder / name / "model") for name in ("plain, offload, 1", "plain"))

@@ -1,8 +1,9 @@
-"""A run in which a rank comes to grief: torchrun ... -m tests.engine.support.failing_ranks WHAT [options of train]."""
+"""A run that comes to grief in step 2: torchrun ... -m tests.engine.support.failing_ranks WHAT [options of train]."""
 
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,22 +12,27 @@ from fused_dpo_engine.cli import main
 from fused_dpo_engine.training.trainer import Trainer
 
 FAILING_RANK, FAILING_STEP = 1, 2
+MESSAGE = "the second step went wrong"
 
 
-def fail_in(what: str) -> None:
-    """Let something happen to one rank at the beginning of step 2."""
+def moment_of(output: Path) -> Path:
+    """The file that is written when it happens."""
+    return output.with_suffix(".moment")
+
+
+def fail_in_step(what: str) -> None:
+    """Raise on one rank ("raise"), kill it ("kill"), or let a scheduler stop the whole job ("stop")."""
     step = Trainer._step
 
     def failing(self: Trainer, number: int, *arguments: Any) -> dict[str, float]:
         if number == FAILING_STEP and self.ranks.rank == FAILING_RANK:
+            moment_of(self.output).touch()
             if what == "raise":
-                raise RuntimeError("the second step went wrong")
+                raise RuntimeError(MESSAGE)
             if what == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
-        if what == "stop" and number == FAILING_STEP and self.ranks.is_main:
-            os.kill(os.getppid(), signal.SIGTERM)  # as a scheduler does with what it has started, here torchrun
-        if what == "stop" and number == 50:
-            raise RuntimeError("nothing has stopped the run")
+            if what == "stop":
+                os.kill(os.getppid(), signal.SIGTERM)  # torchrun, which passes it on
         return step(self, number, *arguments)
 
     Trainer._step = failing
@@ -34,5 +40,5 @@ def fail_in(what: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    fail_in(sys.argv[1])
+    fail_in_step(sys.argv[1])
     sys.exit(main(["train", *sys.argv[2:]]))

@@ -36,7 +36,7 @@ def launch(ranks: int, module: str, *arguments: object) -> subprocess.CompletedP
 
 
 def run_cases(ranks: int, folder: Path, cases: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
-    """Run `{name: {"options": [...], "broken": a key of BROKEN or None}}`.
+    """Run `{name: {"options": [...], "change": a key of CHANGES or None}}`.
 
     Returns:
         Of each case what `digest` says of the final weights, on every rank.
@@ -83,8 +83,20 @@ def local_mean(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Trainer, "_loss_of", of_own)
 
 
-BROKEN: dict[str, Callable[[pytest.MonkeyPatch], None]] = {"outside": past_the_wrapper, "local mean": local_mean}
-"""What the tests must be able to see."""
+def traced_alone(patch: pytest.MonkeyPatch) -> None:
+    """Compile with the backend that runs the traced graphs as they are."""
+    from fused_dpo_engine.model.policy import Policy
+
+    compile_backbone = Policy.compile_backbone
+    patch.setattr(Policy, "compile_backbone", lambda self, **more: compile_backbone(self, "aot_eager", **more))
+
+
+CHANGES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "outside": past_the_wrapper,
+    "local mean": local_mean,
+    "traced": traced_alone,
+}
+"""Two mistakes that the tests must be able to see, and a compiler that takes less time."""
 
 
 def main() -> None:
@@ -105,8 +117,8 @@ def main() -> None:
     dist.init_process_group("gloo")
     for name, case in json.loads(file.read_text(encoding="utf-8")).items():
         with pytest.MonkeyPatch.context() as patch:
-            if case["broken"]:
-                BROKEN[case["broken"]](patch)
+            if case["change"]:
+                CHANGES[case["change"]](patch)
             command.train(parse("train", case["options"]))
         digests[name] = [""] * dist.get_world_size()
         dist.all_gather_object(digests[name], digest(made.pop().policy.parameters()))

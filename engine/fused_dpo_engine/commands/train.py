@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import hashlib
 import json
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -89,17 +90,21 @@ def _train(config: TrainConfig, ranks: Ranks) -> Summary:
     _warn_of_passes(config, schedule, console)
     packing = config.packing
     reference = held_out_reference = None
+    hold = partial(share_out, strategy=strategy_name, ranks=ranks, device=device, offload=config.parallel.offload)
+    # Shares alone reach the device, so that a model may be larger than it is.
+    loaded_on = torch.device("cpu") if strategy_name == "fsdp2" else device
+    load = partial(
+        build_policy, device=device, ld_alpha=config.loss.ld_alpha, packing=packing.packing, loaded_on=loaded_on
+    )
     if frozen is not None:
-        scorer = build_policy(
-            frozen, LoraOptions(), device, ld_alpha=config.loss.ld_alpha, packing=packing.packing, trained=False
-        )
+        scorer = load(frozen, LoraOptions(), trained=False)
         _check_vocabulary(scorer, pairs + held_out)
         if strategy_name == "fsdp2":
-            share_out(scorer, strategy_name, ranks, offload=config.parallel.offload)
+            hold(scorer)
         reference, held_out_reference = score_run(scorer, schedule, held_out, console, ranks)
         del scorer
         gc.collect()  # the model and its modules refer to each other
-    policy = build_policy(config.model, config.lora, device, ld_alpha=config.loss.ld_alpha, packing=packing.packing)
+    policy = load(config.model, config.lora)
     _check_vocabulary(policy, pairs + held_out)
     trainable = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     console.print(
@@ -108,10 +113,10 @@ def _train(config: TrainConfig, ranks: Ranks) -> Summary:
     )
     for note in policy.notes:
         console.print(note)
-    self_test(policy, [pairs[i] for i in pairs_to_test(pairs, packing)], packing)
+    strategy = hold(policy)
+    self_test(policy, [pairs[i] for i in pairs_to_test(pairs, packing)], packing, strategy.gathered())
     if config.model.compile:
         policy.compile_backbone(layers=decoder_layers(policy.causal_lm) if strategy_name == "fsdp2" else ())
-    strategy = share_out(policy, strategy_name, ranks, offload=config.parallel.offload)
     if ranks.size > 1:
         console.print(f"{ranks.size} processes, {strategy.name}")
     if reference is None and needs_reference(config.loss.loss_type):

@@ -1,7 +1,7 @@
 """fully_shard: every rank holds its share of each weight, its gradient and optimizer state."""
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ class Sharded(Strategy):
     inputs are not cast. The root unit (embeddings, last norm, head) is gathered as it is.
 
     Args:
-        module: the same on all ranks; all of it fits on the device, where it is until this returns.
+        module: the same on all ranks, on the host or the device; its shares are moved to the mesh's device.
         layers: its parts to be gathered one by one.
         ranks: the processes; a process group is needed for one too.
         layer_dtype: half precision to gather layers in; None for the dtype of the weights.
@@ -60,6 +60,15 @@ class Sharded(Strategy):
         self.module.set_requires_gradient_sync(last)
         self.module.set_is_last_backward(last)
         return nullcontext()
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Hold the root unit whole within the block; layers come and go with their calls."""
+        self.module.unshard()
+        try:
+            yield
+        finally:
+            self.module.reshard()
 
     def whole_weights(self, model: nn.Module, *, trained_alone: bool) -> dict[str, Any]:
         """Gather the weights; empty on ranks other than 0."""

@@ -25,6 +25,10 @@ class Strategy:
         """Enclose forward and backward of a micro-batch; gradients are added up over ranks in a step's last."""
         return nullcontext()
 
+    def gathered(self) -> AbstractContextManager[Any]:
+        """Let parts of the module be called beside it within the block, on all ranks, after a call of the module."""
+        return nullcontext()
+
     def whole_weights(self, model: nn.Module, *, trained_alone: bool) -> dict[str, Any] | None:
         """Gather the weights of a model to be saved, on rank 0 and on the host; None if it holds them itself.
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from fused_dpo import backbone_of
@@ -13,8 +14,10 @@ from fused_dpo_engine.errors import UserError
 from fused_dpo_engine.model.policy import Policy
 
 
-def share_out(policy: Policy, strategy: str, ranks: Ranks, *, offload: bool) -> Strategy:
-    """Let the processes hold a policy as one of the strategies of `choose_strategy` has it.
+def share_out(policy: Policy, strategy: str, ranks: Ranks, device: torch.device, *, offload: bool) -> Strategy:
+    """Let the processes hold a policy as one of the strategies of `choose_strategy` has it, and compute on a device.
+
+    Every rank has loaded the whole model: with FSDP2 on the host, where it has to fit once a process of the machine.
 
     Raises:
         UserError: quantised weights, or a model whose layers are not known, with FSDP2.
@@ -25,7 +28,7 @@ def share_out(policy: Policy, strategy: str, ranks: Ranks, *, offload: bool) -> 
         return Replicated(policy, ranks)
     if getattr(policy.causal_lm, "hf_quantizer", None) is not None:
         raise UserError("--strategy fsdp2, --offload: quantised weights are not cut into shares; take --strategy ddp.")
-    policy.computes_on = policy.device
+    policy.computes_on = device
     half = policy.compute_dtype if policy.compute_dtype.itemsize == 2 else None
     return Sharded(policy, decoder_layers(policy.causal_lm), ranks, half, offload=offload)
 

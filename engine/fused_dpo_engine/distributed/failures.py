@@ -35,17 +35,20 @@ def processes(tensor_parallel: int, timeout_minutes: float, *, alone: bool) -> I
     """
     timeout = timedelta(minutes=timeout_minutes)
     ours = not dist.is_initialized()
+    interrupts.wanted = False
     ranks = join_ranks(tensor_parallel, timeout, alone=alone)
     failures = Failures(timeout) if ranks.size > 1 else None
+    finished = ranks.size == 1
     try:
         yield ranks
+        finished = True
     except Exception as error:
         if failures is not None and not failures.is_first(error):
             raise OtherRankFailedError from error
         raise
-    else:
+    finally:
         # After a failure nothing is taken down in order: other ranks may be in the middle of a collective.
-        if ours and dist.is_initialized():
+        if ours and finished and dist.is_initialized():
             dist.destroy_process_group()
 
 
@@ -62,18 +65,17 @@ class Failures:
         An error that is no message of ours may come from a collective that lost another process. That one may have been
         killed and say nothing: torchrun does, and stops the others, for which is waited here.
         """
-        if not isinstance(error, EXPECTED):
-            deadline = time.monotonic() + PATIENCE
-            try:
-                while time.monotonic() < deadline:
-                    if interrupts.wanted or self._store.add(self._key, 0):
-                        return False
-                    time.sleep(0.05)
-            except KeyboardInterrupt:
-                return False
-            except dist.DistError:  # the rank that has the store is gone
-                return True
-        return self._store.add(self._key, 1) == 1
+        deadline = time.monotonic() + (0 if isinstance(error, EXPECTED) else PATIENCE)
+        try:
+            while time.monotonic() < deadline:
+                if interrupts.wanted or self._store.add(self._key, 0):
+                    return False
+                time.sleep(0.05)
+            return self._store.add(self._key, 1) == 1
+        except KeyboardInterrupt:
+            return False
+        except dist.DistError:  # the rank that has the store is gone; without torchrun nobody else would say anything
+            return True
 
 
 class _Interrupts:
@@ -93,7 +95,6 @@ class _Interrupts:
         def note(*_: object) -> None:
             self.wanted = True
 
-        self.wanted = False
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield

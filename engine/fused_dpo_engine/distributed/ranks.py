@@ -78,18 +78,19 @@ class Ranks:
         Returns:
             Those of each share, the same list on all ranks.
         """
-        tensors = [value.detach().double().reshape(()) for value in numbers.values() if isinstance(value, Tensor)]
-        device = tensors[0].device if tensors else torch.device("cpu")
-        known = torch.tensor([value for value in numbers.values() if not isinstance(value, Tensor)], dtype=torch.double)
-        here = torch.cat((torch.stack(tensors), known.to(device, non_blocking=True))) if tensors else known
+        on_device = {name: value for name, value in numbers.items() if isinstance(value, Tensor)}
+        on_host = {name: value for name, value in numbers.items() if name not in on_device}
+        row = torch.tensor(list(on_host.values()), dtype=torch.double)
+        if on_device:
+            device = next(iter(on_device.values())).device
+            known = [value.detach().reshape(()).to(device, torch.double) for value in on_device.values()]
+            row = torch.cat((torch.stack(known), row.to(device, non_blocking=True)))
+        rows = [row]
         if self.data_size > 1:
             assert self.mesh is not None
-            everywhere = [torch.empty_like(here) for _ in range(self.data_size)]
-            dist.all_gather(everywhere, here, group=self.mesh[DATA].get_group())
-            here = torch.stack(everywhere)
-        names = [name for name, value in numbers.items() if isinstance(value, Tensor)]
-        names += [name for name in numbers if name not in names]
-        return [dict(zip(names, row, strict=True)) for row in here.view(self.data_size, -1).tolist()]
+            rows = [torch.empty_like(row) for _ in range(self.data_size)]
+            dist.all_gather(rows, row, group=self.mesh[DATA].get_group())
+        return [dict(zip([*on_device, *on_host], values, strict=True)) for values in torch.stack(rows).tolist()]
 
     def fill_in(self, values: Tensor) -> Tensor:
         """Put what other ranks have where this one has NaN; all that have a number have the same."""

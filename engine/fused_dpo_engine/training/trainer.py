@@ -84,7 +84,8 @@ class Trainer:
             TrainingDivergedError: loss or gradient is not a number; the weights before that step are in model/.
             SaveError: model/ or best/ could not be written; what was there before still is.
         """
-        with interrupts.put_off() if self.ranks.size > 1 else nullcontext():
+        alone = self.ranks.size == 1 and not self.strategy.weights_are_shared_out
+        with nullcontext() if alone else interrupts.put_off():
             return self._train()
 
     def _train(self) -> Summary:
@@ -137,7 +138,7 @@ class Trainer:
         finally:
             bar.close()
             writer.close()
-            self.summary.peak_memory_gib = peak_memory_gib(self.policy.device)
+            self.summary.peak_memory_gib = max(self.summary.peak_memory_gib, peak_memory_gib(self.policy.device))
         return self.summary
 
     def _save_what_is_there(self) -> None:
@@ -201,6 +202,7 @@ class Trainer:
         summary.steps, summary.pairs, summary.tokens = number, summary.pairs + len(indices), run_slots.tokens
         summary.fill, summary.padding, summary.shared = run_slots.fill, run_slots.padding, run_slots.shared
         summary.seconds += seconds
+        summary.peak_memory_gib = max(share["memory"] for share in shares)
         summary.tokens_per_second = summary.tokens / summary.seconds
         return metrics | {
             "learning_rate": learning_rate,
@@ -213,7 +215,7 @@ class Trainer:
             "packing/shared": slots.shared,
             "seconds": seconds,
             "tokens_per_second": slots.tokens / seconds,
-            "peak_memory_gib": max(share["memory"] for share in shares),
+            "peak_memory_gib": summary.peak_memory_gib,
         }
 
     def _loss_of(

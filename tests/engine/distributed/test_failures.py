@@ -10,14 +10,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 from fused_dpo_engine.cli import parse
 from fused_dpo_engine.commands.train import train
 from fused_dpo_engine.distributed.failures import interrupts
+from fused_dpo_engine.training.trainer import Trainer
 from tests.engine.support.failing_ranks import MESSAGE, moment_of
 from tests.engine.support.ranks import launch
 from tests.engine.support.runs import FLAT
-from tests.engine.support.toys import Outcome, largest_difference, options, read_metrics, read_weights
+from tests.engine.support.toys import (
+    Outcome,
+    assert_same_weights,
+    largest_difference,
+    options,
+    read_metrics,
+    read_weights,
+)
 
 CLOSE_WEIGHTS = 1e-6
 """As in test_equality."""
@@ -115,13 +124,52 @@ class TestOptions:
         assert bool(outcome.message) == (local_rank == "0")
 
 
+class TestOneProcess:
+    def test_weights_on_the_host_are_saved_too(self, train_tiny, tmp_path, toy_settings, monkeypatch):
+        """An error in the middle of a step leaves those of the last whole one, and no process group."""
+        step, model = second_step(monkeypatch), toy_settings["model"]
+        with pytest.raises(MemoryError):
+            train_tiny(offload=True, **FLAT)
+        assert step == [1, 2]
+        summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
+        assert (summary["steps"], summary["saved"]) == (1, {"model": "after step 1"})
+        good, saved = train_tiny("good", max_steps=1, **FLAT).weights(), read_weights(tmp_path / "run" / "model")
+        assert_same_weights(saved, good)
+        assert largest_difference(saved, read_weights(model)) > 1e-4
+        assert not torch.distributed.is_initialized()
+
+
+def second_step(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let memory run out after the forward pass of the second step; the list says which steps have begun."""
+    begun: list[int] = []
+    step, loss_of = Trainer._step, Trainer._loss_of
+
+    def noted(self: Trainer, number: int, *arguments: Any) -> dict[str, float]:
+        begun.append(number)
+        return step(self, number, *arguments)
+
+    def full(self: Trainer, *arguments: Any) -> Any:
+        if begun[-1] == 2:
+            raise MemoryError
+        return loss_of(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "_step", noted)
+    monkeypatch.setattr(Trainer, "_loss_of", full)
+    return begun
+
+
 class TestInterrupts:
     def test_are_put_off_within_the_block_alone(self):
         before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-        with interrupts.put_off():
-            assert not interrupts.wanted
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert interrupts.wanted
-        assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-        with interrupts.put_off():
-            assert not interrupts.wanted
+        assert not interrupts.wanted
+        try:
+            with interrupts.put_off():
+                os.kill(os.getpid(), signal.SIGTERM)
+                assert interrupts.wanted
+            assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        finally:
+            interrupts.wanted = False
+
+    def test_a_new_run_has_none(self, train_tiny, monkeypatch):
+        monkeypatch.setattr(interrupts, "wanted", True)
+        assert train_tiny().summary.stopped == "all steps done"

@@ -1,16 +1,18 @@
 """Runs on two and four processes are the run of one process: same steps, losses, norms, weights, files."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from transformers import AutoModelForCausalLM
 
 from fused_dpo_engine.cli import parse
 from fused_dpo_engine.commands.train import train
-from tests.engine.support.ranks import run_cases
+from tests.engine.support.ranks import read_digests, run_cases
 from tests.engine.support.runs import toy_pairs
 from tests.engine.support.toys import (
     largest_difference,
@@ -63,16 +65,20 @@ class Runs:
 
     def __init__(self, folder: Path, toy_settings: dict[str, Any]) -> None:
         self.folder = folder
-        write_rows(folder / "toy.jsonl", toy_rows(24))
-        models = {
-            "llama": save_folder(folder / "llama"),
-            "tied": save_folder(folder / "tied", tie_word_embeddings=True),
-            "moe": save_folder(folder / "moe", "qwen3_moe", **MOE),
-        }
+        self.models = {name: folder / name for name in ("llama", "tied", "moe")}
         # With a large epsilon, so that Adam does not enlarge what rounding is left.
         common = {"learning_rate": 3e-2, "adam_epsilon": 1e-2, "eval_fraction": 0.25, "eval_steps": 2}
         self.common = {**toy_settings, "data": folder / "toy.jsonl", **common}
-        self.models = models
+        if not folder.exists():
+            folder.mkdir()
+            self._make()
+        self.digests = {**read_digests(2, folder), **read_digests(4, folder)}
+
+    def _make(self) -> None:
+        write_rows(self.folder / "toy.jsonl", toy_rows(24))
+        save_folder(self.models["llama"])
+        save_folder(self.models["tied"], tie_word_embeddings=True)
+        save_folder(self.models["moe"], "qwen3_moe", **MOE)
         for case in CASES:
             train(parse("train", self.options(case, case)))
         train(parse("train", self.options("plain, offload, 1", "plain", offload=True)))
@@ -84,8 +90,9 @@ class Runs:
             name = f"compiled, {strategy}"
             settings = {"strategy": strategy, "compile": True, "gradient_checkpointing": True, "max_steps": 2}
             two[name] = {"options": self.options(name, "lora", **settings), "change": "traced"}
+        run_cases(2, self.folder, two)
         four = {name_of(case, strategy, 4): self.case(case, strategy, 4) for case in ON_FOUR for strategy in BOTH}
-        self.digests = {**run_cases(2, folder, two), **run_cases(4, folder, four)}
+        run_cases(4, self.folder, four)
 
     def options(self, name: str, case: str, **more: Any) -> list[str]:
         settings = {**self.common, **CASES[case], **more, "output": self.folder / name}
@@ -126,7 +133,11 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, toy_settings: dict[str, Any]) -> Runs:
-    return Runs(tmp_path_factory.mktemp("runs"), toy_settings)
+    """Made once, by the first of the suite's workers that asks."""
+    folder = tmp_path_factory.getbasetemp()
+    shared = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    with FileLock(shared / "runs_on_ranks.lock"):
+        return Runs(shared / "runs_on_ranks", toy_settings)
 
 
 NAMED = [(name_of(case, strategy, 2), case) for case in CASES for strategy in BOTH]

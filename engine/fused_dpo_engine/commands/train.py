@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import hashlib
 import json
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -57,7 +58,10 @@ def train(config: TrainConfig) -> Summary:
         TrainingDivergedError, SaveError: see `Trainer.train`.
     """
     parallel = config.parallel
-    with processes(parallel.tensor_parallel, parallel.timeout_minutes, alone=parallel.offload) as ranks:
+    joined = processes(parallel.tensor_parallel, parallel.timeout_minutes, alone=parallel.offload)
+    with joined as ranks, warnings.catch_warnings():
+        if not ranks.is_main:  # the main one has the same to say
+            warnings.simplefilter("ignore")
         return _train(config, ranks)
 
 
@@ -181,8 +185,8 @@ def _warn_of_passes(config: TrainConfig, schedule: Schedule, console: Console) -
         return
     if any(len(step.batches) * schedule.num_ranks > 1 for step in schedule.first_pass()):
         console.print(
-            f"warning: {loss_type} compares the pairs of one forward pass with each other; --tokens-per-batch, "
-            f"packing and the number of processes decide which those are"
+            f"warning: {loss_type} compares the pairs of one forward pass with each other; --tokens-per-batch and "
+            f"packing decide which those are, and so does the number of processes"
         )
 
 

@@ -10,6 +10,8 @@ from fused_dpo_engine.distributed.ranks import Ranks, join_ranks
 from fused_dpo_engine.distributed.strategy import Strategy, choose_strategy, clip_gradients
 from fused_dpo_engine.errors import UserError
 from fused_dpo_engine.model.parallel import decoder_layers
+from fused_dpo_engine.reference.scoring import score_reference
+from tests.engine.support.policies import BATCH, PAIRS, policy_of
 from tests.engine.support.toys import options, tiny_model
 
 ALONE = Ranks()
@@ -102,3 +104,11 @@ class TestSameEverywhere:
         with pytest.raises(UserError, match="process 1 has read other settings or other pairs than process 0"):
             train(parse("train", options(**toy_settings, output=tmp_path / "run")))
         assert not (tmp_path / "run").exists()
+
+
+class TestReference:
+    def test_a_pair_of_another_rank_ends_all(self, monkeypatch):
+        """Named by every rank, after the last pass: the others wait in each of them."""
+        monkeypatch.setattr(Ranks, "gather_objects", lambda _, value: [value, [1]])
+        with pytest.raises(UserError, match=r"no finite log-prob to pairs\.jsonl:2; "):
+            score_reference(policy_of(tiny_model(dtype=torch.float32)), PAIRS, [BATCH], 6, progress=False, ranks=ALONE)

@@ -43,7 +43,7 @@ ORDER: dict[str, list[tuple[str, ...]]] = {
         ("model",),
         ("batching", "checkpoint"),
         ("data",),
-        ("attention", "config"),
+        ("attention", "distributed", "config"),
         ("errors",),
     ],
 }

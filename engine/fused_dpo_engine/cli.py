@@ -2,11 +2,13 @@
 
 import difflib
 import importlib
+import io
+import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from typing import Any, NamedTuple
 
 
@@ -45,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _sigterm_as_interrupt():
             return _run(arguments)
     except KeyboardInterrupt:
-        print("fused-dpo: interrupted", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print("fused-dpo: interrupted", file=sys.stderr)
         return 130
 
 
@@ -79,7 +82,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         print(f"fused-dpo: {name} takes no options, got {' '.join(rest)}\n\n{USAGE}", file=sys.stderr)
         return 2
     try:
-        from fused_dpo_engine.errors import SaveError, TrainingDivergedError, UserError
+        from fused_dpo_engine.errors import OtherRankFailedError, SaveError, TrainingDivergedError, UserError
 
         work = getattr(importlib.import_module(f"fused_dpo_engine.commands.{name}"), name)
         importlib.import_module("fused_dpo_engine.config.commands")
@@ -87,7 +90,11 @@ def _run(arguments: Sequence[str] | None) -> int:
         print(f"fused-dpo: {error}. The trainer needs: pip install 'fused-dpo[train]'", file=sys.stderr)
         return 2
     try:
-        work(*([] if COMMANDS[name].config is None else [parse(name, rest)]))
+        settings = [] if COMMANDS[name].config is None else [_parse_once(name, rest)]
+        with _told_to_torchrun():
+            work(*settings)
+    except OtherRankFailedError:
+        return 1
     except UserError as error:
         print(f"fused-dpo: {error}", file=sys.stderr)
         return 2
@@ -95,6 +102,26 @@ def _run(arguments: Sequence[str] | None) -> int:
         print(f"fused-dpo: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _parse_once(name: str, arguments: Sequence[str]) -> Any:
+    """Read the options; of the processes of a machine, which all get the same, one alone says what is wrong."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        return parse(name, arguments)
+    with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
+        try:
+            return parse(name, arguments)
+        except ValueError as error:  # UserError
+            raise SystemExit(2) from error
+
+
+def _told_to_torchrun() -> AbstractContextManager[None]:
+    """Let torchrun, if it has started this process, report the error that ends the block."""
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return nullcontext()
+    from fused_dpo_engine.distributed.failures import told_to_torchrun
+
+    return told_to_torchrun()
 
 
 def parse(name: str, arguments: Sequence[str]) -> Any:

@@ -21,6 +21,10 @@ class TrainingDivergedError(RuntimeError):
     """The loss or its gradient is no longer a number; the last good weights have been saved."""
 
 
+class OtherRankFailedError(RuntimeError):
+    """Another process of the job has failed first, and says why; this one has nothing to add."""
+
+
 class SaveError(RuntimeError):
     """A file of a run could not be written; what was there before still is."""
 

@@ -21,6 +21,8 @@ class PlannedBatch(NamedTuple):
     indices: list[int]
     slots: int
     """Token slots that it takes, at most the budget."""
+    counted: bool = True
+    """False if another rank has it too: computed, as ranks take part in every pass, and left out of all sums."""
 
 
 def plan_batches(costs: Sequence[int], budget: int) -> list[list[int]]:
@@ -169,6 +171,33 @@ def plan_pairs(pairs: Sequence[TokenPair], indices: Sequence[int], options: Pack
     if not options.packing:
         return plan_padded(pairs, indices, options.tokens_per_batch)
     return plan_packed(pairs, indices, options.tokens_per_batch, share=options.prefix_sharing)
+
+
+def count_rows(pairs: Sequence[TokenPair], batch: PlannedBatch, options: PackingOptions) -> int:
+    """Count the rows of a forward pass that hold a token."""
+    return batch.slots if options.packing else sum(pairs[index].num_tokens for index in batch.indices)
+
+
+def spread_evenly(
+    pairs: Sequence[TokenPair], batches: Sequence[PlannedBatch], options: PackingOptions, num_ranks: int
+) -> list[PlannedBatch]:
+    """Split the batches of most pairs in two until every rank gets as many batches; rankings stay whole.
+
+    Where there are too few pairs, or rankings, the smallest batch is there again, not `counted`.
+    """
+    batches = list(batches)
+    while len(batches) % num_ranks:
+        parts = [ranking_groups(pairs, batch.indices) for batch in batches]
+        largest = max(range(len(batches)), key=lambda at: len(parts[at]))
+        half = len(parts[largest]) // 2
+        if half == 0:
+            again = min(batches, key=lambda batch: batch.slots)._replace(counted=False)
+            return batches + [again] * (-len(batches) % num_ranks)
+        halves = [
+            [index for ranking in side for index in ranking] for side in (parts[largest][:half], parts[largest][half:])
+        ]
+        batches[largest : largest + 1] = [PlannedBatch(half, count_slots(pairs, half, options)) for half in halves]
+    return batches
 
 
 def build_batch(pairs: Sequence[TokenPair], indices: Sequence[int], options: PackingOptions) -> PairBatch:

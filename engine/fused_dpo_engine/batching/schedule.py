@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fused_dpo_engine.batching.planning import PlannedBatch, count_slots, plan_pairs
+from fused_dpo_engine.batching.planning import PlannedBatch, count_rows, plan_pairs, spread_evenly
 from fused_dpo_engine.config.options import PackingOptions, RunOptions
 from fused_dpo_engine.data.pairs import TokenPair, prompt_groups, ranking_groups
 
@@ -19,6 +19,8 @@ class Step(NamedTuple):
     """This rank's forward passes, as many as on every other rank."""
     indices: list[int]
     """Pairs of the step on all ranks: the loss is their mean."""
+    rows: int
+    """Rows of all ranks' passes that hold a token."""
 
 
 class Schedule:
@@ -37,7 +39,7 @@ class Schedule:
         rank: which of them.
 
     Raises:
-        ValueError: a pair larger than a forward pass, or too few pairs in a step to give each rank as many passes.
+        ValueError: a pair larger than a forward pass.
     """
 
     def __init__(
@@ -101,14 +103,26 @@ class Schedule:
 
     def _step_of_pairs(self, indices: list[int]) -> Step:
         batches = self._evenly(plan_pairs(self.pairs, indices, self.packing))
-        return Step(batches[self.rank :: self.num_ranks], indices)
+        return Step(batches[self.rank :: self.num_ranks], indices, self._rows(batches))
 
     def _steps_of_batches(self, order: list[int], batches_per_step: int, epoch: int) -> Iterator[Step]:
         rounds = self._plan_windows(order, epoch)
         for at in range(0, len(rounds), batches_per_step):
             taken = rounds[at : at + batches_per_step]
-            indices = [index for row in taken for batch in row for index in batch.indices]
-            yield Step([row[self.rank] for row in taken], indices)
+            batches = [batch for row in taken for batch in row]
+            indices = [index for batch in batches if batch.counted for index in batch.indices]
+            yield Step([row[self.rank] for row in taken], indices, self._rows(batches))
+
+    def _rows(self, batches: list[PlannedBatch]) -> int:
+        return sum(count_rows(self.pairs, batch, self.packing) for batch in batches if batch.counted)
+
+    def _evenly(self, batches: list[PlannedBatch]) -> list[PlannedBatch]:
+        return spread_evenly(self.pairs, batches, self.packing, self.num_ranks)
+
+    def plan_share(self, pairs: Sequence[TokenPair]) -> list[PlannedBatch]:
+        """Plan forward passes over other pairs, and take this rank's, as many as every other rank has."""
+        batches = plan_pairs(pairs, range(len(pairs)), self.packing)
+        return spread_evenly(pairs, batches, self.packing, self.num_ranks)[self.rank :: self.num_ranks]
 
     def _plan_windows(self, order: list[int], epoch: int) -> list[list[PlannedBatch]]:
         """Plan forward passes in rounds of one a rank, alike in size within a round, the rounds of a window shuffled.
@@ -132,24 +146,3 @@ class Schedule:
             here = [batches[at : at + ranks] for at in range(0, len(batches), ranks)]
             rounds += [here[at] for at in random.permutation(len(here)).tolist()]
         return rounds
-
-    def _evenly(self, batches: list[PlannedBatch]) -> list[PlannedBatch]:
-        """Split the batches of most pairs in two until every rank gets as many batches; rankings stay whole."""
-        batches = list(batches)
-        while len(batches) % self.num_ranks:
-            parts = [ranking_groups(self.pairs, batch.indices) for batch in batches]
-            largest = max(range(len(batches)), key=lambda at: len(parts[at]))
-            half = len(parts[largest]) // 2
-            if half == 0:
-                raise ValueError(
-                    f"{len(batches)} forward passes of one pair each cannot be dealt to {self.num_ranks} ranks in "
-                    f"equal numbers; raise pairs_per_step."
-                )
-            halves = [
-                [index for ranking in side for index in ranking]
-                for side in (parts[largest][:half], parts[largest][half:])
-            ]
-            batches[largest : largest + 1] = [
-                PlannedBatch(half, count_slots(self.pairs, half, self.packing)) for half in halves
-            ]
-        return batches

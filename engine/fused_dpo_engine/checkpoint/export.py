@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fused_dpo_engine.errors import SaveError
@@ -14,12 +15,15 @@ MANIFEST = ".fused-dpo-files.json"
 """In a model folder: names of the files that were saved there, itself left out."""
 
 
-def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_model(
+    model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, weights: dict[str, Tensor] | None = None
+) -> None:
     """Save weights (safetensors), configuration and tokenizer; replaces what an earlier call has saved in `folder`.
 
     Written beside it first: an interruption leaves the old folder or the new one, never half of one (a kill between the
     two renames leaves both beside it, as `.NAME.old` and `.NAME.new`). Files that no call has saved stay, unless a new
-    one has their name. A model with adapters saves these alone, as peft does.
+    one has their name. A model with adapters saves these alone, as peft does. `weights` are taken in the place of the
+    model's own, of which it may hold a share.
 
     Raises:
         SaveError: the system refuses; `folder` is as it was.
@@ -28,7 +32,7 @@ def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
-        model.save_pretrained(fresh)
+        model.save_pretrained(fresh, **({} if weights is None else {"state_dict": weights}))
         tokenizer.save_pretrained(fresh)
         (fresh / MANIFEST).write_text(json.dumps(sorted(files_in(fresh)), indent=1) + "\n", encoding="utf-8")
         for name in files_in(folder) - saved_in(folder) - files_in(fresh):

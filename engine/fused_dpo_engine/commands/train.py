@@ -2,7 +2,10 @@
 
 import dataclasses
 import gc
+import hashlib
 import json
+import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +20,9 @@ from fused_dpo_engine.config.options import LoraOptions, ModelOptions
 from fused_dpo_engine.config.paths import refuse_overlap
 from fused_dpo_engine.data.load import load_pairs
 from fused_dpo_engine.data.pairs import TokenPair
+from fused_dpo_engine.distributed.failures import processes
+from fused_dpo_engine.distributed.ranks import Ranks
+from fused_dpo_engine.distributed.strategy import choose_strategy
 from fused_dpo_engine.errors import UserError
 from fused_dpo_engine.model.build import build_policy
 from fused_dpo_engine.model.loading import (
@@ -27,6 +33,7 @@ from fused_dpo_engine.model.loading import (
     dtype_warning,
     load_tokenizer,
 )
+from fused_dpo_engine.model.parallel import decoder_layers, share_out
 from fused_dpo_engine.model.parity import pairs_to_test, self_test
 from fused_dpo_engine.model.policy import Policy
 from fused_dpo_engine.model.source import find_source
@@ -50,15 +57,26 @@ def train(config: TrainConfig) -> Summary:
         UserError: settings, data or model cannot work.
         TrainingDivergedError, SaveError: see `Trainer.train`.
     """
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    parallel = config.parallel
+    joined = processes(parallel.tensor_parallel, parallel.timeout_minutes, alone=parallel.offload)
+    with joined as ranks, warnings.catch_warnings():
+        if not ranks.is_main:  # the main one has the same to say
+            warnings.simplefilter("ignore")
+        return _train(config, ranks)
+
+
+def _train(config: TrainConfig, ranks: Ranks) -> Summary:
+    console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=not ranks.is_main)
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(config.run.seed)
-    device = choose_device(config.model)
+    ranks, device = ranks.use(choose_device(config.model))
+    strategy_name = choose_strategy(config.parallel.strategy, ranks, offload=config.parallel.offload)
     output = Path(config.run.output).expanduser()
     refuse_overlap(config.run.output, config.inputs)
     _check_models(config)
-    check_output(output, config.run.overwrite)
-    check_trackers(config.run.report_to)
+    if ranks.is_main:
+        check_output(output, config.run.overwrite)
+        check_trackers(config.run.report_to)
     if warning := dtype_warning(config.model, device):
         console.print(warning)
     tokenizer = load_tokenizer(config.model.model, config.model)
@@ -71,40 +89,54 @@ def train(config: TrainConfig) -> Summary:
     for side in (pairs, held_out):
         check_rankings(side, config.packing)
         _check_margins(side, config)
-    schedule = Schedule(pairs, config.run, config.packing)
+    _check_same_everywhere(config, pairs + held_out, ranks)
+    schedule = Schedule(pairs, config.run, config.packing, num_ranks=ranks.data_size, rank=ranks.data_rank)
     _warn_of_passes(config, schedule, console)
     packing = config.packing
     reference = held_out_reference = None
+    hold = partial(share_out, strategy=strategy_name, ranks=ranks, device=device, offload=config.parallel.offload)
+    # Shares alone reach the device, so that a model may be larger than it is.
+    loaded_on = torch.device("cpu") if strategy_name == "fsdp2" else device
+    load = partial(
+        build_policy, device=device, ld_alpha=config.loss.ld_alpha, packing=packing.packing, loaded_on=loaded_on
+    )
     if frozen is not None:
-        scorer = build_policy(
-            frozen, LoraOptions(), device, ld_alpha=config.loss.ld_alpha, packing=packing.packing, trained=False
-        )
+        scorer = load(frozen, LoraOptions(), trained=False)
         _check_vocabulary(scorer, pairs + held_out)
-        reference, held_out_reference = score_run(scorer, schedule, held_out, console)
+        if strategy_name == "fsdp2":
+            hold(scorer)
+        reference, held_out_reference = score_run(scorer, schedule, held_out, console, ranks)
         del scorer
         gc.collect()  # the model and its modules refer to each other
-    policy = build_policy(config.model, config.lora, device, ld_alpha=config.loss.ld_alpha, packing=packing.packing)
+    policy = load(config.model, config.lora)
     _check_vocabulary(policy, pairs + held_out)
     trainable = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     console.print(
         f"model: {type(policy.causal_lm).__name__}, {trainable / 1e6:.1f} M trainable weights, {config.model.dtype} on "
-        f"{device}, {_layout(config, policy)}, head {'triton' if device.type == 'cuda' else 'streaming'}"
+        f"{device.type}, {_layout(config, policy)}, head {'triton' if device.type == 'cuda' else 'streaming'}"
     )
     for note in policy.notes:
         console.print(note)
-    self_test(policy, [pairs[i] for i in pairs_to_test(pairs, packing)], packing)
+    strategy = hold(policy)
+    self_test(policy, [pairs[i] for i in pairs_to_test(pairs, packing)], packing, strategy.gathered())
     if config.model.compile:
-        policy.compile_backbone()
+        policy.compile_backbone(layers=decoder_layers(policy.causal_lm) if strategy_name == "fsdp2" else ())
+    if ranks.size > 1:
+        console.print(f"{ranks.size} processes, {strategy.name}")
     if reference is None and needs_reference(config.loss.loss_type):
-        reference, held_out_reference = score_run(policy, schedule, held_out, console)
+        reference, held_out_reference = score_run(policy, schedule, held_out, console, ranks)
 
-    open_output(output)  # not before everything that can be wrong has been found
-    write(output / "config.json", config.as_json())
-    trainer = Trainer(policy, config, tokenizer, schedule, reference, held_out, held_out_reference, output)
+    if ranks.is_main:
+        open_output(output)  # not before everything that can be wrong has been found
+        write(output / "config.json", config.as_json())
+    trainer = Trainer(
+        policy, strategy, ranks, config, tokenizer, schedule, reference, held_out, held_out_reference, output
+    )
     try:
         summary = trainer.train()
     finally:
-        write(output / "summary.json", json.dumps(trainer.summary.as_dict(), indent=2))
+        if ranks.is_main:
+            write(output / "summary.json", json.dumps(trainer.summary.as_dict(), indent=2))
     console.print(summary_table(summary, config.run.best_metric))
     console.print(f"model: {output / 'model'}    metrics: {output / 'metrics.jsonl'}")
     return summary
@@ -129,15 +161,32 @@ def _resolved(config: TrainConfig, device: torch.device) -> TrainConfig:
     )
 
 
+def _check_same_everywhere(config: TrainConfig, pairs: list[TokenPair], ranks: Ranks) -> None:
+    """Refuse processes that have read other settings or other data: they would train apart without a word.
+
+    Every rank reads the data itself, from its own machine.
+    """
+    digest = hashlib.sha256(config.as_json().encode())
+    for pair in pairs if ranks.size > 1 else ():
+        digest.update(pair.chosen_ids.tobytes() + b"|" + pair.rejected_ids.tobytes())
+    seen = ranks.gather_objects(digest.hexdigest())
+    other = next((rank for rank, its in enumerate(seen) if its != seen[0]), None)
+    if other is not None:
+        raise UserError(
+            f"process {other} has read other settings or other pairs than process 0; give all machines the same "
+            f"options, files and releases of the packages."
+        )
+
+
 def _warn_of_passes(config: TrainConfig, schedule: Schedule, console: Console) -> None:
     """Say so where a step's result depends on how it is split into forward passes."""
     loss_type = config.loss.loss_type
     if not loss_spec(loss_type).across_pairs:
         return
-    if any(len(step.batches) > 1 for step in schedule.first_pass()):
+    if any(len(step.batches) * schedule.num_ranks > 1 for step in schedule.first_pass()):
         console.print(
             f"warning: {loss_type} compares the pairs of one forward pass with each other; --tokens-per-batch and "
-            f"packing decide which those are"
+            f"packing decide which those are, and so does the number of processes"
         )
 
 

@@ -13,6 +13,7 @@ from fused_dpo_engine.config.options import (
     ModelOptions,
     OptimizerOptions,
     PackingOptions,
+    ParallelOptions,
     RunOptions,
     require,
 )
@@ -36,6 +37,7 @@ class TrainConfig:
     loss: LossOptions
     optimizer: OptimizerOptions
     packing: PackingOptions
+    parallel: ParallelOptions
     run: RunOptions
 
     def __post_init__(self) -> None:
@@ -57,6 +59,10 @@ class TrainConfig:
         require(
             not self.model.load_in_4bit or self.lora.lora_rank > 0,
             "load-in-4bit: quantised weights cannot be trained; give --lora-rank, which trains adapters on them.",
+        )
+        require(
+            not (self.model.load_in_4bit and (self.parallel.strategy == "fsdp2" or self.parallel.offload)),
+            "load-in-4bit: quantised weights are not cut into shares; give --strategy ddp, without --offload.",
         )
         require(
             not self.model.ref_model or needs_reference(self.loss.loss_type),

@@ -12,6 +12,7 @@ from fused_dpo_engine.errors import UserError
 Score = Literal["assistant", "last", "all"]
 Pairing = Literal["best", "all"]
 ReportTo = Literal["tensorboard", "wandb", "trackio", "none"]
+Strategy = Literal["auto", "ddp", "fsdp2"]
 BestMetric = Literal["eval_loss", "eval_rewards/accuracies", "eval_rewards/margins"]
 
 
@@ -244,6 +245,31 @@ class PackingOptions:
                 value is None or value >= least_value,
                 f"{name.replace('_', '-')} must be at least {least_value}, got {value}.",
             )
+
+
+@dataclass(frozen=True)
+class ParallelOptions:
+    """Several processes, started by torchrun; they take the same steps as one."""
+
+    strategy: Strategy = "auto"
+    """How they hold the model: ddp, each the whole of it, or fsdp2, each its share of every weight. auto takes ddp."""
+    tensor_parallel: int = 1
+    """Processes that share the same pairs, each with a part of the head's rows; 1 only, as yet."""
+    offload: bool = False
+    """Keep weights, gradients and optimizer state in host memory, with one process too: less GPU memory, slower steps
+    (FSDP2)."""
+    timeout_minutes: float = 30.0
+    """Minutes that processes wait for each other before the run ends with an error."""
+
+    def __post_init__(self) -> None:
+        require(self.tensor_parallel == 1, f"tensor-parallel can only be 1 as yet, got {self.tensor_parallel}.")
+        require(
+            0 < self.timeout_minutes < math.inf,
+            f"timeout-minutes must be positive and finite, got {self.timeout_minutes}.",
+        )
+        require(
+            not self.offload or self.strategy != "ddp", "offload is FSDP2's; leave out --strategy ddp, or give fsdp2."
+        )
 
 
 @dataclass(frozen=True)

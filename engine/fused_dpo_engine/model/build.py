@@ -23,6 +23,7 @@ def build_policy(
     ld_alpha: float | None = None,
     packing: bool = True,
     trained: bool = True,
+    loaded_on: torch.device | None = None,
 ) -> Policy:
     """Load the model to train: fp32 weights, computed in `options.dtype`, or adapters on a frozen model in it.
 
@@ -35,6 +36,7 @@ def build_policy(
         ld_alpha: see `Policy`.
         packing: attend through `fused_dpo`.
         trained: False for a reference, which may be quantised.
+        loaded_on: where the weights are put for now; None for `device`.
 
     Raises:
         UserError: the model cannot be loaded or trained so.
@@ -44,7 +46,8 @@ def build_policy(
         check_model(options, lora, packing=packing)
     weights_dtype = compute_dtype if lora.lora_rank else torch.float32
     model: Any
-    model, source, stated = load_model(options.model, options, weights_dtype, device, packing=packing)
+    at_first = loaded_on or device
+    model, source, stated = load_model(options.model, options, weights_dtype, at_first, packing=packing)
     check_loaded(model, source.base, trained=trained, adapters=lora.lora_rank > 0)
     attention_name = attention_for(model, device, compute_dtype, options.attention) if packing else "sdpa"
     if options.liger:
@@ -53,10 +56,10 @@ def build_policy(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     router_loss, router_line = router_loss_of(model)
     if source.adapters is not None and (lora.lora_rank or getattr(model, "hf_quantizer", None) is not None):
-        model, rates = load_adapters(model, source, device, trainable=trained)
+        model, rates = load_adapters(model, source, at_first, trainable=trained)
         stated = stated + rates
     elif source.adapters is not None:
-        model = merge_adapters(model, source, device)
+        model = merge_adapters(model, source, at_first)
     elif lora.lora_rank:
         model = add_adapters(model, source.base, lora)
     model.train()

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 
@@ -35,7 +36,12 @@ def pairs_to_test(pairs: Sequence[TokenPair], options: PackingOptions) -> list[i
 
 
 @torch.no_grad()
-def self_test(policy: Policy, pairs: Sequence[TokenPair], options: PackingOptions) -> None:
+def self_test(
+    policy: Policy,
+    pairs: Sequence[TokenPair],
+    options: PackingOptions,
+    gathered: AbstractContextManager[Any] | None = None,
+) -> None:
     """Compare the layout and head that training will use with the model's own forward, one sequence at a time.
 
     The model's own forward means its own attention (eager) and its own logits: packing, prefix sharing, the attention
@@ -45,6 +51,7 @@ def self_test(policy: Policy, pairs: Sequence[TokenPair], options: PackingOption
         policy: before it is compiled.
         pairs: at least one; all of them are scored.
         options: how training lays them out.
+        gathered: within which the model can be called beside the policy; None where it always can.
 
     Raises:
         UserError: the head is read otherwise than the model applies it, its own log-probs are no numbers, or mean
@@ -55,7 +62,7 @@ def self_test(policy: Policy, pairs: Sequence[TokenPair], options: PackingOption
     got = policy(batch).plain.tolist()
     bound = 0.1 if policy.compute_dtype.itemsize == 2 else 1e-3
     sequences = [(pair, *side) for pair in pairs for side in pair.sides]
-    with _own_attention(policy):
+    with gathered or nullcontext(), _own_attention(policy):
         for ours, (pair, ids, positions) in zip(got, sequences, strict=True):
             tokens = torch.tensor([ids.tolist()], device=policy.device)
             labels = torch.full_like(tokens, IGNORE_INDEX)
@@ -78,7 +85,7 @@ def self_test(policy: Policy, pairs: Sequence[TokenPair], options: PackingOption
                     f"this architecture is not supported"
                     + ("; --no-packing trains it on padded batches, if those pass." if options.packing else ".")
                 )
-    _check_head(policy, pairs[0])
+        _check_head(policy, pairs[0])
 
 
 def _check_head(policy: Policy, pair: TokenPair) -> None:

@@ -85,11 +85,13 @@ class Policy(nn.Module):
         self.router_loss, self.stated, self.notes = router_loss, stated, notes
         self.reference_has_adapters = reference_has_adapters
         self.compiled = False
+        self.computes_on: torch.device | None = None
+        """Set where that is another device than the one that the weights are kept on."""
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.model.parameters()).device
+        """Where it computes."""
+        return self.computes_on or next(self.model.parameters()).device
 
     @property
     def causal_lm(self) -> Any:
@@ -140,10 +142,18 @@ class Policy(nn.Module):
         router = self.router_loss and self.router_loss(output.router_logits, inputs["attention_mask"])
         return output.last_hidden_state, router
 
-    def compile_backbone(self, backend: str = "inductor") -> None:
-        """Run the backbone through `torch.compile` from now on, for rows of any length."""
+    def compile_backbone(self, backend: str = "inductor", layers: Sequence[nn.Module] = ()) -> None:
+        """Run the backbone through `torch.compile` from now on, for rows of any length.
+
+        Args:
+            backend: of torch.compile.
+            layers: parts to compile one by one in the place of the whole, so that hooks on their calls stay outside.
+        """
         tag_compiled_code()
-        backbone_of(self.causal_lm).compile(backend=backend, dynamic=True)
+        for layer in layers:
+            layer.forward = torch.compile(layer.forward, backend=backend, dynamic=True)
+        if not layers:
+            backbone_of(self.causal_lm).compile(backend=backend, dynamic=True)
         self.compiled = True
 
     def autocast(self) -> AbstractContextManager[Any]:

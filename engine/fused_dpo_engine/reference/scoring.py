@@ -9,9 +9,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fused_dpo_engine.batching.batch import PairBatch
-from fused_dpo_engine.batching.planning import PlannedBatch, build_batch, plan_pairs
+from fused_dpo_engine.batching.planning import PlannedBatch, build_batch
 from fused_dpo_engine.batching.schedule import Schedule
 from fused_dpo_engine.data.pairs import TokenPair
+from fused_dpo_engine.distributed.ranks import Ranks
 from fused_dpo_engine.errors import UserError
 from fused_dpo_engine.model.policy import Policy
 
@@ -31,7 +32,12 @@ class ReferenceLogps:
 
 @torch.no_grad()
 def score_reference(
-    policy: Policy, pairs: Sequence[TokenPair], batches: Iterable[PairBatch], total: int, progress: bool
+    policy: Policy,
+    pairs: Sequence[TokenPair],
+    batches: Iterable[PairBatch],
+    total: int,
+    progress: bool,
+    ranks: Ranks | None = None,
 ) -> ReferenceLogps:
     """Score the pairs of `batches` with the policy's model, its adapters off.
 
@@ -41,28 +47,35 @@ def score_reference(
     Args:
         policy: holds the reference model, or the policy before its first update.
         pairs: all pairs, to which the batches' indices refer.
-        batches: of pairs.
+        batches: of pairs; of this process's share.
         total: number of pairs in the batches, for the progress bar.
         progress: show one.
+        ranks: processes that have the other shares; None for one alone.
 
     Raises:
         UserError: a log-prob is not a number.
     """
-    result = ReferenceLogps(torch.full((len(pairs), 2), torch.nan))
+    ranks = ranks or Ranks()
+    result = torch.full((len(pairs), 2), torch.nan)
+    bad: list[int] = []
     with policy.as_reference(), tqdm(total=total, desc="reference", unit="pair", disable=not progress) as bar:
         for batch in batches:
             logps = policy(batch.to(policy.device)).logps.view(-1, 2).cpu()
-            result.logps[batch.pair_indices] = logps
-            bad = (~logps.isfinite().all(1)).nonzero().flatten().tolist()
-            if bad:
-                where = ", ".join(pairs[batch.pair_indices[i]].where for i in bad[:3])
-                raise UserError(f"the reference gives no finite log-prob to {where}; its weights may be damaged.")
+            result[batch.pair_indices] = logps
+            bad += [batch.pair_indices[i] for i in (~logps.isfinite().all(1)).nonzero().flatten().tolist()]
+            if bad and ranks.size == 1:
+                break
             bar.update(batch.num_pairs)
-    return result
+    # Other ranks wait in every pass, so that all go to the end and fail together.
+    everywhere = sorted({index for share in ranks.gather_objects(bad) for index in share})
+    if everywhere:
+        where = ", ".join(pairs[index].where for index in everywhere[:3])
+        raise UserError(f"the reference gives no finite log-prob to {where}; its weights may be damaged.")
+    return ReferenceLogps(ranks.fill_in(result))
 
 
 def score_run(
-    policy: Policy, schedule: Schedule, held_out: list[TokenPair], console: Console
+    policy: Policy, schedule: Schedule, held_out: list[TokenPair], console: Console, ranks: Ranks
 ) -> tuple[ReferenceLogps, ReferenceLogps]:
     """Score every pair that a run will see, in the forward passes that it will take.
 
@@ -71,6 +84,7 @@ def score_run(
         schedule: of the run; the training pairs are scored in its first pass over them.
         held_out: pairs to evaluate on, possibly none.
         console: for reports and progress.
+        ranks: processes that share the pairs.
 
     Returns:
         Log-probs of the training pairs and of the held-out pairs.
@@ -84,9 +98,9 @@ def score_run(
     def score(side: Sequence[TokenPair], plan: list[PlannedBatch]) -> ReferenceLogps:
         batches = (build_batch(side, planned.indices, packing) for planned in plan)
         total = sum(len(planned.indices) for planned in plan)
-        return score_reference(policy, side, batches, total, console.is_terminal)
+        return score_reference(policy, side, batches, total, console.is_terminal and ranks.is_main, ranks)
 
     return (
         score(pairs, [planned for step in schedule.first_pass() for planned in step.batches]),
-        score(held_out, plan_pairs(held_out, range(len(held_out)), packing)),
+        score(held_out, schedule.plan_share(held_out)),
     )

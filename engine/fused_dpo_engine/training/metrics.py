@@ -3,7 +3,7 @@
 import contextlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -12,17 +12,17 @@ from torch import Tensor
 from fused_dpo import LossOutput
 from fused_dpo_engine.batching.batch import PairBatch
 from fused_dpo_engine.config.commands import TrainConfig
+from fused_dpo_engine.distributed.ranks import Ranks
 from fused_dpo_engine.errors import SaveError
 from fused_dpo_engine.model.policy import HeadStats
 from fused_dpo_engine.training.trackers import Trackers
 
 
 class PairMetrics:
-    """Means over the pairs of a step or an evaluation, added up on the device and read once."""
+    """Means over the pairs of a step or an evaluation on all ranks, added up on the device and read once."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._pairs = 0
 
     def add(
         self,
@@ -31,6 +31,7 @@ class PairMetrics:
         batch: PairBatch,
         head: HeadStats | None = None,
         aux_loss: Tensor | None = None,
+        counted: bool = True,
     ) -> None:
         """Take in a micro-batch.
 
@@ -40,6 +41,7 @@ class PairMetrics:
             batch: the pairs.
             head: what the head saw, or None to leave it out.
             aux_loss: the micro-batch's share of the step's load-balancing loss, or None if there is none.
+            counted: False for pairs that another rank has; their numbers come in as zeros.
         """
         chosen, rejected = logps.detach()[0::2], logps.detach()[1::2]
         likelier = chosen / batch.chosen_lengths > rejected / batch.rejected_lengths
@@ -54,50 +56,68 @@ class PairMetrics:
             "logps/accuracies": likelier,
             "lengths/gap": (batch.chosen_lengths - batch.rejected_lengths),
         }
-        self._accumulate("loss", output.loss.detach().float())
+        sums = {"loss": output.loss.detach().float()}
         if "nll_loss" in output.metrics:
-            self._accumulate("nll_loss", output.metrics["nll_loss"])
+            sums["nll_loss"] = output.metrics["nll_loss"]
         if aux_loss is not None:
-            self._accumulate("aux_loss", aux_loss.detach())
-        for name, values in per_pair.items():
-            self._accumulate(name, values.sum(dtype=torch.float32))
+            sums["aux_loss"] = aux_loss.detach()
+        sums |= {name: values.sum(dtype=torch.float32) for name, values in per_pair.items()}
         if head is not None:
-            self._accumulate("head/tail", head.tail)
-            self._accumulate("head/kept", head.kept_fraction)
-            self._accumulate("head/tokens", head.tokens)
-        self._pairs += batch.num_pairs
+            sums |= {"head/tail": head.tail, "head/kept": head.kept_fraction, "head/tokens": head.tokens}
+        for name, value in sums.items():
+            value = value if counted else torch.zeros_like(value)
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
 
-    def _accumulate(self, name: str, value: Tensor) -> None:
-        self._sums[name] = self._sums[name] + value if name in self._sums else value
+    def read(
+        self, pairs: int, ranks: Ranks, **others: Tensor | float
+    ) -> tuple[dict[str, float], list[dict[str, float]]]:
+        """Read the means, and other numbers that each share of the pairs has, in one transfer.
 
-    def read(self, **extra: Tensor) -> dict[str, float]:
-        """Read the means, and whatever else is on the device, in one transfer."""
-        tensors = {**self._sums, **extra}
-        values = torch.stack([value.float().reshape(()) for value in tensors.values()]).tolist()
-        sums = dict(zip(tensors, values, strict=True))
+        Args:
+            pairs: how many there are on all ranks.
+            ranks: processes that share them.
+            others: numbers by name, on the device or the host.
+
+        Returns:
+            (means, numbers of each share); the same on all ranks.
+        """
+        shares = ranks.gather_numbers({**self._sums, **others})
+        sums = {name: sum(share[name] for share in shares) for name in self._sums}
         tokens = sums.pop("head/tokens", 1.0)
-        shares = ("loss", "nll_loss", "aux_loss", *extra)
-        counts = {"head/tail": tokens, "head/kept": tokens, **dict.fromkeys(shares, 1.0)}
-        return {name: value / max(counts.get(name, self._pairs), 1) for name, value in sums.items()}
+        counts = {"head/tail": tokens, "head/kept": tokens, **dict.fromkeys(("loss", "nll_loss", "aux_loss"), 1.0)}
+        return {name: value / max(counts.get(name, pairs), 1) for name, value in sums.items()}, shares
 
 
 class SlotMetrics:
-    """What forward passes did with their token slots; all of it is known on the host.
+    """What forward passes on all ranks did with their token slots; all of it is known on the host.
 
     Args:
         tokens_per_batch: slots that a forward pass may have.
     """
 
+    COUNTS = ("passes", "slots", "tokens", "padded")
+
     def __init__(self, tokens_per_batch: int) -> None:
         self.tokens_per_batch = tokens_per_batch
-        self.passes = self.slots = self.tokens = self._padding = 0
+        self.passes = self.slots = self.tokens = self.padded = 0
 
-    def add(self, batch: PairBatch) -> None:
-        """Take in a forward pass."""
+    def add(self, batch: PairBatch, *, counted: bool = True) -> None:
+        """Take in a forward pass; one that is not counted did nothing with its slots."""
         self.passes += 1
-        self.slots += batch.num_slots
-        self.tokens += batch.num_tokens
-        self._padding += batch.num_padding
+        if counted:
+            self.slots += batch.num_slots
+            self.tokens += batch.num_tokens
+            self.padded += batch.num_padding
+
+    def numbers(self) -> dict[str, float]:
+        """Give all counts by name, for `take`."""
+        return {name: float(getattr(self, name)) for name in self.COUNTS}
+
+    def take(self, shares: Iterable[Mapping[str, float]]) -> None:
+        """Add up the counts of other ranks."""
+        for share in shares:
+            for name in self.COUNTS:
+                setattr(self, name, getattr(self, name) + int(share[name]))
 
     @property
     def fill(self) -> float:
@@ -107,12 +127,12 @@ class SlotMetrics:
     @property
     def padding(self) -> float:
         """Share of the slots that hold no token."""
-        return self._padding / max(self.slots, 1)
+        return self.padded / max(self.slots, 1)
 
     @property
     def shared(self) -> float:
         """Share of the tokens (of whole sequences) that are not computed, as another sequence has them."""
-        return 1 - (self.slots - self._padding) / max(self.tokens, 1)
+        return 1 - (self.slots - self.padded) / max(self.tokens, 1)
 
 
 class MetricsWriter:
@@ -144,6 +164,19 @@ class MetricsWriter:
         with contextlib.suppress(OSError):
             self._file.close()
         self._trackers.finish()
+
+
+class NoWriter:
+    """What ranks other than the main one write: nothing."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Do nothing."""
+
+    def plot(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
 
 
 def _tag(name: str) -> str:

@@ -4,6 +4,7 @@ import math
 import sys
 import time
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -12,24 +13,30 @@ from transformers import PreTrainedTokenizerBase
 
 from fused_dpo import DPOLoss, LossOutput
 from fused_dpo_engine.batching.batch import PairBatch
-from fused_dpo_engine.batching.planning import PlannedBatch, build_batch, plan_pairs
+from fused_dpo_engine.batching.planning import build_batch, count_rows
 from fused_dpo_engine.batching.schedule import Schedule, Step
 from fused_dpo_engine.checkpoint.export import save_model
 from fused_dpo_engine.config.commands import TrainConfig
 from fused_dpo_engine.data.pairs import TokenPair
+from fused_dpo_engine.distributed.failures import interrupts
+from fused_dpo_engine.distributed.ranks import Ranks
+from fused_dpo_engine.distributed.strategy import Strategy, clip_gradients
 from fused_dpo_engine.errors import SaveError, TrainingDivergedError
+from fused_dpo_engine.model.parallel import weights_to_save
 from fused_dpo_engine.model.policy import Policy, SequenceLogps
 from fused_dpo_engine.reference.scoring import ReferenceLogps
-from fused_dpo_engine.training.metrics import MetricsWriter, PairMetrics, SlotMetrics, peak_memory_gib
+from fused_dpo_engine.training.metrics import MetricsWriter, NoWriter, PairMetrics, SlotMetrics, peak_memory_gib
 from fused_dpo_engine.training.optimizer import build_optimizer
 from fused_dpo_engine.training.summary import Summary
 
 
 class Trainer:
-    """Trains a policy; call `train` once.
+    """Trains a policy; call `train` once, on all ranks.
 
     Args:
         policy: the model to train.
+        strategy: how the ranks hold it.
+        ranks: processes that share every step.
         config: the run's settings.
         tokenizer: saved beside the model.
         schedule: of the training pairs.
@@ -42,6 +49,8 @@ class Trainer:
     def __init__(
         self,
         policy: Policy,
+        strategy: Strategy,
+        ranks: Ranks,
         config: TrainConfig,
         tokenizer: PreTrainedTokenizerBase,
         schedule: Schedule,
@@ -50,7 +59,8 @@ class Trainer:
         held_out_reference: ReferenceLogps | None,
         output: Path,
     ) -> None:
-        self.policy, self.config, self.tokenizer, self.output = policy, config, tokenizer, output
+        self.policy, self.strategy, self.ranks = policy, strategy, ranks
+        self.config, self.tokenizer, self.output = config, tokenizer, output
         self.schedule, self.pairs, self.reference = schedule, schedule.pairs, reference
         self.held_out, self.held_out_reference = held_out, held_out_reference
         self.loss: DPOLoss = config.loss.module().to(policy.device)
@@ -60,22 +70,37 @@ class Trainer:
         self.summary = Summary(planned_steps=self.total_steps)
         self._slots = SlotMetrics(config.packing.tokens_per_batch)
         self._evaluations_without_gain = 0
+        self._stopped_together = ranks.size == 1
+        """Whether what has ended the run has ended it on all ranks, between two steps."""
+        self._asked_to_stop = False
 
     def train(self) -> Summary:
         """Run all steps, or until early stopping; saves model/ at the end, however that comes about.
+
+        Several ranks put off what asks them to stop until the end of a step. Where one fails alone, those that hold the
+        whole model still save it; shares of it are not gathered then, and model/ stays as it was saved last.
 
         Raises:
             TrainingDivergedError: loss or gradient is not a number; the weights before that step are in model/.
             SaveError: model/ or best/ could not be written; what was there before still is.
         """
+        alone = self.ranks.size == 1 and not self.strategy.weights_are_shared_out
+        with nullcontext() if alone else interrupts.put_off():
+            return self._train()
+
+    def _train(self) -> Summary:
         run = self.config.run
         try:
-            writer = MetricsWriter(self.output, self.config)
+            writer = MetricsWriter(self.output, self.config) if self.ranks.is_main else NoWriter()
         except BaseException as error:  # trackers may ask for a login, or wait for a network
             self.summary.stopped = self._reason(error)
             raise
         bar = tqdm(
-            total=self.total_steps, desc="training", unit="step", mininterval=0.1 if sys.stderr.isatty() else 10.0
+            total=self.total_steps,
+            desc="training",
+            unit="step",
+            mininterval=0.1 if sys.stderr.isatty() else 10.0,
+            disable=not self.ranks.is_main,
         )
         try:
             if self.held_out:
@@ -98,6 +123,9 @@ class Trainer:
                 bar.update()
                 if last:
                     break
+                if self._asked_to_stop:
+                    self._stopped_together = True
+                    raise KeyboardInterrupt
                 if run.save_steps and number % run.save_steps == 0:
                     self._save("model")
             self._save("model")
@@ -110,13 +138,15 @@ class Trainer:
         finally:
             bar.close()
             writer.close()
-            self.summary.peak_memory_gib = peak_memory_gib(self.policy.device)
+            self.summary.peak_memory_gib = max(self.summary.peak_memory_gib, peak_memory_gib(self.policy.device))
         return self.summary
 
     def _save_what_is_there(self) -> None:
         """Save model/ after something went wrong; if that fails too, say so, and let the first error be raised."""
+        if self.strategy.weights_are_shared_out and not self._stopped_together:
+            return
         try:
-            self._save("model")
+            self._save("model", together=self._stopped_together)
         except SaveError as error:
             warnings.warn(str(error), stacklevel=2)
 
@@ -133,30 +163,36 @@ class Trainer:
         started = time.perf_counter()
         device, packing, indices = self.policy.device, self.config.packing, step.indices
         chosen_tokens = sum(self.pairs[i].chosen_length for i in indices)
-        sums, slots = PairMetrics(), SlotMetrics(packing.tokens_per_batch)
+        sums, here = PairMetrics(), SlotMetrics(packing.tokens_per_batch)
         outputs: list[tuple[PairBatch, LossOutput]] = []
-        rows = [self._rows_of(planned) for planned in step.batches]
-        for planned, count in zip(step.batches, rows, strict=True):
+        for planned in step.batches:
             batch = build_batch(self.pairs, planned.indices, packing).to(device)
-            scores = self.policy(batch)
-            output = self._loss_of(batch, scores, self.reference, len(indices), chosen_tokens)
-            aux_loss = None
-            if self.policy.router_loss is not None and scores.router is not None:
-                # A mean over rows, so every pass weighs by the rows that it has of the step's.
-                aux_loss = scores.router * (count / sum(rows))
-                output = output._replace(loss=output.loss + self.policy.router_loss.coefficient * aux_loss)
-            output.loss.backward()
-            sums.add(output, scores.plain, batch, scores.head, aux_loss)
+            with self.strategy.micro_batch(last=planned is step.batches[-1]):
+                scores = self.strategy.module(batch)
+                output = self._loss_of(batch, scores, self.reference, len(indices), chosen_tokens)
+                aux_loss = None
+                if self.policy.router_loss is not None and scores.router is not None:
+                    # A mean over rows, so every pass weighs by the rows that it has of the step's.
+                    aux_loss = scores.router * (count_rows(self.pairs, planned, packing) / step.rows)
+                    output = output._replace(loss=output.loss + self.policy.router_loss.coefficient * aux_loss)
+                # Gradients are averaged over ranks, and the loss is this rank's share of a sum.
+                (output.loss * (self.ranks.data_size if planned.counted else 0)).backward()
+            sums.add(output, scores.plain, batch, scores.head, aux_loss, counted=planned.counted)
             outputs.append((batch, output))
-            for layout in (slots, self._slots):
-                layout.add(batch)
-        limit = self.config.optimizer.max_grad_norm or math.inf
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+            here.add(batch, counted=planned.counted)
+        grad_norm = clip_gradients(self.parameters, self.config.optimizer.max_grad_norm or math.inf)
         learning_rate = self.lr_scheduler.get_last_lr()[0]
-        metrics = sums.read(grad_norm=grad_norm)
-        if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
+        others = {"grad_norm": grad_norm, "stop": float(interrupts.wanted), "memory": peak_memory_gib(device)}
+        metrics, shares = sums.read(len(indices), self.ranks, **others, **here.numbers())
+        metrics["grad_norm"] = shares[0]["grad_norm"]
+        if not all(map(math.isfinite, (metrics["loss"], *(share["grad_norm"] for share in shares)))):
             self.optimizer.zero_grad()
+            self._stopped_together = True
             raise self._diverged(number, metrics, outputs)
+        self._asked_to_stop = any(share["stop"] for share in shares)
+        slots = SlotMetrics(packing.tokens_per_batch)
+        for layout in (slots, self._slots):
+            layout.take(shares)
         self.optimizer.step()
         self.lr_scheduler.step()
         self.optimizer.zero_grad()
@@ -166,6 +202,7 @@ class Trainer:
         summary.steps, summary.pairs, summary.tokens = number, summary.pairs + len(indices), run_slots.tokens
         summary.fill, summary.padding, summary.shared = run_slots.fill, run_slots.padding, run_slots.shared
         summary.seconds += seconds
+        summary.peak_memory_gib = max(share["memory"] for share in shares)
         summary.tokens_per_second = summary.tokens / summary.seconds
         return metrics | {
             "learning_rate": learning_rate,
@@ -178,14 +215,8 @@ class Trainer:
             "packing/shared": slots.shared,
             "seconds": seconds,
             "tokens_per_second": slots.tokens / seconds,
-            "peak_memory_gib": peak_memory_gib(device),
+            "peak_memory_gib": summary.peak_memory_gib,
         }
-
-    def _rows_of(self, planned: PlannedBatch) -> int:
-        """Count the rows of a forward pass that hold a token."""
-        if self.config.packing.packing:
-            return planned.slots
-        return sum(self.pairs[index].num_tokens for index in planned.indices)
 
     def _loss_of(
         self,
@@ -223,14 +254,14 @@ class Trainer:
         sums = PairMetrics()
         chosen_tokens = sum(pair.chosen_length for pair in self.held_out)
         self.loss.eval()
-        packing = self.config.packing
-        for planned in plan_pairs(self.held_out, range(len(self.held_out)), packing):
-            batch = build_batch(self.held_out, planned.indices, packing).to(self.policy.device)
+        for planned in self.schedule.plan_share(self.held_out):
+            batch = build_batch(self.held_out, planned.indices, self.config.packing).to(self.policy.device)
             scores = self.policy(batch)
             output = self._loss_of(batch, scores, self.held_out_reference, len(self.held_out), chosen_tokens)
-            sums.add(output, scores.plain, batch)
+            sums.add(output, scores.plain, batch, counted=planned.counted)
         self.loss.train()
-        return {f"eval_{name}": value for name, value in sums.read().items()}
+        means, _ = sums.read(len(self.held_out), self.ranks)
+        return {f"eval_{name}": value for name, value in means.items()}
 
     def _evaluate_and_keep_best(self, number: int) -> dict[str, float]:
         metrics = self.evaluate()
@@ -245,13 +276,23 @@ class Trainer:
         self.summary.eval_after = metrics
         return metrics
 
-    def _save(self, name: str) -> None:
-        try:
-            with self.policy.as_saved():
-                save_model(self.policy.model, self.tokenizer, self.output / name)
-        except SaveError as error:
-            self.summary.saved[name] = f"failed after step {self.summary.steps}: {error.reason}"
-            raise
+    def _save(self, name: str, *, together: bool = True) -> None:
+        """Save the model by the main rank; the others wait for it and fail with it, unless it is called alone."""
+        folder, reason = self.output / name, None
+        weights = weights_to_save(self.strategy, self.policy)
+        if self.ranks.is_main:
+            try:
+                with self.policy.as_saved():
+                    save_model(self.policy.model, self.tokenizer, folder, weights)
+            except SaveError as error:
+                reason = error.reason
+        if together:
+            self.ranks.barrier()
+            reason = self.ranks.gather_objects(reason)[0]
+        if reason is not None:
+            self.summary.saved[name] = f"failed after step {self.summary.steps}: {reason}"
+            self._stopped_together = together
+            raise SaveError(folder, OSError(reason))
         self.summary.saved[name] = f"after step {self.summary.steps}"
 
     def _diverged(
@@ -262,6 +303,7 @@ class Trainer:
             for batch, output in outputs
             for i in (~output.losses.isfinite()).nonzero().flatten().tolist()
         ]
+        culprits = list(dict.fromkeys(place for share in self.ranks.gather_objects(culprits) for place in share))
         pairs = ", ".join(culprits[:8]) + (f" and {len(culprits) - 8} more" if len(culprits) > 8 else "")
         return TrainingDivergedError(
             f"step {number}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: training has diverged, in "

@@ -85,11 +85,44 @@ class TestStepsOfPairs:
             assert sorted(seen) == sorted(steps[0].indices)
 
     def test_too_few_pairs_for_the_ranks(self):
-        with pytest.raises(ValueError, match="2 forward passes of one pair each cannot be dealt to 3 ranks"):
-            list(schedule(self.PAIRS, pairs_per_step=4, num_ranks=3))
+        """The last ranks take part in a pass that another has, and that is not counted."""
+        ranks = [list(schedule(self.PAIRS, pairs_per_step=4, num_ranks=3, rank=rank)) for rank in range(3)]
+        for steps in zip(*ranks, strict=True):
+            assert len({len(step.batches) for step in steps}) == 1
+            passes = [planned for step in steps for planned in step.batches]
+            counted = [index for planned in passes if planned.counted for index in planned.indices]
+            assert sorted(counted) == sorted(steps[0].indices)
+            assert {step.rows for step in steps} == {sum(planned.slots for planned in passes if planned.counted)}
+        last = [step.batches for step in (steps[-1] for steps in ranks)]
+        assert [[planned.counted for planned in batches] for batches in last] == [[True], [True], [False]]
+        assert last[2][0].indices in (last[0][0].indices, last[1][0].indices)
+
+    def test_control_enough_pairs_repeat_nothing(self):
+        steps = [step for rank in range(2) for step in schedule(self.PAIRS, pairs_per_step=4, num_ranks=2, rank=rank)]
+        assert all(planned.counted for step in steps for planned in step.batches)
+
+    @pytest.mark.parametrize("packing", [True, False])
+    def test_rows_of_a_step_hold_tokens(self, packing):
+        pairs = many_pairs(20)
+        for step in schedule(pairs, packing=packing, prefix_sharing=False):
+            assert step.rows == sum(pairs[index].num_tokens for index in step.indices)
+
+    def test_other_pairs_are_shared_alike(self):
+        pairs = many_pairs(33, seed=1)
+        shares = [schedule(self.PAIRS, num_ranks=4, rank=rank).plan_share(pairs) for rank in range(4)]
+        assert len({len(share) for share in shares}) == 1
+        counted = [index for share in shares for planned in share if planned.counted for index in planned.indices]
+        assert sorted(counted) == list(range(33))
 
 
 class TestStepsOfFullPasses:
+    def test_too_few_pairs_for_the_ranks(self):
+        pairs = make_pairs(*[(2, 1, 1)] * 3)
+        ranks = [list(schedule(pairs, batches_per_step=1, num_ranks=8, rank=rank)) for rank in range(8)]
+        assert [len(steps) for steps in ranks] == [1] * 8
+        assert all(sorted(steps[0].indices) == [0, 1, 2] for steps in ranks)
+        assert sum(steps[0].batches[0].counted for steps in ranks) == 3
+
     @pytest.mark.parametrize("num_ranks", [1, 2, 8])
     @pytest.mark.parametrize("batches_per_step", [1, 3])
     def test_every_pair_once_and_equal_numbers(self, num_ranks, batches_per_step):

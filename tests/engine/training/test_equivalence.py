@@ -139,7 +139,7 @@ class TestLayouts:
     def test_compile_comes_after_the_self_test_and_before_any_score(self, train_tiny, monkeypatch):
         done = []
         monkeypatch.setattr("fused_dpo_engine.commands.train.self_test", lambda *_: done.append("self-test"))
-        monkeypatch.setattr(Policy, "compile_backbone", lambda _: done.append("compile"))
+        monkeypatch.setattr(Policy, "compile_backbone", lambda *_, **__: done.append("compile"))
         training_forward(monkeypatch, lambda _, __, logps: done.append("step") or logps)
         train_tiny(compile=True, max_steps=1)
         assert done[:3] == ["self-test", "compile", "step"]

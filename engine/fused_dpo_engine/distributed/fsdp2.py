@@ -1,0 +1,81 @@
+"""fully_shard: every rank holds its share of each weight, its gradient and optimizer state."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+from fused_dpo_engine.distributed.ranks import DATA, Ranks
+from fused_dpo_engine.distributed.strategy import Strategy
+
+
+class Sharded(Strategy):
+    """A model whose weights are gathered a layer at a time, when the layer computes.
+
+    Layers compute in `layer_dtype`, from weights that are rounded to it before they are gathered; gradients are reduced
+    and weights updated in their own dtype, fp32. What autocast keeps in fp32 stays so, the stream between layers too:
+    inputs are not cast. The root unit (embeddings, last norm, head) is gathered as it is.
+
+    Args:
+        module: the same on all ranks, on the host or the device; its shares are moved to the mesh's device.
+        layers: its parts to be gathered one by one.
+        ranks: the processes; a process group is needed for one too.
+        layer_dtype: half precision to gather layers in; None for the dtype of the weights.
+        offload: keep shards and optimizer state on the host.
+    """
+
+    name = "FSDP2"
+    weights_are_shared_out = True
+
+    def __init__(
+        self,
+        module: nn.Module,
+        layers: Iterable[nn.Module],
+        ranks: Ranks,
+        layer_dtype: torch.dtype | None,
+        *,
+        offload: bool,
+    ) -> None:
+        assert ranks.mesh is not None
+        common: dict[str, Any] = {
+            "mesh": ranks.mesh[DATA],
+            "offload_policy": CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy(),
+        }
+        in_layers = MixedPrecisionPolicy(layer_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        whole = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for layer in layers:
+            fully_shard(layer, mp_policy=in_layers, **common)
+        # The head belongs to the root: it is read within the root's call, and may be the embeddings.
+        fully_shard(module, mp_policy=whole, **common)
+        # The root stays gathered until a backward; without one its parameters would not be the shards any more.
+        module.register_forward_hook(lambda *_: None if torch.is_grad_enabled() else self.module.reshard())
+        super().__init__(module)
+
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[Any]:
+        """Let gradients add up unsharded, until the last."""
+        self.module.set_requires_gradient_sync(last)
+        self.module.set_is_last_backward(last)
+        return nullcontext()
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Hold the root unit whole within the block; layers come and go with their calls."""
+        self.module.unshard()
+        try:
+            yield
+        finally:
+            self.module.reshard()
+
+    def whole_weights(self, model: nn.Module, *, trained_alone: bool) -> dict[str, Any]:
+        """Gather the weights; empty on ranks other than 0."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_alone)
+        weights: dict[str, Any] = get_model_state_dict(model, options=options)
+        first: dict[int, str] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if name in weights:  # tied weights are one tensor again, which is how they are known when they are saved
+                weights[name] = weights[first.setdefault(id(parameter), name)]
+        return weights

@@ -1,0 +1,60 @@
+"""A policy made ready for several processes."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fused_dpo import backbone_of
+from fused_dpo_engine.distributed.ddp import Replicated
+from fused_dpo_engine.distributed.fsdp2 import Sharded
+from fused_dpo_engine.distributed.ranks import Ranks
+from fused_dpo_engine.distributed.strategy import Strategy
+from fused_dpo_engine.errors import UserError
+from fused_dpo_engine.model.policy import Policy
+
+
+def share_out(policy: Policy, strategy: str, ranks: Ranks, device: torch.device, *, offload: bool) -> Strategy:
+    """Let the processes hold a policy as one of the strategies of `choose_strategy` has it, and compute on a device.
+
+    Every rank has loaded the whole model: with FSDP2 on the host, where it has to fit once a process of the machine.
+
+    Raises:
+        UserError: quantised weights, or a model whose layers are not known, with FSDP2.
+    """
+    if strategy == "one process":
+        return Strategy(policy)
+    if strategy == "ddp":
+        return Replicated(policy, ranks)
+    if getattr(policy.causal_lm, "hf_quantizer", None) is not None:
+        raise UserError("--strategy fsdp2, --offload: quantised weights are not cut into shares; take --strategy ddp.")
+    policy.computes_on = device
+    half = policy.compute_dtype if policy.compute_dtype.itemsize == 2 else None
+    return Sharded(policy, decoder_layers(policy.causal_lm), ranks, half, offload=offload)
+
+
+def weights_to_save(strategy: Strategy, policy: Policy) -> dict[str, Any] | None:
+    """Gather what `save_pretrained` is to write, on all ranks; None where the model holds it itself.
+
+    peft writes the weights below adapters on embeddings or head too.
+    """
+    model = policy.causal_lm
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    adapted = any(hasattr(layer, "base_layer") for layer in ends)
+    return strategy.whole_weights(policy.model, trained_alone=policy.model is not model and not adapted)
+
+
+def decoder_layers(causal_lm: Any) -> list[nn.Module]:
+    """Find the layers of a language model, the list that holds most of its weights.
+
+    Raises:
+        UserError: it has no such list.
+    """
+    lists = [part for part in backbone_of(causal_lm).modules() if isinstance(part, nn.ModuleList)]
+    if not lists:
+        raise UserError(f"--strategy fsdp2: {type(causal_lm).__name__} has no list of layers; take --strategy ddp.")
+    return list(max(lists, key=_size))
+
+
+def _size(part: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in part.parameters())

@@ -1,0 +1,132 @@
+"""Training runs on several processes: torchrun ... -m tests.engine.support.ranks CASES; one process group for all."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed as dist
+
+from tests.fresh_process import ROOT
+
+LAUNCHED = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+
+
+def launch(ranks: int, module: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Start a module on some processes by torchrun, and wait for its end."""
+    path = os.pathsep.join(str(ROOT / part) for part in ("kernels", "engine", ""))
+    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", module]
+    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
+    return subprocess.run(
+        [sys.executable, *command, *map(str, arguments)],
+        cwd=ROOT,
+        env=environment | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def run_cases(ranks: int, folder: Path, cases: dict[str, dict[str, Any]]) -> None:
+    """Run `{name: {"options": [...], "change": a key of CHANGES or None}}`."""
+    file = folder / f"{ranks}.json"
+    file.write_text(json.dumps(cases), encoding="utf-8")
+    finished = launch(ranks, "tests.engine.support.ranks", file)
+    assert finished.returncode == 0, finished.stderr[-8000:]
+
+
+def read_digests(ranks: int, folder: Path) -> dict[str, list[str]]:
+    """Of each case that has been run on so many ranks, what `digest` says of the final weights on every rank."""
+    return json.loads((folder / f"{ranks}.out").read_text(encoding="utf-8"))
+
+
+def digest(parameters: Iterable[Any]) -> str:
+    """Of all weights, bit for bit; of shards as a whole."""
+    seen = hashlib.sha256()
+    for parameter in parameters:
+        whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+        seen.update(whole.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return seen.hexdigest()
+
+
+def past_the_wrapper(patch: pytest.MonkeyPatch) -> None:
+    """Call the policy itself in training, so that DDP does not know of it."""
+    from fused_dpo_engine.distributed.ddp import Replicated
+
+    wrap = Replicated.__init__
+
+    def bare(self: Replicated, module: Any, ranks: Any) -> None:
+        wrap(self, module, ranks)
+        self.module = module
+
+    patch.setattr(Replicated, "__init__", bare)
+    patch.setattr(Replicated, "micro_batch", lambda *_, **__: nullcontext())
+
+
+def local_mean(patch: pytest.MonkeyPatch) -> None:
+    """Take the mean over a rank's own pairs, of which there is one pass."""
+    from fused_dpo_engine.training.trainer import Trainer
+
+    loss_of = Trainer._loss_of
+
+    def of_own(self: Trainer, batch: Any, scores: Any, reference: Any, _: int, chosen_tokens: int) -> Any:
+        return loss_of(self, batch, scores, reference, batch.num_pairs * self.ranks.data_size, chosen_tokens)
+
+    patch.setattr(Trainer, "_loss_of", of_own)
+
+
+def traced_alone(patch: pytest.MonkeyPatch) -> None:
+    """Compile with the backend that runs the traced graphs as they are."""
+    from fused_dpo_engine.model.policy import Policy
+
+    compile_backbone = Policy.compile_backbone
+    patch.setattr(Policy, "compile_backbone", lambda self, **more: compile_backbone(self, "aot_eager", **more))
+
+
+CHANGES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "outside": past_the_wrapper,
+    "local mean": local_mean,
+    "traced": traced_alone,
+}
+"""Two mistakes that the tests must be able to see, and a compiler that takes less time."""
+
+
+def main() -> None:
+    """Run every case of the file, and write what came of each beside it."""
+    from fused_dpo_engine.cli import parse
+    from fused_dpo_engine.commands import train as command
+    from fused_dpo_engine.training.trainer import Trainer
+
+    made: list[Trainer] = []
+    build = Trainer.__init__
+
+    def kept(self: Trainer, *arguments: Any) -> None:
+        build(self, *arguments)
+        made.append(self)
+
+    setattr(Trainer, "__init__", kept)  # noqa: B010, as type checkers mind
+    file, digests = Path(sys.argv[1]), {}
+    dist.init_process_group("gloo")
+    for name, case in json.loads(file.read_text(encoding="utf-8")).items():
+        with pytest.MonkeyPatch.context() as patch:
+            if case["change"]:
+                CHANGES[case["change"]](patch)
+            command.train(parse("train", case["options"]))
+        digests[name] = [""] * dist.get_world_size()
+        dist.all_gather_object(digests[name], digest(made.pop().policy.parameters()))
+    if dist.get_rank() == 0:
+        file.with_suffix(".out").write_text(json.dumps(digests), encoding="utf-8")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

@@ -37,6 +37,7 @@ from fused_dpo_engine.model.parallel import decoder_layers, share_out
 from fused_dpo_engine.model.parity import pairs_to_test, self_test
 from fused_dpo_engine.model.policy import Policy
 from fused_dpo_engine.model.source import find_source
+from fused_dpo_engine.model.tensor_parallel import check_tensor_parallel
 from fused_dpo_engine.reference.scoring import score_run
 from fused_dpo_engine.reports.tables import summary_table
 from fused_dpo_engine.training.run_folder import check_output, open_output, write
@@ -96,14 +97,15 @@ def _train(config: TrainConfig, ranks: Ranks) -> Summary:
     reference = held_out_reference = None
     hold = partial(share_out, strategy=strategy_name, ranks=ranks, device=device, offload=config.parallel.offload)
     # Shares alone reach the device, so that a model may be larger than it is.
-    loaded_on = torch.device("cpu") if strategy_name == "fsdp2" else device
+    in_parts = strategy_name == "fsdp2" or ranks.tensor_parallel > 1
+    loaded_on = torch.device("cpu") if in_parts else device
     load = partial(
         build_policy, device=device, ld_alpha=config.loss.ld_alpha, packing=packing.packing, loaded_on=loaded_on
     )
     if frozen is not None:
         scorer = load(frozen, LoraOptions(), trained=False)
         _check_vocabulary(scorer, pairs + held_out)
-        if strategy_name == "fsdp2":
+        if in_parts:
             hold(scorer)
         reference, held_out_reference = score_run(scorer, schedule, held_out, console, ranks)
         del scorer
@@ -146,6 +148,9 @@ def _check_models(config: TrainConfig) -> None:
     """Find out what can be wrong with the models without their weights; adapters name a folder that is read too."""
     source = check_model(config.model, config.lora, packing=config.packing.packing)
     frozen = _reference_options(config)
+    if (ranks := config.parallel.tensor_parallel) > 1:
+        for options in filter(None, (config.model, frozen)):
+            check_tensor_parallel(options, config.lora, ranks)
     bases = {"--model": source.base, "--ref-model": None if frozen is None else find_source(frozen.model).base}
     refuse_overlap(config.run.output, bases)
 

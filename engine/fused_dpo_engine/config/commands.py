@@ -65,6 +65,10 @@ class TrainConfig:
             "load-in-4bit: quantised weights are not cut into shares; give --strategy ddp, without --offload.",
         )
         require(
+            self.parallel.tensor_parallel == 1 or not (self.model.compile or self.model.liger),
+            "tensor-parallel: neither --compile nor --liger takes a split model; leave them out.",
+        )
+        require(
             not self.model.ref_model or needs_reference(self.loss.loss_type),
             f"{self.loss.loss_type} takes no reference; leave out --ref-model, or give another --loss-type.",
         )

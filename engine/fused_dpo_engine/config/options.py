@@ -254,7 +254,8 @@ class ParallelOptions:
     strategy: Strategy = "auto"
     """How they hold the model: ddp, each the whole of it, or fsdp2, each its share of every weight. auto takes ddp."""
     tensor_parallel: int = 1
-    """Processes that share the same pairs, each with a part of the head's rows; 1 only, as yet."""
+    """Processes that share the same pairs, each with a part of every layer and of the vocabulary, by transformers' own
+    plan for the model. All others share the pairs out."""
     offload: bool = False
     """Keep weights, gradients and optimizer state in host memory, with one process too: less GPU memory, slower steps
     (FSDP2)."""
@@ -262,7 +263,11 @@ class ParallelOptions:
     """Minutes that processes wait for each other before the run ends with an error."""
 
     def __post_init__(self) -> None:
-        require(self.tensor_parallel == 1, f"tensor-parallel can only be 1 as yet, got {self.tensor_parallel}.")
+        require(self.tensor_parallel >= 1, f"tensor-parallel must be at least 1, got {self.tensor_parallel}.")
+        require(
+            not self.offload or self.tensor_parallel == 1,
+            "offload is FSDP2's alone, which shares out whole weights; leave out --tensor-parallel.",
+        )
         require(
             0 < self.timeout_minutes < math.inf,
             f"timeout-minutes must be positive and finite, got {self.timeout_minutes}.",

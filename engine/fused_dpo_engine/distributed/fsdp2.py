@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from fused_dpo_engine.distributed.ranks import DATA, Ranks
 from fused_dpo_engine.distributed.strategy import Strategy
+from fused_dpo_engine.distributed.weights import whole_weights
 
 
 class Sharded(Strategy):
@@ -72,10 +72,4 @@ class Sharded(Strategy):
 
     def whole_weights(self, model: nn.Module, *, trained_alone: bool) -> dict[str, Any]:
         """Gather the weights; empty on ranks other than 0."""
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_alone)
-        weights: dict[str, Any] = get_model_state_dict(model, options=options)
-        first: dict[int, str] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            if name in weights:  # tied weights are one tensor again, which is how they are known when they are saved
-                weights[name] = weights[first.setdefault(id(parameter), name)]
-        return weights
+        return whole_weights(model, trained_alone=trained_alone)

@@ -86,10 +86,10 @@ class Ranks:
             known = [value.detach().reshape(()).to(device, torch.double) for value in on_device.values()]
             row = torch.cat((torch.stack(known), row.to(device, non_blocking=True)))
         rows = [row]
-        if self.data_size > 1:
-            assert self.mesh is not None
-            rows = [torch.empty_like(row) for _ in range(self.data_size)]
-            dist.all_gather(rows, row, group=self.mesh[DATA].get_group())
+        if self.size > 1:  # those that share pairs too, which have to know the very same
+            rows = [torch.empty_like(row) for _ in range(self.size)]
+            dist.all_gather(rows, row)
+            rows = rows[:: self.tensor_parallel]
         return [dict(zip([*on_device, *on_host], values, strict=True)) for values in torch.stack(rows).tolist()]
 
     def fill_in(self, values: Tensor) -> Tensor:

@@ -1,13 +1,13 @@
 """How processes hold the model between them: the base, which is one process alone, and the choice."""
 
-from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fused_dpo_engine.distributed.ranks import Ranks
+from fused_dpo_engine.distributed.weights import whole_weights
+from fused_dpo_engine.errors import UserError
 
 
 class Strategy:
@@ -39,22 +39,37 @@ class Strategy:
         return None
 
 
+class Split(Strategy):
+    """A model whose layers and vocabulary are split over ranks that share the same pairs (tensor parallelism)."""
+
+    name = "tensor parallelism"
+    weights_are_shared_out = True
+
+    def whole_weights(self, model: nn.Module, *, trained_alone: bool) -> dict[str, Any]:
+        """Gather the weights; empty on ranks other than 0."""
+        return whole_weights(model, trained_alone=trained_alone)
+
+
 def choose_strategy(wanted: str, ranks: Ranks, *, offload: bool) -> str:
-    """Choose how the model is held: "one process", "ddp" or "fsdp2".
+    """Choose how the model is held by ranks that have other pairs: "one process", "ddp" or "fsdp2".
 
     Args:
         wanted: one of the last two, or "auto".
         ranks: the processes.
         offload: keep weights and optimizer on the host, which is FSDP2's.
+
+    Raises:
+        UserError: DDP of a model that is split besides.
     """
     if offload:
         return "fsdp2"
     if ranks.data_size == 1:
         return "one process"
-    return "ddp" if wanted == "auto" else wanted
-
-
-def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
-    """Clip gradients, whole ones or shards, to a 2-norm over all of them, and return what it was."""
-    norm: Any = torch.nn.utils.clip_grad_norm_(parameters, limit)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    if ranks.tensor_parallel > 1 and wanted == "ddp":
+        raise UserError(
+            f"--strategy ddp holds no model that is split besides: take fsdp2, or no more processes than "
+            f"--tensor-parallel {ranks.tensor_parallel}."
+        )
+    if wanted == "auto":
+        return "ddp" if ranks.tensor_parallel == 1 else "fsdp2"
+    return wanted

@@ -8,22 +8,27 @@ from torch import nn
 from fused_dpo import backbone_of
 from fused_dpo_engine.distributed.ddp import Replicated
 from fused_dpo_engine.distributed.fsdp2 import Sharded
-from fused_dpo_engine.distributed.ranks import Ranks
-from fused_dpo_engine.distributed.strategy import Strategy
+from fused_dpo_engine.distributed.ranks import TENSOR, Ranks
+from fused_dpo_engine.distributed.strategy import Split, Strategy
 from fused_dpo_engine.errors import UserError
 from fused_dpo_engine.model.policy import Policy
+from fused_dpo_engine.model.tensor_parallel import split_model
 
 
 def share_out(policy: Policy, strategy: str, ranks: Ranks, device: torch.device, *, offload: bool) -> Strategy:
     """Let the processes hold a policy as one of the strategies of `choose_strategy` has it, and compute on a device.
 
-    Every rank has loaded the whole model: with FSDP2 on the host, where it has to fit once a process of the machine.
+    Every rank has loaded the whole model: with FSDP2, and if it is split, on the host, where it has to fit once a
+    process of the machine.
 
     Raises:
-        UserError: quantised weights, or a model whose layers are not known, with FSDP2.
+        UserError: quantised weights, or a model whose layers are not known, with FSDP2; a model that cannot be split.
     """
+    if ranks.tensor_parallel > 1:
+        assert ranks.mesh is not None
+        split_model(policy.causal_lm, ranks.mesh[TENSOR])
     if strategy == "one process":
-        return Strategy(policy)
+        return Strategy(policy) if ranks.tensor_parallel == 1 else Split(policy)
     if strategy == "ddp":
         return Replicated(policy, ranks)
     if getattr(policy.causal_lm, "hf_quantizer", None) is not None:

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fused_dpo import KernelOptions, backbone_of, fused_token_logps, head_of, sequence_sum
+from fused_dpo import FusedHead, KernelOptions, backbone_of, sequence_sum
 from fused_dpo.hardware import tag_compiled_code
 from fused_dpo.losses import desensitized_weights
 from fused_dpo_engine.attention.call import Backend
@@ -98,14 +99,18 @@ class Policy(nn.Module):
         """The `transformers` model below any `peft` wrapper."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
+    @cached_property
+    def head(self) -> FusedHead:
+        """The head, called through its own layer; made at the first call, when the model is split and wrapped."""
+        return FusedHead(self.causal_lm)
+
     def forward(self, batch: PairBatch) -> SequenceLogps:
         """Compute the log-probs of the batch's sequences, and what the head saw on the way."""
         with self.autocast():
             hidden, router = self._hidden(**batch.model_inputs(self.attention))
             call = batch.head_call(hidden)
-            tokens = fused_token_logps(
+            tokens = self.head(
                 call.hidden_states,
-                head_of(self.causal_lm),
                 call.labels,
                 **call.settings,
                 with_stats=("tail", "kept_fraction"),

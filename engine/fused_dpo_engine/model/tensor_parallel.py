@@ -8,7 +8,7 @@ those of the rank.
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -16,17 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed import ProcessGroup
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import AutoModelForCausalLM
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES  # pyright: ignore[reportPrivateImportUsage]
 
 from fused_dpo_engine.config.options import LoraOptions, ModelOptions
 from fused_dpo_engine.errors import UserError, first_line
 from fused_dpo_engine.model.compatibility import causal_class_of
-from fused_dpo_engine.model.loading import LoadedModel, load_model
 from fused_dpo_engine.model.source import find_source, read_config
 
 _ROWWISE = ("rowwise", "rowwise_split_input")
@@ -104,29 +101,6 @@ def _reasons_against(model: Any, ranks: int) -> Iterator[str]:
             yield f"{path}.{name} has {size} of what is split, which does not divide by them"
 
 
-def load_tensor_parallel(
-    name: str, options: ModelOptions, dtype: torch.dtype, mesh: DeviceMesh, *, packing: bool = True
-) -> LoadedModel:
-    """Load a causal language model and keep this rank's part of it, on the device of the mesh.
-
-    Every rank reads the whole model into its host's memory first, in fp32 or as `options` have it; see `load_model`,
-    whose checks are made.
-
-    Args:
-        name: folder or name of the model.
-        options: how it computes.
-        dtype: of its weights, as `load_model` takes it.
-        mesh: the ranks that share it, of one dimension.
-        packing: see `load_model`.
-
-    Raises:
-        UserError: it cannot be loaded or split.
-    """
-    loaded = load_model(name, options, dtype, torch.device("cpu"), packing=packing)
-    split_model(loaded.model, mesh)
-    return loaded
-
-
 def split_model(model: Any, mesh: DeviceMesh) -> None:
     """Split a whole model, equal on all ranks, by its plan: in place, this rank's part onto the device of the mesh.
 
@@ -153,43 +127,6 @@ def split_model(model: Any, mesh: DeviceMesh) -> None:
                 split[whole] = _split_parameter(module, name, style, mesh, path)
             module._parameters[name] = split[whole]
     model.to(mesh.device_type)
-
-
-def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Gather the whole parameters of a model onto the host of rank 0, empty elsewhere; every rank has to call it.
-
-    `model.save_pretrained(folder, state_dict=...)` on rank 0 then writes what one process would.
-    """
-    gathered: dict[str, Any] = get_model_state_dict(
-        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-    )
-    return gathered
-
-
-def by_kind(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Part parameters into those that are split and those that are whole, without an empty part.
-
-    torch's operations on lists of tensors take no mixture, and so an optimizer needs a group for each.
-    """
-    parts: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for parameter in parameters:
-        parts[isinstance(parameter, DTensor)].append(parameter)
-    return [part for part in parts.values() if part]
-
-
-def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
-    """Scale the gradients of a split model down to a norm of at most `limit`.
-
-    Returns:
-        The norm before, of the whole model: the same bits on every rank of the mesh.
-    """
-    parts = by_kind(parameter for parameter in parameters if parameter.grad is not None)
-    norms: list[Any] = [get_total_norm([p.grad for p in part if p.grad is not None]) for part in parts]
-    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    total = torch.linalg.vector_norm(torch.stack(norms))
-    for part in parts:
-        clip_grads_with_norm_(part, limit, total)
-    return total
 
 
 def _places(model: Any) -> Iterator[tuple[str, nn.Module, str | None, str]]:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fused_dpo_engine.config.options import OptimizerOptions
+from fused_dpo_engine.distributed.gradients import by_mesh
 
 
 def learning_rate_factor(step: int, total: int, warmup: int, scheduler_type: str) -> float:
@@ -30,12 +31,14 @@ def build_optimizer(
 ) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
     """Build AdamW for the trainable parameters, decaying matrices alone, and the learning rates of `total_steps`."""
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    matrices, others = [p for p in trainable if p.ndim >= 2], [p for p in trainable if p.ndim < 2]
     groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": options.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        {"params": part, "weight_decay": decay}
+        for parameters, decay in ((matrices, options.weight_decay), (others, 0.0))
+        for part in by_mesh(parameters)
     ]
     optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        groups,
         lr=options.learning_rate,
         betas=(options.adam_beta1, options.adam_beta2),
         eps=options.adam_epsilon,

@@ -19,8 +19,9 @@ from fused_dpo_engine.checkpoint.export import save_model
 from fused_dpo_engine.config.commands import TrainConfig
 from fused_dpo_engine.data.pairs import TokenPair
 from fused_dpo_engine.distributed.failures import interrupts
+from fused_dpo_engine.distributed.gradients import clip_gradients
 from fused_dpo_engine.distributed.ranks import Ranks
-from fused_dpo_engine.distributed.strategy import Strategy, clip_gradients
+from fused_dpo_engine.distributed.strategy import Strategy
 from fused_dpo_engine.errors import SaveError, TrainingDivergedError
 from fused_dpo_engine.model.parallel import weights_to_save
 from fused_dpo_engine.model.policy import Policy, SequenceLogps

@@ -53,7 +53,16 @@ CASES: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": "bfloat16"},
 }
 OFFLOADED = ("plain", "lora")
+SPLIT = ("plain", "stops early", "tied, clipped", "experts", "checkpointing, padded", "another reference", "bfloat16")
+"""On ranks that share the pairs: tensor parallelism."""
+HOW: dict[str, dict[str, Any]] = {
+    **{strategy: {"strategy": strategy} for strategy in BOTH},
+    "offload": {"offload": True},
+    "split": {"tensor_parallel": 2},
+}
 ON_FOUR = ("tied, clipped", "lora", "one pair")
+ON_FOUR_SPLIT = ("plain", "tied, clipped", "one pair")
+"""Two and two: FSDP2 over those that have other pairs."""
 
 
 def name_of(case: str, strategy: str, ranks: int) -> str:
@@ -84,6 +93,7 @@ class Runs:
         train(parse("train", self.options("plain, offload, 1", "plain", offload=True)))
         two = {name_of(case, strategy, 2): self.case(case, strategy, 2) for case in CASES for strategy in BOTH}
         two |= {name_of(case, "offload", 2): self.case(case, "offload", 2) for case in OFFLOADED}
+        two |= {name_of(case, "split", 2): self.case(case, "split", 2) for case in SPLIT}
         for broken in ("outside", "local mean"):
             two[broken] = {"options": self.options(broken, "plain", strategy="ddp"), "change": broken}
         for strategy in BOTH:
@@ -92,6 +102,7 @@ class Runs:
             two[name] = {"options": self.options(name, "lora", **settings), "change": "traced"}
         run_cases(2, self.folder, two)
         four = {name_of(case, strategy, 4): self.case(case, strategy, 4) for case in ON_FOUR for strategy in BOTH}
+        four |= {name_of(case, "split", 4): self.case(case, "split", 4) for case in ON_FOUR_SPLIT}
         run_cases(4, self.folder, four)
 
     def options(self, name: str, case: str, **more: Any) -> list[str]:
@@ -102,8 +113,7 @@ class Runs:
         return options(**settings)
 
     def case(self, case: str, strategy: str, ranks: int) -> dict[str, Any]:
-        how = {"offload": True} if strategy == "offload" else {"strategy": strategy}
-        return {"options": self.options(name_of(case, strategy, ranks), case, **how), "change": None}
+        return {"options": self.options(name_of(case, strategy, ranks), case, **HOW[strategy]), "change": None}
 
     def metrics(self, name: str) -> list[dict[str, float]]:
         return read_metrics(self.folder / name)
@@ -113,7 +123,7 @@ class Runs:
 
     def check(self, name: str, case: str) -> None:
         """Compare a run with that of one process."""
-        loose = case == "bfloat16" and ", fsdp2" in name
+        loose = case == "bfloat16" and ", ddp" not in name
         got, expected = self.metrics(name), self.metrics(case)
         assert len(got) == len(expected)
         assert got[0].keys() == expected[0].keys()
@@ -142,7 +152,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, toy_settings: dict[str, Any])
 
 NAMED = [(name_of(case, strategy, 2), case) for case in CASES for strategy in BOTH]
 NAMED += [(name_of(case, "offload", 2), case) for case in OFFLOADED]
+NAMED += [(name_of(case, "split", 2), case) for case in SPLIT]
 NAMED += [(name_of(case, strategy, 4), case) for case in ON_FOUR for strategy in BOTH]
+NAMED += [(name_of(case, "split", 4), case) for case in ON_FOUR_SPLIT]
 
 
 class TestAgainstOneProcess:

@@ -6,8 +6,9 @@ from torch import nn
 
 from fused_dpo_engine.cli import parse
 from fused_dpo_engine.commands.train import train
+from fused_dpo_engine.distributed.gradients import clip_gradients
 from fused_dpo_engine.distributed.ranks import Ranks, join_ranks
-from fused_dpo_engine.distributed.strategy import Strategy, choose_strategy, clip_gradients
+from fused_dpo_engine.distributed.strategy import Strategy, choose_strategy
 from fused_dpo_engine.errors import UserError
 from fused_dpo_engine.model.parallel import decoder_layers
 from fused_dpo_engine.reference.scoring import score_reference

@@ -19,17 +19,12 @@ from fused_dpo import FusedHead, LMHead, backbone_of, head_of
 from fused_dpo_engine.attention.interface import packed_call
 from fused_dpo_engine.attention.segments import segment_attention
 from fused_dpo_engine.config.options import LoraOptions, ModelOptions
+from fused_dpo_engine.distributed.gradients import by_mesh, clip_gradients
+from fused_dpo_engine.distributed.weights import whole_weights
 from fused_dpo_engine.errors import UserError
 from fused_dpo_engine.model import tensor_parallel
 from fused_dpo_engine.model.loading import load_model
-from fused_dpo_engine.model.tensor_parallel import (
-    by_kind,
-    check_tensor_parallel,
-    clip_gradients,
-    load_tensor_parallel,
-    split_model,
-    whole_state_dict,
-)
+from fused_dpo_engine.model.tensor_parallel import check_tensor_parallel, split_model
 from tests.engine.support.policies import BATCH
 from tests.engine.support.toys import tiny_model, worst_gradient_error
 
@@ -131,7 +126,7 @@ def step(model: Any) -> float:
     parameters = list(model.parameters())
     norm = float(clip_gradients(parameters, math.inf))
     clip_gradients(parameters, norm / 1000)
-    groups = [{"params": part} for part in by_kind(parameters)]
+    groups = [{"params": part} for part in by_mesh(parameters)]
     torch.optim.AdamW(groups, lr=0.1, eps=norm / 1000, fused=True).step()
     return norm
 
@@ -186,7 +181,7 @@ def found_of(family: str, mesh: DeviceMesh, folder: Path, *, theirs: bool = Fals
     found = found._replace(**head_found(model, whole.get_output_embeddings().weight))
     found = found._replace(saved=is_saved(model, whole, folder))
     norm, expected_norm = step(model), step(whole)
-    state, expected_state = whole_state_dict(model), whole.state_dict()
+    state, expected_state = whole_weights(model), whole.state_dict()
     moved = [
         float((value - expected_state[name]).norm() / expected_state[name].norm()) for name, value in state.items()
     ]
@@ -214,7 +209,7 @@ def head_found(model: Any, weight: Tensor) -> dict[str, bool]:
 
 def is_saved(model: Any, whole: Any, folder: Path) -> bool:
     """Gather and save a model on rank 0, load it on every rank, and compare it with the whole one."""
-    state = whole_state_dict(model)
+    state = whole_weights(model)
     if dist.get_rank() == 0:
         model.save_pretrained(folder, state_dict=state)
     dist.barrier()
@@ -226,7 +221,8 @@ def loaded_from(folder: Path, mesh: DeviceMesh) -> float:
     """Load a saved model split; returns the relative error of its hidden states."""
     options = ModelOptions(model=str(folder), dtype="float32", device="cpu")
     check_tensor_parallel(options, LoraOptions(), mesh.size())
-    model: Any = load_tensor_parallel(str(folder), options, torch.float32, mesh).model
+    model: Any = load_model(str(folder), options, torch.float32, torch.device("cpu")).model
+    split_model(model, mesh)
     whole = load_model(str(folder), options, torch.float32, torch.device("cpu")).model
     assert hasattr(model.get_output_embeddings().weight, "to_local")
     expected = hidden_of(whole)

@@ -51,6 +51,9 @@ class ModelOptions:
     """Compile the model's backbone with torch.compile; the first steps take longer."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: much less memory for about a third more time."""
+    offload_activations: bool = False
+    """Keep what the backbone saves for its backward pass in host memory; with --gradient-checkpointing that is one
+    tensor a layer. For sequences that fit no other way; changes no result."""
     workspace_mib: int = 128
     """Memory in MiB that the head may use for its slices of the vocabulary."""
     load_in_4bit: bool = False

@@ -15,6 +15,7 @@ from fused_dpo_engine.attention.choice import load_backend
 from fused_dpo_engine.attention.interface import packed_call
 from fused_dpo_engine.batching.batch import PairBatch
 from fused_dpo_engine.model.dropout import Stated, as_stated
+from fused_dpo_engine.model.offload import ActivationOffload
 from fused_dpo_engine.model.router_loss import RouterLoss
 
 
@@ -55,6 +56,7 @@ class Policy(nn.Module):
         attention_name: of the backend for packed rows, one of `fused_dpo_engine.attention.choice.ORDER`.
         grad_mode: see `fused_dpo.fused_dpo_logps`.
         router_loss: load-balancing loss to compute in training; None for none.
+        offload: where the backbone keeps what it saves for its backward pass; None for the device.
         stated: values of the configuration that saving it is to show.
         reference_has_adapters: the model came with its adapters, so that they belong to the reference too.
         notes: lines for the user on what the model is and what is done with it.
@@ -70,6 +72,7 @@ class Policy(nn.Module):
         attention_name: str = "sdpa",
         grad_mode: str | None = None,
         router_loss: RouterLoss | None = None,
+        offload: ActivationOffload | None = None,
         stated: Sequence[Stated] = (),
         reference_has_adapters: bool = False,
         notes: Sequence[str] = (),
@@ -82,7 +85,7 @@ class Policy(nn.Module):
         self.attention_name = attention_name
         self.attention: Backend = load_backend(attention_name)
         self.grad_mode = grad_mode
-        self.router_loss, self.stated, self.notes = router_loss, stated, notes
+        self.router_loss, self.offload, self.stated, self.notes = router_loss, offload, stated, notes
         self.reference_has_adapters = reference_has_adapters
         self.compiled = False
 
@@ -133,7 +136,8 @@ class Policy(nn.Module):
         if self.router_loss is not None:
             inputs["output_router_logits"] = wanted or self.compiled
         no_masks = packed_call() if "fused_dpo_plan" in inputs else nullcontext()
-        with torch.set_grad_enabled(wanted or self.compiled), no_masks:
+        saved = self.offload.hooks(inputs["input_ids"].numel()) if self.offload and wanted else nullcontext()
+        with torch.set_grad_enabled(wanted or self.compiled), no_masks, saved:
             output = backbone_of(self.causal_lm)(**inputs, use_cache=False)
         if not wanted:
             return output.last_hidden_state.detach(), None

@@ -67,6 +67,8 @@ class TestCommandLine:
             ("dtype", "bfloat16"),
             ("lora_target_modules", ("q_proj", "v_proj")),
             ("gradient_checkpointing", True),
+            ("offload_activations", True),
+            ("optimizer", "adamw8bit"),
             ("report_to", ("wandb", "trackio")),
             ("max_length", 100),
             ("packing", False),

@@ -32,6 +32,7 @@ from fused_dpo_engine.model.policy import Policy
 from fused_dpo_engine.model.source import find_source
 from fused_dpo_engine.reference.scoring import score_run
 from fused_dpo_engine.reports.tables import summary_table
+from fused_dpo_engine.training.optimizer import check_optimizer
 from fused_dpo_engine.training.run_folder import check_output, open_output, write
 from fused_dpo_engine.training.summary import Summary
 from fused_dpo_engine.training.trackers import check_trackers
@@ -59,6 +60,7 @@ def train(config: TrainConfig) -> Summary:
     _check_models(config)
     check_output(output, config.run.overwrite)
     check_trackers(config.run.report_to)
+    check_optimizer(config.optimizer)
     if warning := dtype_warning(config.model, device):
         console.print(warning)
     tokenizer = load_tokenizer(config.model.model, config.model)

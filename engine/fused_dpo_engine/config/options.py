@@ -194,6 +194,8 @@ class OptimizerOptions:
 
     learning_rate: float = 5e-6
     """Peak learning rate (full training: 5e-7 to 5e-6; LoRA: 5e-6 to 5e-5)."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw8bit keeps AdamW's two means in 8 bits, 2 bytes a weight instead of 8 (bitsandbytes; the extra `qlora`)."""
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
     """Course of the learning rate after warm-up; linear and cosine end at 0."""
     warmup_ratio: float = 0.1

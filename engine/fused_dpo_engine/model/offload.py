@@ -22,8 +22,8 @@ class ActivationOffload:
     """Moves what a forward pass saves to pinned host memory, and back in its backward pass.
 
     Weights stay, their copies by autocast and what FSDP2 has gathered included: moving these would cross the bus with
-    the whole model. As hooks see tensors without names, a tensor that has the shape of a weight is taken for one, unless
-    the number of token slots is in its shape. A mistake costs traffic or memory, never a bit of the result.
+    the whole model. Hooks see tensors without names, so one of the shape of a weight is taken for a weight, unless the
+    number of token slots is in its shape. A mistake costs traffic or memory, never a bit of the result.
 
     torch's `save_on_cpu` does the same for everything, the weights too, and makes all of it contiguous, after which
     products may round otherwise. Copies are queued on the stream that computes,

@@ -186,7 +186,7 @@ class TestConfigFile:
             ("lerning_rate: 1\n", r"unknown option 'lerning_rate'; did you mean learning_rate"),
             ("max-stepz: 1\n", r"unknown option 'max-stepz'; did you mean max_steps"),
             ("zzz: 1\n", r"unknown option 'zzz'"),
-            ("optimizer:\n  learning_rate: 1\n", r"unknown option 'optimizer'"),
+            ("loss:\n  beta: 1\n", r"unknown option 'loss'"),
             ("- beta\n", r"must hold `name: value` lines, got list"),
             ("", r"must hold `name: value` lines, got NoneType"),
             ("beta: [1\n", r"is not valid YAML"),

@@ -53,14 +53,15 @@ class ActivationOffload:
         def pack(tensor: Tensor) -> Tensor | OnHost:
             if stays(tensor):
                 return tensor
-            pinned = tensor.is_cuda
-            # In the same order of memory: matrix products of other strides round otherwise.
-            host = torch.empty_like(tensor, device="cpu", pin_memory=pinned)
-            host.copy_(tensor, non_blocking=pinned)
             self.moved += tensor.numel() * tensor.element_size()
-            return OnHost(host, tensor.device)
+            return self._to_host(tensor)
 
         return saved_tensors_hooks(pack, _unpack)
+
+    def _to_host(self, tensor: Tensor) -> OnHost:
+        # In the same order of memory: matrix products of other strides round otherwise.
+        host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        return OnHost(host.copy_(tensor, non_blocking=tensor.is_cuda), tensor.device)
 
 
 def _unpack(saved: Tensor | OnHost) -> Tensor:

@@ -154,7 +154,8 @@ class Policy(nn.Module):
         """Set the precision that the model computes in."""
         if self.compute_dtype.itemsize > 2:
             return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.compute_dtype)
+        # The cache would hold copies of all weights until the pass ends, checkpoints or not; each is used once.
+        return torch.autocast(self.device.type, dtype=self.compute_dtype, cache_enabled=False)
 
     def as_reference(self) -> AbstractContextManager[Any]:
         """Make the policy its own reference within the block: new adapters off. Without such, only before training."""

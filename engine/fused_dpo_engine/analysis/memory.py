@@ -23,12 +23,15 @@ from typing import Any, Literal
 from fused_dpo_engine.analysis.rehearsal import Held, Precision, Scene, build, layers_of, rehearse
 from fused_dpo_engine.config.options import LoraOptions
 from fused_dpo_engine.errors import UserError
-from fused_dpo_engine.training.adamw8bit import SMALLEST, STATE_BYTES
 
 GIB = 2**30
 USABLE = 0.94
 """Share of a device's memory that tensors may take: the rest is CUDA's context, libraries and fragments."""
 GATHERED_LAYERS = 3
+EIGHT_BITS = 2 + 2 * 4 / 256
+"""Bytes of AdamW's means of a weight in 8 bits: two bytes, and an fp32 maximum of each for every block of 256."""
+SMALL = 4096
+"""Tensors of fewer numbers keep means in fp32: bitsandbytes' own bound."""
 Strategy = Literal["ddp", "fsdp2"]
 _FEW, _MANY = 1024, 8192
 """Tokens of the rehearsals from which all others follow."""
@@ -112,7 +115,7 @@ def shape_of(name: str, config: Any, lora: LoraOptions | None = None, tensor_par
         lora,
         parameters=sum(p.numel() for p in model.parameters()),
         trained=sum(trained),
-        small=sum(size for size in trained if size < SMALLEST),
+        small=sum(size for size in trained if size < SMALL),
         layers=len(layers),
         of_layers=sum(sizes),
         uniform=len(set(sizes)) == 1,
@@ -156,7 +159,7 @@ def estimate_memory(
     gradients = 4 * shape.trained / share
     means = 8 * shape.trained
     if optimizer == "adamw8bit":
-        means = STATE_BYTES * (shape.trained - shape.small) + 8 * shape.small
+        means = EIGHT_BITS * (shape.trained - shape.small) + 8 * shape.small
     resident = {"weights": weights, "gradients": gradients, "optimizer": means / share}
     host = {"reference": 8.0 * pairs}
 

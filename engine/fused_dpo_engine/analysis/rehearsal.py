@@ -5,7 +5,7 @@ the kernels hold.
 """
 
 from contextlib import nullcontext
-from functools import lru_cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from fused_dpo import backbone_of
 from fused_dpo_engine.analysis.ledger import Ledger
 from fused_dpo_engine.attention.call import AttentionCall
+from fused_dpo_engine.attention.gather import gather_rows
 from fused_dpo_engine.attention.interface import ATTENTION_NAME, packed_call
 from fused_dpo_engine.attention.plan import AttentionPlan, Segment, plan_attention
 from fused_dpo_engine.attention.segments import segment_attention
@@ -27,8 +28,9 @@ from fused_dpo_engine.model.offload import ActivationOffload, OnHost
 
 BLOCK_ROWS = 128
 """Rows that filtered gradients share a screen for, at most: see the memory of `fused_dpo.fused_dpo_logps`."""
-SEGMENT = 512
-"""Tokens of a segment of the rehearsed row; what a layer saves does not depend on it but for masks of windows."""
+SEGMENT, SHARED = 512, 128
+"""Tokens of a segment of the rehearsed row, and those of its trunk that every second one sees too: the keys and values
+that a layer gathers follow from these, and masks of windows."""
 
 
 class Precision(NamedTuple):
@@ -158,8 +160,10 @@ def layers_of(model: Any) -> Any:
 def _step(model: Any, scene: Scene, tokens: int) -> Held:
     base = model.get_base_model() if scene.lora.lora_rank else model
     offload = _Away(model.parameters(), base.config.get_text_config().hidden_size)
-    edges = [*range(0, tokens, SEGMENT), tokens]
-    plan = plan_attention([Segment(start, stop, at, 0) for at, (start, stop) in enumerate(zip(edges, edges[1:]))])
+    edges = pairwise([*range(0, tokens, SEGMENT), tokens])
+    plan = plan_attention(
+        [Segment(*edge, at - at % 2, SHARED if at % 2 else 0) for at, edge in enumerate(edges)]  # trunk, branch, trunk
+    )
     row = torch.zeros(1, tokens, dtype=torch.int64)
     most: dict[str, int] = {}
 
@@ -237,8 +241,10 @@ _SUBSTITUTES = {torch.ops.aten._grouped_mm.default: _grouped_mm}
 
 
 def _kernel(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, call: AttentionCall) -> Tensor:
-    rows = [tensor.to(value.dtype)[0].transpose(0, 1) for tensor in (query, key, value)]
-    return _Kernel.apply(*rows)[None]  # pyright: ignore
+    q, k, v = (tensor.to(value.dtype)[0].transpose(0, 1) for tensor in (query, key, value))
+    if plan.kv_index is not None:
+        k, v = gather_rows(k, plan.kv_index), gather_rows(v, plan.kv_index)
+    return _Kernel.apply(q, k, v)[None]  # pyright: ignore
 
 
 class _Head(torch.autograd.Function):

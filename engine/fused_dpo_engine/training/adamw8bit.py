@@ -13,11 +13,6 @@ from torch.distributed.tensor import DTensor
 
 from fused_dpo_engine.errors import UserError, first_line
 
-SMALLEST = 4096
-"""Weights of fewer numbers keep means in fp32: bitsandbytes' own bound, by the shard where there are shards."""
-STATE_BYTES = 2 + 2 * 4 / 256
-"""Of a weight: two means of 8 bits, and an fp32 maximum of each for every block of 256."""
-
 
 def load_adamw8bit() -> type[torch.optim.Optimizer]:
     """Give the class of the optimizer, which takes what `torch.optim.AdamW` does, but for `fused`.

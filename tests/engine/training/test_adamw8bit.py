@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fused_dpo_engine.analysis.memory import EIGHT_BITS, SMALL
 from fused_dpo_engine.config.options import OptimizerOptions
 from fused_dpo_engine.errors import UserError
 from fused_dpo_engine.training import adamw8bit
-from fused_dpo_engine.training.adamw8bit import SMALLEST, STATE_BYTES
 from fused_dpo_engine.training.optimizer import build_optimizer
 from tests.engine.support.sharded_optimizer import network, train
 from tests.fresh_process import ROOT
@@ -58,9 +58,9 @@ def state_bytes(parameter: nn.Parameter) -> int:
 
 
 def test_state_takes_two_bytes_a_weight_and_eight_of_a_small_one():
-    assert state_bytes(nn.Parameter(torch.ones(512, 256))) == STATE_BYTES * 512 * 256
-    assert state_bytes(nn.Parameter(torch.ones(SMALLEST - 1))) == 8 * (SMALLEST - 1)
-    assert 2 <= STATE_BYTES < 2.05
+    assert state_bytes(nn.Parameter(torch.ones(512, 256))) == EIGHT_BITS * 512 * 256
+    assert state_bytes(nn.Parameter(torch.ones(SMALL - 1))) == 8 * (SMALL - 1)
+    assert 2 <= EIGHT_BITS < 2.05
 
 
 def test_weight_decay_is_decoupled():

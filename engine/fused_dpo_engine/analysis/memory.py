@@ -5,10 +5,10 @@ With P weights, of which A are trained, on N ranks, every number in fp32 but whe
     one process, ddp:  4 P  weights (below adapters: 2 P in bfloat16)
                        4 A  gradients
                        8 A  AdamW's means, or 2.03 A in 8 bits
-    fsdp2:             the same, over N; and gathered, 2 bytes a weight in bfloat16, three layers at a time: the one that
-                       computes, the next, and the buffer that this arrives in; embeddings, last norm and head in fp32
-                       all the time; and to reduce gradients, of one layer 2 bytes a weight in bfloat16, 4 as they are
-                       added up, and 4 / N that remain
+    fsdp2:             the same, over N; and gathered, 2 bytes a weight in bfloat16, three layers at a time: the one
+                       that computes, the next, and the buffer that this arrives in; embeddings, last norm and head
+                       in fp32 all the time; and to reduce gradients, of one layer 2 bytes a weight in bfloat16, 4 as
+                       they are added up, and 4 / N that remain
     fsdp2, --offload:  what is gathered alone; all that is over N is in host memory
 
 What a step's passes hold beside that comes out of a rehearsal of the model's own code (`rehearsal.py`): autocast's
@@ -33,6 +33,7 @@ EIGHT_BITS = 2 + 2 * 4 / 256
 SMALL = 4096
 """Tensors of fewer numbers keep means in fp32: bitsandbytes' own bound."""
 Strategy = Literal["ddp", "fsdp2"]
+_SPLIT = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "moe_intermediate_size", "vocab_size")
 _FEW, _MANY = 1024, 8192
 """Tokens of the rehearsals from which all others follow."""
 
@@ -232,12 +233,14 @@ def _split(name: str, config: Any, ranks: int) -> Any:
     text = config.get_text_config()
     heads = text.num_attention_heads
     text.head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    for part in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "moe_intermediate_size", "vocab_size"):
+    for part in _SPLIT:
         size = getattr(text, part, None)
         if size is None:
             continue
         if size % ranks:
-            raise UserError(f"{name}: {part} {size} does not split into --tensor-parallel {ranks}; give a divisor of it.")
+            raise UserError(
+                f"{name}: {part} {size} does not split into --tensor-parallel {ranks}; give a divisor of it."
+            )
         setattr(text, part, size // ranks)
     return config
 

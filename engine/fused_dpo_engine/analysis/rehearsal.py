@@ -1,7 +1,7 @@
-"""A training step rehearsed on tensors that have shapes and no data: what autograd, autocast and checkpoints would hold.
+"""A training step rehearsed on tensors that have shapes and no data: what autograd, autocast and checkpoints hold.
 
-The model's own code runs, so nothing here knows an architecture. The attention and the head are stand-ins that hold what
-the kernels hold.
+The model's own code runs, so nothing here knows an architecture. The attention and the head are stand-ins that hold
+what the kernels hold.
 """
 
 from contextlib import nullcontext
@@ -9,10 +9,10 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 # Not public; there is no other way to run a model's code and its autograd without memory for them.
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from fused_dpo import backbone_of
@@ -39,7 +39,7 @@ class Precision(NamedTuple):
     half: bool = True
     """Compute in bfloat16, by autocast."""
     half_layers: bool = False
-    """The weights of layers are in it: frozen below adapters, or gathered so by FSDP2. Otherwise autocast copies them."""
+    """The weights of layers are in it: frozen below adapters, or gathered so by FSDP2. Others autocast copies."""
     half_rest: bool = False
     """So are embeddings, head and last norm: frozen below adapters."""
 
@@ -61,7 +61,7 @@ class Scene(NamedTuple):
 class Held(NamedTuple):
     """Bytes at the moments that may be the peak, beyond weights, gradients that were there before, and optimizer.
 
-    Each is a linear function of the number of layers, and of the number of tokens where these outweigh a layer's weights.
+    Each is a linear function of the number of layers, and of that of tokens where these outweigh a layer's weights.
     """
 
     forward: float

@@ -32,6 +32,7 @@ from fused_dpo_engine.model.policy import Policy
 from fused_dpo_engine.model.source import find_source
 from fused_dpo_engine.reference.scoring import score_run
 from fused_dpo_engine.reports.tables import summary_table
+from fused_dpo_engine.training.memory import memory_warning
 from fused_dpo_engine.training.optimizer import check_optimizer
 from fused_dpo_engine.training.run_folder import check_output, open_output, write
 from fused_dpo_engine.training.summary import Summary
@@ -65,6 +66,10 @@ def train(config: TrainConfig) -> Summary:
         console.print(warning)
     tokenizer = load_tokenizer(config.model.model, config.model)
     config = _resolved(config, device)
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        if warning := memory_warning(config, total):
+            console.print(warning)
     frozen = _reference_options(config)
     if frozen is not None:
         choose_max_length(frozen, config.data, config.packing)

@@ -162,12 +162,16 @@ class EstimateConfig:
     """Run code that comes with the model. Only for models you trust."""
 
     def __post_init__(self) -> None:
-        for name, least in {"gpus": 1, "tensor_parallel": 1, "tokens_per_batch": 4, "workspace_mib": 1, "pairs": 0}.items():
+        for name, least in {
+            "gpus": 1,
+            "tensor_parallel": 1,
+            "tokens_per_batch": 4,
+            "workspace_mib": 1,
+            "pairs": 0,
+        }.items():
             value = getattr(self, name)
             require(value >= least, f"{name.replace('_', '-')} must be at least {least}, got {value}.")
-        require(
-            0 < self.gpu_memory < math.inf, f"gpu-memory must be positive and finite (GiB), got {self.gpu_memory}."
-        )
+        require(0 < self.gpu_memory < math.inf, f"gpu-memory must be positive and finite (GiB), got {self.gpu_memory}.")
         require(
             self.gpus % self.tensor_parallel == 0,
             f"tensor-parallel {self.tensor_parallel} does not divide gpus {self.gpus}; give a divisor of it.",

@@ -20,6 +20,7 @@ from fused_dpo_engine.data.pairs import TokenPair
 from fused_dpo_engine.errors import SaveError, TrainingDivergedError
 from fused_dpo_engine.model.policy import Policy, SequenceLogps
 from fused_dpo_engine.reference.scoring import ReferenceLogps
+from fused_dpo_engine.training.memory import explain_out_of_memory
 from fused_dpo_engine.training.metrics import MetricsWriter, PairMetrics, SlotMetrics, peak_memory_gib
 from fused_dpo_engine.training.optimizer import build_optimizer
 from fused_dpo_engine.training.summary import Summary
@@ -67,6 +68,7 @@ class Trainer:
         Raises:
             TrainingDivergedError: loss or gradient is not a number; the weights before that step are in model/.
             SaveError: model/ or best/ could not be written; what was there before still is.
+            UserError: out of memory; what would help is in the message, the weights before that step are in model/.
         """
         run = self.config.run
         try:
@@ -137,15 +139,16 @@ class Trainer:
         outputs: list[tuple[PairBatch, LossOutput]] = []
         rows = [self._rows_of(planned) for planned in step.batches]
         for planned, count in zip(step.batches, rows, strict=True):
-            batch = build_batch(self.pairs, planned.indices, packing).to(device)
-            scores = self.policy(batch)
-            output = self._loss_of(batch, scores, self.reference, len(indices), chosen_tokens)
-            aux_loss = None
-            if self.policy.router_loss is not None and scores.router is not None:
-                # A mean over rows, so every pass weighs by the rows that it has of the step's.
-                aux_loss = scores.router * (count / sum(rows))
-                output = output._replace(loss=output.loss + self.policy.router_loss.coefficient * aux_loss)
-            output.loss.backward()
+            with explain_out_of_memory(self.config, planned.slots, cuda=device.type == "cuda"):
+                batch = build_batch(self.pairs, planned.indices, packing).to(device)
+                scores = self.policy(batch)
+                output = self._loss_of(batch, scores, self.reference, len(indices), chosen_tokens)
+                aux_loss = None
+                if self.policy.router_loss is not None and scores.router is not None:
+                    # A mean over rows, so every pass weighs by the rows that it has of the step's.
+                    aux_loss = scores.router * (count / sum(rows))
+                    output = output._replace(loss=output.loss + self.policy.router_loss.coefficient * aux_loss)
+                output.loss.backward()
             sums.add(output, scores.plain, batch, scores.head, aux_loss)
             outputs.append((batch, output))
             for layout in (slots, self._slots):

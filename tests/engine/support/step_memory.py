@@ -41,7 +41,8 @@ def measure(monkeypatch: Any, model: Path, output: Path, **settings: Any) -> tup
     monkeypatch.setattr(Trainer, "_step", measured)
     letters = "abcdefghijklmnop"
     rows = [
-        {"prompt": f"{i}: ", "chosen": letters[i] * ANSWER, "rejected": letters[-1 - i] * (ANSWER - 8)} for i in range(8)
+        {"prompt": f"{i}: ", "chosen": letters[i] * ANSWER, "rejected": letters[-1 - i] * (ANSWER - 8)}
+        for i in range(8)
     ]
     common: dict[str, Any] = {"data": write_rows(output / "rows.jsonl", rows), "output": output / "run", "max_steps": 2}
     common |= {"model": model, "report_to": "none", "device": "cpu", "max_length": 700, "workspace_mib": 1}

@@ -15,8 +15,6 @@ from fused_dpo_engine.model.source import find_source, read_config
 _NO_MEMORY_ON_A_CPU = "DefaultCPUAllocator"
 """Begins what torch says, in a RuntimeError, where the system gives no memory."""
 _MAY_HELP = "--gradient-checkpointing, --offload-activations, --optimizer adamw8bit, --offload, fewer tokens a pass"
-    "--gradient-checkpointing, --offload-activations, --optimizer adamw8bit, --offload, fewer --tokens-per-batch"
-)
 
 
 def settings_of(

@@ -69,9 +69,9 @@ class TestFailedAllocation:
 
     def test_without_an_estimate_it_names_what_may_help(self, config, monkeypatch):
         monkeypatch.setattr(memory, "shape_of_run", lambda config: 1 / 0)
-        with pytest.raises(UserError, match="What may help: --gradient-checkpointing"):
-            with explain_out_of_memory(config, 1, cuda=True):
-                raise MemoryError
+        expected = pytest.raises(UserError, match="What may help: --gradient-checkpointing")
+        with expected, explain_out_of_memory(config, 1, cuda=True):
+            raise MemoryError
 
     def test_in_a_run(self, train_tiny, tmp_path, monkeypatch):
         """In the second step: what the first has made of the weights is saved."""

@@ -1,5 +1,7 @@
 """What is advised: nothing where it fits, the largest saving first, and no more than helps."""
 
+from typing import Any
+
 import pytest
 
 from fused_dpo_engine.analysis.advice import advise, largest_batch, rank, sentence
@@ -46,7 +48,7 @@ def test_the_largest_saving_comes_first(one_b):
 
 
 def test_largest_batch(one_b):
-    settings = {"gradient_checkpointing": True}
+    settings: dict[str, Any] = {"gradient_checkpointing": True}
     tokens = largest_batch(one_b, settings, 40 * GIB)
     assert tokens % 1024 == 0
     assert estimate_memory(one_b, **settings, tokens_per_batch=tokens).fits(40 * GIB)

@@ -33,7 +33,7 @@ def memory_table(shape: ModelShape, ways: Sequence[Way], title: str) -> Table:
     for name in (*COLUMNS, "peak", "on the host", "fits"):
         table.add_column(name, justify="right")
     for way in ways:
-        sums = dict.fromkeys(COLUMNS, 0)
+        sums: dict[str, int] = dict.fromkeys(COLUMNS, 0)
         for part, size in way.estimate.parts.items():
             sums[_COLUMN_OF.get(part, part)] += size
         numbers = [*sums.values(), way.estimate.peak_bytes, way.estimate.host_bytes]

@@ -66,12 +66,12 @@ class TestMeasured:
         assert estimate.peak_bytes == pytest.approx(peak, rel=0.1)
 
     def test_control_another_step_is_further_off(self, monkeypatch, tmp_path):
-        """What checkpoints save is no part of what 10 % forgive, nor are Adam's means."""
+        """Neither activations nor Adam's means are within what 10 % forgive."""
         folder = save_folder(tmp_path / "model", "llama", **MEASURED)
         peak, estimate = measure(
             monkeypatch, folder, tmp_path, dtype="float32", pairs_per_step=2, tokens_per_batch=1500
         )
-        for part in ("activations", "optimizer", "weights"):
+        for part in ("activations", "optimizer"):
             assert estimate.peak_bytes - estimate.parts[part] < 0.9 * peak
 
 

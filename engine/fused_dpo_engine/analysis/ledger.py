@@ -18,11 +18,11 @@ class Ledger(TorchDispatchMode):
 
     Args:
         others: tensors that were there before, which are not counted.
-        substitutes: what to run in the place of operations.
+        substitutes: what to run in the place of operations, by the names that these have in torch.
     """
 
     def __init__(
-        self, others: Iterable[Tensor] = (), substitutes: Mapping[Any, Callable[..., Tensor]] = MappingProxyType({})
+        self, others: Iterable[Tensor] = (), substitutes: Mapping[str, Callable[..., Tensor]] = MappingProxyType({})
     ) -> None:
         super().__init__()
         self._substitutes = substitutes
@@ -34,7 +34,7 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, and take in what it returns."""
-        result = self._substitutes.get(func, func)(*args, **(kwargs or {}))
+        result = self._substitutes.get(func.name(), func)(*args, **(kwargs or {}))
         for value in tree_iter(result):
             if isinstance(value, Tensor) and value.device.type != "meta":
                 self._add(value.untyped_storage())

@@ -136,6 +136,7 @@ def estimate_memory(
     half: bool = True,
     workspace_mib: int = 128,
     accumulates: bool = True,
+    reduces_every_pass: bool = True,
     cuda: bool = True,
     pairs: int = 0,
 ) -> MemoryEstimate:
@@ -149,7 +150,8 @@ def estimate_memory(
         offload: shares live in host memory (fsdp2).
         gradient_checkpointing, offload_activations, optimizer, workspace_mib: as the options of `fused-dpo train`.
         half: compute in bfloat16, or else in float32.
-        accumulates: a step has several forward passes. Under fsdp2 gradients are reduced in each of them.
+        accumulates: a step has several forward passes.
+        reduces_every_pass: fsdp2 reduces gradients in each of them; False if they add up whole until the last.
         cuda: as on a GPU, or else as on a CPU, where attention computes in fp32.
         pairs: whose reference log-probs are kept on the host.
     """
@@ -177,13 +179,12 @@ def estimate_memory(
     after = dict(resident)  # in the optimizer's step no activation is left
     if not scene.accumulates:
         del resident["gradients"]  # they come in the course of the backward pass, and are in what is held
-    if sharded:
-        passing = _gathered(shape, half, lora, gpus)
-        if offload:
-            host |= resident
-            resident, after = {}, {}
-    else:
-        passing = {}
+    passing: dict[str, float] = _gathered(shape, half, lora, gpus) if sharded else {}
+    if sharded and accumulates and not reduces_every_pass:
+        passing["whole gradients"] = 4 * shape.trained
+    if offload:
+        host |= resident
+        resident, after = {}, {}
     peak = resident | passing | _parts(shape, scene, held, tokens_per_batch)
     host["activations"] = held.host
     highest = max(peak, after, key=lambda parts: sum(parts.values()))

@@ -23,6 +23,7 @@ from fused_dpo_engine.attention.interface import ATTENTION_NAME, packed_call
 from fused_dpo_engine.attention.plan import AttentionPlan, Segment, plan_attention
 from fused_dpo_engine.attention.segments import segment_attention
 from fused_dpo_engine.config.options import LoraOptions
+from fused_dpo_engine.errors import UserError
 from fused_dpo_engine.model.adapters import add_adapters
 from fused_dpo_engine.model.offload import ActivationOffload, OnHost
 
@@ -110,12 +111,13 @@ def rehearse(config: Any, scene: Scene, tokens: int, layers: int | None = None) 
         return _step(model.train(), scene, tokens)
 
 
-def build(config: Any, lora: LoraOptions, layers: int | None = None, precision: Precision = Precision()) -> Any:  # noqa: B008
+def build(config: Any, lora: LoraOptions, layers: int | None = None, precision: Precision | None = None) -> Any:
     """Build a model without data, of so many layers and with adapters, its weights in the dtypes that `precision` says.
 
     Raises:
-        UserError: it has no modules of the adapters' names.
+        UserError: it has no layers that could be told, or no modules of the adapters' names.
     """
+    precision = precision or Precision()
     config = type(config).from_dict(config.to_dict())
     text = config.get_text_config()
     if layers is not None:
@@ -152,8 +154,14 @@ def _drop_gradient(parameter: Tensor) -> None:
 
 
 def layers_of(model: Any) -> Any:
-    """Find a model's layers: the list that holds most of its weights."""
+    """Find a model's layers: the list that holds most of its weights.
+
+    Raises:
+        UserError: it has no list.
+    """
     lists = [part for part in backbone_of(model).modules() if isinstance(part, torch.nn.ModuleList)]
+    if not lists:
+        raise UserError(f"no memory estimate: {type(model).__name__} has no list of layers.")
     return max(lists, key=lambda part: sum(weight.numel() for weight in part.parameters()))
 
 
@@ -173,7 +181,8 @@ def _step(model: Any, scene: Scene, tokens: int) -> Held:
             tensor.register_hook(lambda _: most.update({moment: ledger.most()}))
 
     layers = layers_of(base)
-    named = {layers[1]: "between", layers[0]: "first"} | {layers[-1]: "last"}  # of two layers the second is the last
+    # Of two layers the second is the last one, and one layer is the last one alone.
+    named = {layers[min(1, len(layers) - 1)]: "between", layers[0]: "first"} | {layers[-1]: "last"}
     for layer, moment in named.items():
         layer.register_forward_pre_hook(
             lambda _, args, kwargs, name=moment: note(name, args[0] if args else kwargs["hidden_states"]),
@@ -237,7 +246,7 @@ def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor, *_: Any) -> Tensor:
     return a.new_empty(offs.shape[0], a.shape[0], b.shape[1])
 
 
-_SUBSTITUTES = {torch.ops.aten._grouped_mm.default: _grouped_mm}
+_SUBSTITUTES = {"aten::_grouped_mm": _grouped_mm}
 
 
 def _kernel(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, call: AttentionCall) -> Tensor:

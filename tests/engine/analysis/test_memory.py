@@ -17,7 +17,7 @@ from fused_dpo_engine.analysis.memory import (
     held_in_step,
     shape_of,
 )
-from fused_dpo_engine.analysis.rehearsal import Precision, Scene, rehearse
+from fused_dpo_engine.analysis.rehearsal import SEGMENT, SHARED, Precision, Scene, rehearse
 from fused_dpo_engine.config.options import LoraOptions
 from fused_dpo_engine.errors import UserError
 from tests.engine.support.published import WEIGHTS, config_of
@@ -84,13 +84,18 @@ class TestRehearsal:
         whole = rehearse(config, scene, 4096)
         assert held_in_step(shape_of(family, config), scene, 4096).peak == pytest.approx(whole.peak, rel=0.01)
 
+    def test_one_layer(self):
+        config = tiny_config("llama", num_hidden_layers=1)
+        assert held_in_step(shape_of("one", config), FULL, 2048).peak > 0
+
     def test_layers_that_differ_are_all_rehearsed(self):
         config = tiny_config("deepseek_v3", num_hidden_layers=5, first_k_dense_replace=3)
         assert not shape_of("deepseek", config).uniform
 
     def test_gpt_layer_of_korthikanti(self):
         """Their equation 2, `s b h (34 + 5 a s / h)`: of its 34 bytes two are masks of dropout, which is off here; the
-        second term is what attention does not save since FlashAttention.
+        second term is what attention does not save since FlashAttention. Instead it has the keys and values that it
+        gathers for shared prefixes, beside the fused projection that they come from: 2 bytes each, an eighth twice.
         """
         hidden, tokens = 1024, 4096
         config = AutoConfig.for_model(
@@ -99,7 +104,8 @@ class TestRehearsal:
         config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
         scene = FULL._replace(precision=Precision(half=False, half_layers=True, half_rest=True))
         two, three = (rehearse(config, scene, tokens, layers).saved for layers in (2, 3))
-        assert three - two == pytest.approx(32 * tokens * hidden, rel=0.05)
+        gathered = 2 * 2 * (1 + SHARED / SEGMENT / 2)
+        assert three - two == pytest.approx((32 + gathered) * tokens * hidden, rel=0.01)
 
 
 class TestPublished:
@@ -146,6 +152,13 @@ class TestStrategies:
             assert shared.parts[part] == whole.parts[part] // 8
         assert "gathered weights" in shared.parts
         assert "gathered weights" not in whole.parts
+
+    def test_gradients_that_add_up_whole(self):
+        """4 bytes a weight on every rank, however many share it; in one pass nothing adds up."""
+        each = parts_of(strategy="fsdp2", gpus=8)
+        last = parts_of(strategy="fsdp2", gpus=8, reduces_every_pass=False)
+        assert last.peak_bytes - each.peak_bytes == 4 * WEIGHTS["Llama-3.2-1B"]
+        assert parts_of(strategy="fsdp2", gpus=8, reduces_every_pass=False, accumulates=False) == each
 
     def test_offload_moves_to_the_host(self):
         shared, away = parts_of(strategy="fsdp2", gpus=2), parts_of(strategy="fsdp2", gpus=2, offload=True)

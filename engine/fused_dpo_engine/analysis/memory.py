@@ -147,7 +147,7 @@ def estimate_memory(
         tokens_per_batch: slots of a forward pass, all of them scored.
         strategy: ddp for whole copies (one process too), fsdp2 for shares.
         gpus: N, ranks that share the weights under fsdp2.
-        offload: shares live in host memory (fsdp2).
+        offload: shares live in host memory, which takes fsdp2 whatever `strategy` says.
         gradient_checkpointing, offload_activations, optimizer, workspace_mib: as the options of `fused-dpo train`.
         half: compute in bfloat16, or else in float32.
         accumulates: a step has several forward passes.
@@ -155,7 +155,7 @@ def estimate_memory(
         cuda: as on a GPU, or else as on a CPU, where attention computes in fp32.
         pairs: whose reference log-probs are kept on the host.
     """
-    sharded = strategy == "fsdp2"
+    sharded = offload or strategy == "fsdp2"
     lora, share = shape.lora.lora_rank > 0, gpus if sharded else 1
     frozen_bytes = 2 if half else 4
     weights = (frozen_bytes * shape.frozen + 4 * shape.trained) / share
@@ -179,12 +179,13 @@ def estimate_memory(
     after = dict(resident)  # in the optimizer's step no activation is left
     if not scene.accumulates:
         del resident["gradients"]  # they come in the course of the backward pass, and are in what is held
-    passing: dict[str, float] = _gathered(shape, half, lora, gpus) if sharded else {}
-    if sharded and accumulates and not reduces_every_pass:
-        passing["whole gradients"] = 4 * shape.trained
+    whole = sharded and accumulates and not reduces_every_pass
+    passing = _gathered(shape, half, lora, gpus, whole) if sharded else {}
     if offload:
         host |= resident
         resident, after = {}, {}
+    if whole:  # in the place of shares, which come as these go
+        resident["gradients"] = 4 * shape.trained
     peak = resident | passing | _parts(shape, scene, held, tokens_per_batch)
     host["activations"] = held.host
     highest = max(peak, after, key=lambda parts: sum(parts.values()))
@@ -217,14 +218,15 @@ def _parts(shape: ModelShape, scene: Scene, held: Held, tokens: int) -> dict[str
     }
 
 
-def _gathered(shape: ModelShape, half: bool, lora: bool, ranks: int) -> dict[str, float]:
+def _gathered(shape: ModelShape, half: bool, lora: bool, ranks: int, whole_gradients: bool) -> dict[str, float]:
     """Tell what FSDP2 makes whole for a while."""
     size = 2 if half else 4
     layer = shape.of_layers / shape.layers
     layers = GATHERED_LAYERS * size * layer
     rest = (size if lora else 4) * shape.of_the_rest
     trained = shape.trained / shape.parameters
-    reduced = trained * (layer * (size + 4 + 4 / ranks) + 4 * shape.of_the_rest)
+    rest_to_reduce = 0 if whole_gradients else 4 * shape.of_the_rest  # there already
+    reduced = trained * (layer * (size + 4 + 4 / ranks) + rest_to_reduce)
     return {"gathered weights": layers + rest, "gradients to reduce": reduced}
 
 

@@ -11,7 +11,6 @@ COLUMNS = ("weights", "gradients", "optimizer", "gathered", "activations", "head
 _COLUMN_OF = {
     "gathered weights": "gathered",
     "gradients to reduce": "gathered",
-    "whole gradients": "gathered",
     "copies of weights": "activations",
     "head": "head or layer",
     "layer in work": "head or layer",

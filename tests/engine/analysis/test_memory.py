@@ -1,5 +1,9 @@
 """The estimate against measured peaks of real steps, published counts and formulas, and what it says of strategies."""
 
+import json
+import os
+import subprocess
+import sys
 from functools import cache
 from typing import Any
 
@@ -23,6 +27,7 @@ from fused_dpo_engine.errors import UserError
 from tests.engine.support.published import WEIGHTS, config_of
 from tests.engine.support.step_memory import measure
 from tests.engine.support.toys import save_folder, tiny_config
+from tests.fresh_process import ROOT
 
 pytestmark = pytest.mark.cpu_units
 MEASURED: dict[str, Any] = {
@@ -73,6 +78,23 @@ class TestMeasured:
         )
         for part in ("activations", "optimizer"):
             assert estimate.peak_bytes - estimate.parts[part] < 0.9 * peak
+
+    def test_shares_of_fsdp2(self, tmp_path):
+        """Of two ranks, with checkpoints: gathered layers, reduced gradients, and gradients that add up whole.
+
+        How many layers' buffers are there at once is a matter of timing: the same step takes up to 12 % less than the
+        estimate, which counts as many as there may be.
+        """
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        module = ["-m", "tests.engine.support.sharded_memory", str(tmp_path / "found.json")]
+        paths = os.pathsep.join(str(ROOT / folder) for folder in ("kernels", "engine", ""))
+        environment = {**os.environ, "PYTHONPATH": paths}
+        done = subprocess.run(launch + module, cwd=ROOT, timeout=300, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        found = json.loads((tmp_path / "found.json").read_text())
+        assert {"reduced", "whole"} <= found.keys()
+        for name, (measured, estimated) in found.items():
+            assert 0.95 < estimated / measured < 1.2, name
 
 
 class TestRehearsal:
@@ -157,7 +179,7 @@ class TestStrategies:
         """4 bytes a weight on every rank, however many share it; in one pass nothing adds up."""
         each = parts_of(strategy="fsdp2", gpus=8)
         last = parts_of(strategy="fsdp2", gpus=8, reduces_every_pass=False)
-        assert last.peak_bytes - each.peak_bytes == 4 * WEIGHTS["Llama-3.2-1B"]
+        assert last.parts["gradients"] == 4 * WEIGHTS["Llama-3.2-1B"] == 8 * each.parts["gradients"]
         assert parts_of(strategy="fsdp2", gpus=8, reduces_every_pass=False, accumulates=False) == each
 
     def test_offload_moves_to_the_host(self):

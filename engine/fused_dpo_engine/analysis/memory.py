@@ -28,6 +28,7 @@ GIB = 2**30
 USABLE = 0.94
 """Share of a device's memory that tensors may take: the rest is CUDA's context, libraries and fragments."""
 GATHERED_LAYERS = 3
+"""Of FSDP2, at most: see above."""
 EIGHT_BITS = 2 + 2 * 4 / 256
 """Bytes of AdamW's means of a weight in 8 bits: two bytes, and an fp32 maximum of each for every block of 256."""
 SMALL = 4096

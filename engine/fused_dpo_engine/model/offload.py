@@ -26,10 +26,9 @@ class ActivationOffload:
     number of token slots is in its shape. A mistake costs traffic or memory, never a bit of the result.
 
     torch's `save_on_cpu` does the same for everything, the weights too, and makes all of it contiguous, after which
-    products may round otherwise. Copies are queued on the stream that computes,
-    which keeps them in order without waiting. They overlap with nothing, so a layer's inputs alone are worth moving:
-    combine it with gradient checkpointing, which saves no more than these. A tensor that several operations save
-    crosses once for each of them.
+    products may round otherwise. Copies are queued on the stream that computes, which keeps them in order without
+    waiting. They overlap with nothing, so a layer's inputs alone are worth moving: combine it with gradient
+    checkpointing, which saves no more than these. A tensor that several operations save crosses once for each of them.
 
     Args:
         parameters: of the model, before they are sharded or as DTensors: shapes are those of whole weights.

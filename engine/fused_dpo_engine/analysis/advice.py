@@ -96,17 +96,18 @@ def sentence(advice: Advice, device_bytes: float) -> str:
 
 
 def _possible(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """List what may still be changed, by option."""
+    """List what may still be changed, by option; on a CPU nothing moves to the host."""
+    cuda = settings.get("cuda", True)
     found: dict[str, dict[str, Any]] = {}
     if not settings.get("gradient_checkpointing"):
         found["--gradient-checkpointing"] = {"gradient_checkpointing": True}
-    elif not settings.get("offload_activations"):
+    elif cuda and not settings.get("offload_activations"):
         found["--offload-activations"] = {"offload_activations": True}
     if settings.get("optimizer", "adamw") == "adamw" and not settings.get("offload"):
         found["--optimizer adamw8bit"] = {"optimizer": "adamw8bit"}
     if settings.get("strategy", "ddp") == "ddp" and settings.get("gpus", 1) > 1:
         found["--strategy fsdp2"] = {"strategy": "fsdp2"}
-    elif not settings.get("offload"):
+    elif cuda and not settings.get("offload"):
         found["--offload"] = {"strategy": "fsdp2", "offload": True}
     tokens = settings.get("tokens_per_batch", 8192)
     if tokens // 2 >= FEWEST_TOKENS:

@@ -9,7 +9,7 @@ import torch
 from fused_dpo_engine.analysis.advice import advise, rank, sentence
 from fused_dpo_engine.analysis.memory import GIB, ModelShape, Strategy, estimate_memory, shape_of
 from fused_dpo_engine.config.commands import TrainConfig
-from fused_dpo_engine.errors import UserError, first_line
+from fused_dpo_engine.errors import OutOfMemoryError, first_line
 from fused_dpo_engine.model.source import find_source, read_config
 
 _NO_MEMORY_ON_A_CPU = "DefaultCPUAllocator"
@@ -81,7 +81,7 @@ def explain_out_of_memory(config: TrainConfig, tokens: int, *, cuda: bool, **par
         parallel: as in `memory_warning`.
 
     Raises:
-        UserError: in the place of torch's and Python's errors.
+        OutOfMemoryError: in the place of torch's and Python's errors.
     """
     try:
         yield
@@ -95,11 +95,12 @@ def explain_out_of_memory(config: TrainConfig, tokens: int, *, cuda: bool, **par
 
 def _out_of_memory(
     error: BaseException, config: TrainConfig, tokens: int, cuda: bool, parallel: dict[str, Any]
-) -> UserError:
+) -> OutOfMemoryError:
     where = f"out of memory in a forward pass of {tokens} tokens (--tokens-per-batch {config.packing.tokens_per_batch})"
+    what = first_line(error) if str(error) else "an allocation failed."
     try:
         changes = rank(shape_of_run(config), settings_of(config, cuda=cuda, **parallel))
     except Exception:  # as above; the first error is the one to tell of
-        return UserError(f"{where}: {first_line(error)} What may help: {_MAY_HELP}.")
+        return OutOfMemoryError(f"{where}: {what} What may help: {_MAY_HELP}.")
     helps = ", ".join(f"{change.option} ({change.saves / GIB:.2g} GiB)" for change in changes) or "a smaller model"
-    return UserError(f"{where}: {first_line(error)} By the estimate, what saves most first: {helps}.")
+    return OutOfMemoryError(f"{where}: {what} By the estimate, what saves most first: {helps}.")

@@ -68,7 +68,7 @@ class Trainer:
         Raises:
             TrainingDivergedError: loss or gradient is not a number; the weights before that step are in model/.
             SaveError: model/ or best/ could not be written; what was there before still is.
-            UserError: out of memory; what would help is in the message, the weights before that step are in model/.
+            OutOfMemoryError: the message says what would help; the weights before that step are in model/.
         """
         run = self.config.run
         try:

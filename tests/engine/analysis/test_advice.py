@@ -47,6 +47,12 @@ def test_the_largest_saving_comes_first(one_b):
         assert now - estimate_memory(one_b, **settings).peak_bytes == change.saves
 
 
+def test_on_a_cpu_nothing_moves_to_the_host(one_b):
+    for settings in ({"cuda": False}, {"cuda": False, "gradient_checkpointing": True}):
+        assert not any("offload" in change.option for change in rank(one_b, settings))
+        assert any("offload" in change.option for change in rank(one_b, settings | {"cuda": True}))
+
+
 def test_largest_batch(one_b):
     settings: dict[str, Any] = {"gradient_checkpointing": True}
     tokens = largest_batch(one_b, settings, 40 * GIB)

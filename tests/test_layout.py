@@ -39,6 +39,7 @@ ORDER: dict[str, list[tuple[str, ...]]] = {
         ("commands",),
         ("reports",),
         ("training",),
+        ("analysis",),
         ("reference",),
         ("model",),
         ("batching", "checkpoint"),

@@ -34,10 +34,15 @@ COMMANDS = {
         "PlanConfig",
         "Plan the forward passes over preference pairs, and print what they take, without loading a model.",
     ),
+    "estimate": Command(
+        "print what memory training a model takes, from its configuration alone",
+        "EstimateConfig",
+        "Estimate what memory training a model takes on each GPU, what fits, and what to change.",
+    ),
     "env": Command("print versions, devices and what the kernels can use here"),
 }
 USAGE = "usage: fused-dpo COMMAND [options]\n\ncommands:\n" + "".join(
-    f"  {name:<7}  {command.summary}\n" for name, command in COMMANDS.items()
+    f"  {name:<8}  {command.summary}\n" for name, command in COMMANDS.items()
 )
 
 

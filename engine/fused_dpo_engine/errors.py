@@ -17,6 +17,10 @@ class UnsupportedModelError(UserError):
     """The model's architecture cannot run packed."""
 
 
+class OutOfMemoryError(UserError):
+    """An allocation failed in a step; the message says what would help."""
+
+
 class TrainingDivergedError(RuntimeError):
     """The loss or its gradient is no longer a number; the last good weights have been saved."""
 

@@ -7,6 +7,7 @@ import json
 import warnings
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -25,6 +26,7 @@ from fused_dpo_engine.distributed.ranks import Ranks
 from fused_dpo_engine.distributed.strategy import choose_strategy
 from fused_dpo_engine.errors import UserError
 from fused_dpo_engine.model.build import build_policy
+from fused_dpo_engine.model.layers import decoder_layers
 from fused_dpo_engine.model.loading import (
     check_model,
     choose_device,
@@ -33,13 +35,15 @@ from fused_dpo_engine.model.loading import (
     dtype_warning,
     load_tokenizer,
 )
-from fused_dpo_engine.model.parallel import decoder_layers, share_out
+from fused_dpo_engine.model.parallel import share_out
 from fused_dpo_engine.model.parity import pairs_to_test, self_test
 from fused_dpo_engine.model.policy import Policy
 from fused_dpo_engine.model.source import find_source
 from fused_dpo_engine.model.tensor_parallel import check_tensor_parallel
 from fused_dpo_engine.reference.scoring import score_run
 from fused_dpo_engine.reports.tables import summary_table
+from fused_dpo_engine.training.memory import fits, memory_warning
+from fused_dpo_engine.training.optimizer import check_optimizer
 from fused_dpo_engine.training.run_folder import check_output, open_output, write
 from fused_dpo_engine.training.summary import Summary
 from fused_dpo_engine.training.trackers import check_trackers
@@ -71,17 +75,30 @@ def _train(config: TrainConfig, ranks: Ranks) -> Summary:
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(config.run.seed)
     ranks, device = ranks.use(choose_device(config.model))
-    strategy_name = choose_strategy(config.parallel.strategy, ranks, offload=config.parallel.offload)
     output = Path(config.run.output).expanduser()
     refuse_overlap(config.run.output, config.inputs)
     _check_models(config)
     if ranks.is_main:
         check_output(output, config.run.overwrite)
         check_trackers(config.run.report_to)
+    check_optimizer(config.optimizer)
     if warning := dtype_warning(config.model, device):
         console.print(warning)
     tokenizer = load_tokenizer(config.model.model, config.model)
     config = _resolved(config, device)
+    strategy_name = choose_strategy(
+        config.parallel.strategy,
+        ranks,
+        offload=config.parallel.offload,
+        whole_fits=partial(fits, config, device),
+    )
+    shared: dict[str, Any] = {"strategy": "fsdp2", "gpus": ranks.data_size, "offload": config.parallel.offload}
+    reduces_every_pass = config.parallel.offload or not fits(config, device, **shared, reduces_every_pass=False)
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        how = {**shared, "reduces_every_pass": reduces_every_pass} if strategy_name == "fsdp2" else {}
+        if warning := memory_warning(config, total, **how):
+            console.print(warning)
     frozen = _reference_options(config)
     if frozen is not None:
         choose_max_length(frozen, config.data, config.packing)
@@ -95,7 +112,14 @@ def _train(config: TrainConfig, ranks: Ranks) -> Summary:
     _warn_of_passes(config, schedule, console)
     packing = config.packing
     reference = held_out_reference = None
-    hold = partial(share_out, strategy=strategy_name, ranks=ranks, device=device, offload=config.parallel.offload)
+    hold = partial(
+        share_out,
+        strategy=strategy_name,
+        ranks=ranks,
+        device=device,
+        offload=config.parallel.offload,
+        reduces_every_pass=reduces_every_pass,
+    )
     # Shares alone reach the device, so that a model may be larger than it is.
     in_parts = strategy_name == "fsdp2" or ranks.tensor_parallel > 1
     loaded_on = torch.device("cpu") if in_parts else device
@@ -122,7 +146,7 @@ def _train(config: TrainConfig, ranks: Ranks) -> Summary:
     strategy = hold(policy)
     self_test(policy, [pairs[i] for i in pairs_to_test(pairs, packing)], packing, strategy.gathered())
     if config.model.compile:
-        policy.compile_backbone(layers=decoder_layers(policy.causal_lm) if strategy_name == "fsdp2" else ())
+        policy.compile_backbone(layers=list(decoder_layers(policy.causal_lm)) if strategy_name == "fsdp2" else ())
     if ranks.size > 1:
         console.print(f"{ranks.size} processes, {strategy.name}")
     if reference is None and needs_reference(config.loss.loss_type):

@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from fused_dpo.losses import loss_spec, needs_reference
 from fused_dpo_engine.config.options import (
@@ -64,9 +65,10 @@ class TrainConfig:
             not (self.model.load_in_4bit and (self.parallel.strategy == "fsdp2" or self.parallel.offload)),
             "load-in-4bit: quantised weights are not cut into shares; give --strategy ddp, without --offload.",
         )
+        model = self.model
         require(
-            self.parallel.tensor_parallel == 1 or not (self.model.compile or self.model.liger),
-            "tensor-parallel: neither --compile nor --liger takes a split model; leave them out.",
+            self.parallel.tensor_parallel == 1 or not (model.compile or model.liger or model.offload_activations),
+            "tensor-parallel: --compile, --liger and --offload-activations take no split model; leave them out.",
         )
         require(
             not self.model.ref_model or needs_reference(self.loss.loss_type),
@@ -127,6 +129,67 @@ class PlanConfig:
         require(0 <= self.seed < 2**63, f"seed must lie in [0, 2^63), got {self.seed}.")
         require(self.show >= 0, f"show must be 0 (none) or positive, got {self.show}.")
         _require_room(self.data, self.packing)
+
+    @property
+    def model_options(self) -> ModelOptions:
+        """The model, as functions that load one take it."""
+        return ModelOptions(model=self.model, trust_remote_code=self.trust_remote_code)
+
+
+@dataclass(frozen=True)
+class EstimateConfig:
+    """Estimate what memory training a model takes, from its configuration alone: no weights are read."""
+
+    model: str
+    """Folder or Hugging Face name of the model, or of adapters on it."""
+    lora: LoraOptions
+    gpus: int = 1
+    """GPUs in all."""
+    gpu_memory: float = 80.0
+    """Memory of each, in GiB; a part of it is left for what is not tensors."""
+    tokens_per_batch: int = 8192
+    """Tokens per forward pass of a GPU."""
+    strategy: Literal["auto", "ddp", "fsdp2"] = "auto"
+    """How several GPUs hold the model: ddp, each the whole of it, or fsdp2, each its share. auto: ddp if it fits."""
+    tensor_parallel: int = 1
+    """GPUs that share every layer and the head, among all."""
+    offload: bool = False
+    """Keep weights, gradients and optimizer state in host memory (FSDP2)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass."""
+    offload_activations: bool = False
+    """Keep what the backbone saves for its backward pass in host memory."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """AdamW with its two means in fp32, or in 8 bits."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Dtype to compute in; weights that are trained stay in float32."""
+    workspace_mib: int = 128
+    """Memory in MiB that the head may use for its slices of the vocabulary."""
+    pairs: int = 0
+    """Preference pairs, whose reference log-probs are kept on the host."""
+    json: bool = False
+    """Print JSON, in bytes, in the place of a table."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model. Only for models you trust."""
+
+    def __post_init__(self) -> None:
+        for name, least in {
+            "gpus": 1,
+            "tensor_parallel": 1,
+            "tokens_per_batch": 4,
+            "workspace_mib": 1,
+            "pairs": 0,
+        }.items():
+            value = getattr(self, name)
+            require(value >= least, f"{name.replace('_', '-')} must be at least {least}, got {value}.")
+        require(0 < self.gpu_memory < math.inf, f"gpu-memory must be positive and finite (GiB), got {self.gpu_memory}.")
+        require(
+            self.gpus % self.tensor_parallel == 0,
+            f"tensor-parallel {self.tensor_parallel} does not divide gpus {self.gpus}; give a divisor of it.",
+        )
+        require(
+            not self.offload or self.strategy != "ddp", "offload is FSDP2's; leave out --strategy ddp, or give fsdp2."
+        )
 
     @property
     def model_options(self) -> ModelOptions:

@@ -52,6 +52,9 @@ class ModelOptions:
     """Compile the model's backbone with torch.compile; the first steps take longer."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: much less memory for about a third more time."""
+    offload_activations: bool = False
+    """Keep what the backbone saves for its backward pass in host memory; with --gradient-checkpointing that is one
+    tensor a layer. For sequences that fit no other way; changes no result."""
     workspace_mib: int = 128
     """Memory in MiB that the head may use for its slices of the vocabulary."""
     load_in_4bit: bool = False
@@ -192,6 +195,8 @@ class OptimizerOptions:
 
     learning_rate: float = 5e-6
     """Peak learning rate (full training: 5e-7 to 5e-6; LoRA: 5e-6 to 5e-5)."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw8bit keeps AdamW's two means in 8 bits, 2 bytes a weight instead of 8 (bitsandbytes; the extra `qlora`)."""
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
     """Course of the learning rate after warm-up; linear and cosine end at 0."""
     warmup_ratio: float = 0.1

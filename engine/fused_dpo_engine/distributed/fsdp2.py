@@ -26,6 +26,8 @@ class Sharded(Strategy):
         ranks: the processes; a process group is needed for one too.
         layer_dtype: half precision to gather layers in; None for the dtype of the weights.
         offload: keep shards and optimizer state on the host.
+        reduces_every_pass: add gradients up in shares, by a reduction in every pass of a step, and not whole until the
+            last: 4 bytes a trained weight less, for as much to send in every pass.
     """
 
     name = "FSDP2"
@@ -39,6 +41,7 @@ class Sharded(Strategy):
         layer_dtype: torch.dtype | None,
         *,
         offload: bool,
+        reduces_every_pass: bool,
     ) -> None:
         assert ranks.mesh is not None
         common: dict[str, Any] = {
@@ -54,10 +57,13 @@ class Sharded(Strategy):
         # The root stays gathered until a backward; without one its parameters would not be the shards any more.
         module.register_forward_hook(lambda *_: None if torch.is_grad_enabled() else self.module.reshard())
         super().__init__(module)
+        self._reduces_every_pass = reduces_every_pass
+        self.in_estimate = {"strategy": "fsdp2", "gpus": ranks.data_size, "offload": offload}
+        self.in_estimate |= {"reduces_every_pass": reduces_every_pass}
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[Any]:
-        """Let gradients add up unsharded, until the last."""
-        self.module.set_requires_gradient_sync(last)
+        """Let gradients add up unsharded until the last, unless they are reduced in every pass."""
+        self.module.set_requires_gradient_sync(last or self._reduces_every_pass)
         self.module.set_is_last_backward(last)
         return nullcontext()
 

@@ -1,6 +1,8 @@
 """How processes hold the model between them: the base, which is one process alone, and the choice."""
 
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -16,6 +18,8 @@ class Strategy:
     name = "one process"
     weights_are_shared_out = False
     """Whether reading the weights takes all ranks."""
+    in_estimate: Mapping[str, Any] = MappingProxyType({})
+    """What of it decides about memory, as arguments of `fused_dpo_engine.analysis.memory.estimate_memory`."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
@@ -50,13 +54,14 @@ class Split(Strategy):
         return whole_weights(model, trained_alone=trained_alone)
 
 
-def choose_strategy(wanted: str, ranks: Ranks, *, offload: bool) -> str:
+def choose_strategy(wanted: str, ranks: Ranks, *, offload: bool, whole_fits: Callable[[], bool]) -> str:
     """Choose how the model is held by ranks that have other pairs: "one process", "ddp" or "fsdp2".
 
     Args:
         wanted: one of the last two, or "auto".
         ranks: the processes.
         offload: keep weights and optimizer on the host, which is FSDP2's.
+        whole_fits: tells whether a device holds all of it, which decides for "auto".
 
     Raises:
         UserError: DDP of a model that is split besides.
@@ -71,5 +76,5 @@ def choose_strategy(wanted: str, ranks: Ranks, *, offload: bool) -> str:
             f"--tensor-parallel {ranks.tensor_parallel}."
         )
     if wanted == "auto":
-        return "ddp" if ranks.tensor_parallel == 1 else "fsdp2"
+        return "ddp" if ranks.tensor_parallel == 1 and whole_fits() else "fsdp2"
     return wanted

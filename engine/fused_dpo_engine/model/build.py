@@ -9,6 +9,7 @@ from fused_dpo_engine.config.options import LoraOptions, ModelOptions
 from fused_dpo_engine.model.adapters import add_adapters, load_adapters, merge_adapters
 from fused_dpo_engine.model.liger import apply_liger
 from fused_dpo_engine.model.loading import check_head_is_readable, check_model, choose_dtype, load_model
+from fused_dpo_engine.model.offload import ActivationOffload
 from fused_dpo_engine.model.policy import Policy
 from fused_dpo_engine.model.quantisation import check_loaded
 from fused_dpo_engine.model.router_loss import router_loss_of
@@ -63,6 +64,9 @@ def build_policy(
     elif lora.lora_rank:
         model = add_adapters(model, source.base, lora)
     model.train()
+    offload = None
+    if options.offload_activations and trained:
+        offload = ActivationOffload(model.parameters(), model.config.get_text_config().hidden_size)
     check_head_is_readable(model, options.model)
     return Policy(
         model,
@@ -72,6 +76,7 @@ def build_policy(
         attention_name=attention_name,
         grad_mode=None if options.grad_mode == "auto" else options.grad_mode,
         router_loss=router_loss,
+        offload=offload,
         stated=stated,
         reference_has_adapters=source.adapters is not None,
         notes=[note for note in (_adapters_line(source, lora), router_line) if note],

@@ -3,19 +3,20 @@
 from typing import Any
 
 import torch
-from torch import nn
 
-from fused_dpo import backbone_of
 from fused_dpo_engine.distributed.ddp import Replicated
 from fused_dpo_engine.distributed.fsdp2 import Sharded
 from fused_dpo_engine.distributed.ranks import TENSOR, Ranks
 from fused_dpo_engine.distributed.strategy import Split, Strategy
 from fused_dpo_engine.errors import UserError
+from fused_dpo_engine.model.layers import decoder_layers
 from fused_dpo_engine.model.policy import Policy
 from fused_dpo_engine.model.tensor_parallel import split_model
 
 
-def share_out(policy: Policy, strategy: str, ranks: Ranks, device: torch.device, *, offload: bool) -> Strategy:
+def share_out(
+    policy: Policy, strategy: str, ranks: Ranks, device: torch.device, *, offload: bool, reduces_every_pass: bool
+) -> Strategy:
     """Let the processes hold a policy as one of the strategies of `choose_strategy` has it, and compute on a device.
 
     Every rank has loaded the whole model: with FSDP2, and if it is split, on the host, where it has to fit once a
@@ -35,7 +36,8 @@ def share_out(policy: Policy, strategy: str, ranks: Ranks, device: torch.device,
         raise UserError("--strategy fsdp2, --offload: quantised weights are not cut into shares; take --strategy ddp.")
     policy.computes_on = device
     half = policy.compute_dtype if policy.compute_dtype.itemsize == 2 else None
-    return Sharded(policy, decoder_layers(policy.causal_lm), ranks, half, offload=offload)
+    layers = decoder_layers(policy.causal_lm)
+    return Sharded(policy, layers, ranks, half, offload=offload, reduces_every_pass=reduces_every_pass)
 
 
 def weights_to_save(strategy: Strategy, policy: Policy) -> dict[str, Any] | None:
@@ -47,19 +49,3 @@ def weights_to_save(strategy: Strategy, policy: Policy) -> dict[str, Any] | None
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     adapted = any(hasattr(layer, "base_layer") for layer in ends)
     return strategy.whole_weights(policy.model, trained_alone=policy.model is not model and not adapted)
-
-
-def decoder_layers(causal_lm: Any) -> list[nn.Module]:
-    """Find the layers of a language model, the list that holds most of its weights.
-
-    Raises:
-        UserError: it has no such list.
-    """
-    lists = [part for part in backbone_of(causal_lm).modules() if isinstance(part, nn.ModuleList)]
-    if not lists:
-        raise UserError(f"--strategy fsdp2: {type(causal_lm).__name__} has no list of layers; take --strategy ddp.")
-    return list(max(lists, key=_size))
-
-
-def _size(part: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in part.parameters())

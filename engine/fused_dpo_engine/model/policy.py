@@ -16,6 +16,7 @@ from fused_dpo_engine.attention.choice import load_backend
 from fused_dpo_engine.attention.interface import packed_call
 from fused_dpo_engine.batching.batch import PairBatch
 from fused_dpo_engine.model.dropout import Stated, as_stated
+from fused_dpo_engine.model.offload import ActivationOffload
 from fused_dpo_engine.model.router_loss import RouterLoss
 
 
@@ -56,6 +57,7 @@ class Policy(nn.Module):
         attention_name: of the backend for packed rows, one of `fused_dpo_engine.attention.choice.ORDER`.
         grad_mode: see `fused_dpo.fused_dpo_logps`.
         router_loss: load-balancing loss to compute in training; None for none.
+        offload: where the backbone keeps what it saves for its backward pass; None for the device.
         stated: values of the configuration that saving it is to show.
         reference_has_adapters: the model came with its adapters, so that they belong to the reference too.
         notes: lines for the user on what the model is and what is done with it.
@@ -71,6 +73,7 @@ class Policy(nn.Module):
         attention_name: str = "sdpa",
         grad_mode: str | None = None,
         router_loss: RouterLoss | None = None,
+        offload: ActivationOffload | None = None,
         stated: Sequence[Stated] = (),
         reference_has_adapters: bool = False,
         notes: Sequence[str] = (),
@@ -83,7 +86,7 @@ class Policy(nn.Module):
         self.attention_name = attention_name
         self.attention: Backend = load_backend(attention_name)
         self.grad_mode = grad_mode
-        self.router_loss, self.stated, self.notes = router_loss, stated, notes
+        self.router_loss, self.offload, self.stated, self.notes = router_loss, offload, stated, notes
         self.reference_has_adapters = reference_has_adapters
         self.compiled = False
         self.computes_on: torch.device | None = None
@@ -140,7 +143,8 @@ class Policy(nn.Module):
         if self.router_loss is not None:
             inputs["output_router_logits"] = wanted or self.compiled
         no_masks = packed_call() if "fused_dpo_plan" in inputs else nullcontext()
-        with torch.set_grad_enabled(wanted or self.compiled), no_masks:
+        saved = self.offload.hooks(inputs["input_ids"].numel()) if self.offload and wanted else nullcontext()
+        with torch.set_grad_enabled(wanted or self.compiled), no_masks, saved:
             output = backbone_of(self.causal_lm)(**inputs, use_cache=False)
         if not wanted:
             return output.last_hidden_state.detach(), None
@@ -165,7 +169,8 @@ class Policy(nn.Module):
         """Set the precision that the model computes in."""
         if self.compute_dtype.itemsize > 2:
             return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.compute_dtype)
+        # The cache would hold copies of all weights until the pass ends, checkpoints or not; each is used once.
+        return torch.autocast(self.device.type, dtype=self.compute_dtype, cache_enabled=False)
 
     def as_reference(self) -> AbstractContextManager[Any]:
         """Make the policy its own reference within the block: new adapters off. Without such, only before training."""

@@ -6,6 +6,7 @@ import time
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -26,6 +27,7 @@ from fused_dpo_engine.errors import SaveError, TrainingDivergedError
 from fused_dpo_engine.model.parallel import weights_to_save
 from fused_dpo_engine.model.policy import Policy, SequenceLogps
 from fused_dpo_engine.reference.scoring import ReferenceLogps
+from fused_dpo_engine.training.memory import explain_out_of_memory
 from fused_dpo_engine.training.metrics import MetricsWriter, NoWriter, PairMetrics, SlotMetrics, peak_memory_gib
 from fused_dpo_engine.training.optimizer import build_optimizer
 from fused_dpo_engine.training.summary import Summary
@@ -84,6 +86,7 @@ class Trainer:
         Raises:
             TrainingDivergedError: loss or gradient is not a number; the weights before that step are in model/.
             SaveError: model/ or best/ could not be written; what was there before still is.
+            OutOfMemoryError: the message says what would help; the weights before that step are in model/.
         """
         alone = self.ranks.size == 1 and not self.strategy.weights_are_shared_out
         with nullcontext() if alone else interrupts.put_off():
@@ -167,8 +170,11 @@ class Trainer:
         sums, here = PairMetrics(), SlotMetrics(packing.tokens_per_batch)
         outputs: list[tuple[PairBatch, LossOutput]] = []
         for planned in step.batches:
-            batch = build_batch(self.pairs, planned.indices, packing).to(device)
-            with self.strategy.micro_batch(last=planned is step.batches[-1]):
+            last = planned is step.batches[-1]
+            how: Any = {"cuda": device.type == "cuda", **self.strategy.in_estimate}
+            explained = explain_out_of_memory(self.config, planned.slots, **how)
+            with explained, self.strategy.micro_batch(last=last):
+                batch = build_batch(self.pairs, planned.indices, packing).to(device)
                 scores = self.strategy.module(batch)
                 output = self._loss_of(batch, scores, self.reference, len(indices), chosen_tokens)
                 aux_loss = None

@@ -48,6 +48,7 @@ CASES: dict[str, dict[str, Any]] = {
     "lora on the head": {"lora_rank": 2, "lora_target_modules": ["lm_head", "q_proj"]},
     "experts": {"model": "moe"},
     "checkpointing, padded": {"gradient_checkpointing": True, "packing": False},
+    "several passes": {"pairs_per_step": 12},
     "one pair": {"pairs_per_step": 1, "eval_fraction": None, "eval_steps": None},
     "another reference": {"ref_model": "llama", "learning_rate": 1e-2},
     "bfloat16": {"dtype": "bfloat16"},
@@ -96,6 +97,7 @@ class Runs:
         two |= {name_of(case, "split", 2): self.case(case, "split", 2) for case in SPLIT}
         for broken in ("outside", "local mean"):
             two[broken] = {"options": self.options(broken, "plain", strategy="ddp"), "change": broken}
+        two["reduced"] = {"options": self.options("reduced", "several passes", strategy="fsdp2"), "change": "no room"}
         for strategy in BOTH:
             name = f"compiled, {strategy}"
             settings = {"strategy": strategy, "compile": True, "gradient_checkpointing": True, "max_steps": 2}
@@ -152,6 +154,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, toy_settings: dict[str, Any])
 
 NAMED = [(name_of(case, strategy, 2), case) for case in CASES for strategy in BOTH]
 NAMED += [(name_of(case, "offload", 2), case) for case in OFFLOADED]
+NAMED += [("reduced", "several passes")]
 NAMED += [(name_of(case, "split", 2), case) for case in SPLIT]
 NAMED += [(name_of(case, strategy, 4), case) for case in ON_FOUR for strategy in BOTH]
 NAMED += [(name_of(case, "split", 4), case) for case in ON_FOUR_SPLIT]
@@ -187,6 +190,11 @@ class TestAgainstOneProcess:
         assert [line["micro_batches"] for line in runs.metrics("plain")] == [2, 2, 2]
         assert [line["micro_batches"] for line in runs.metrics("plain, ddp, 2")] == [1, 1, 1]
         assert all(line["packing/fill"] < 0.99 for line in runs.metrics("plain"))
+
+    @pytest.mark.parametrize("strategy", BOTH)
+    def test_ranks_have_several_passes(self, runs: Runs, strategy: str) -> None:
+        """Of which all but the last add up gradients on the rank."""
+        assert all(line["micro_batches"] > 1 for line in runs.metrics(f"several passes, {strategy}, 2"))
 
     @pytest.mark.parametrize("strategy", BOTH)
     def test_decisions_are_the_same(self, runs: Runs, strategy: str) -> None:

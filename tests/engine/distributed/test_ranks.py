@@ -1,5 +1,7 @@
 """One process among others, without any others: what it counts itself as, and how it holds the model."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -10,7 +12,7 @@ from fused_dpo_engine.distributed.gradients import clip_gradients
 from fused_dpo_engine.distributed.ranks import Ranks, join_ranks
 from fused_dpo_engine.distributed.strategy import Strategy, choose_strategy
 from fused_dpo_engine.errors import UserError
-from fused_dpo_engine.model.parallel import decoder_layers
+from fused_dpo_engine.model.layers import decoder_layers
 from fused_dpo_engine.reference.scoring import score_reference
 from tests.engine.support.policies import BATCH, PAIRS, policy_of
 from tests.engine.support.toys import options, tiny_model
@@ -70,7 +72,16 @@ class TestStrategy:
         ],
     )
     def test_choice(self, wanted, size, offload, expected):
-        assert choose_strategy(wanted, Ranks(size=size), offload=offload) == expected
+        assert choose_strategy(wanted, Ranks(size=size), offload=offload, whole_fits=lambda: True) == expected
+
+    def test_what_fits_decides(self):
+        choose = partial(choose_strategy, "auto", offload=False)
+        assert choose(Ranks(size=2), whole_fits=lambda: False) == "fsdp2"
+        assert choose(Ranks(size=1), whole_fits=lambda: False) == "one process"
+        assert choose(Ranks(size=4, tensor_parallel=2), whole_fits=lambda: True) == "fsdp2"
+        assert choose(Ranks(size=2, tensor_parallel=2), whole_fits=lambda: True) == "one process"
+        with pytest.raises(UserError, match="--strategy ddp holds no model that is split besides: take fsdp2"):
+            choose_strategy("ddp", Ranks(size=4, tensor_parallel=2), offload=False, whole_fits=lambda: True)
 
     def test_one_process_calls_the_module_itself(self):
         module = nn.Linear(2, 2)

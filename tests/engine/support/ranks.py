@@ -91,12 +91,20 @@ def traced_alone(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Policy, "compile_backbone", lambda self, **more: compile_backbone(self, "aot_eager", **more))
 
 
+def no_room(patch: pytest.MonkeyPatch) -> None:
+    """Let gradients that add up whole not fit."""
+    from fused_dpo_engine.commands import train
+
+    patch.setattr(train, "fits", lambda *_, **how: how.get("reduces_every_pass", True))
+
+
 CHANGES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "outside": past_the_wrapper,
     "local mean": local_mean,
     "traced": traced_alone,
+    "no room": no_room,
 }
-"""Two mistakes that the tests must be able to see, and a compiler that takes less time."""
+"""Two mistakes that the tests must be able to see, a compiler that takes less time, and a small device."""
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fused_dpo_engine.errors import TrainingDivergedError
+from fused_dpo_engine.errors import OutOfMemoryError, TrainingDivergedError
 from tests.engine.support.runs import FLAT, toy_steps, training_forward, without_clock
 from tests.engine.support.toys import Run, assert_same_weights, read_metrics, read_weights
 
@@ -106,8 +106,8 @@ class TestInterruption:
             raise MemoryError
 
         training_forward(monkeypatch, fail)
-        with pytest.raises(MemoryError):
+        with pytest.raises(OutOfMemoryError, match="an allocation failed"):
             train_tiny("failed")
         summary = json.loads((tmp_path / "failed" / "summary.json").read_text(encoding="utf-8"))
-        assert (summary["steps"], summary["stopped"]) == (0, "failed: MemoryError")
+        assert (summary["steps"], summary["stopped"]) == (0, "failed: OutOfMemoryError")
         assert (tmp_path / "failed" / "model").is_dir()

@@ -15,6 +15,7 @@ import torch
 from fused_dpo_engine.cli import parse
 from fused_dpo_engine.commands.train import train
 from fused_dpo_engine.distributed.failures import interrupts
+from fused_dpo_engine.errors import OutOfMemoryError
 from fused_dpo_engine.training.trainer import Trainer
 from tests.engine.support.failing_ranks import MESSAGE, moment_of
 from tests.engine.support.ranks import launch
@@ -134,7 +135,7 @@ class TestOneProcess:
     def test_weights_on_the_host_are_saved_too(self, train_tiny, tmp_path, toy_settings, monkeypatch):
         """An error in the middle of a step leaves those of the last whole one, and no process group."""
         step, model = second_step(monkeypatch), toy_settings["model"]
-        with pytest.raises(MemoryError):
+        with pytest.raises(OutOfMemoryError):
             train_tiny(offload=True, **FLAT)
         assert step == [1, 2]
         summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))

@@ -120,7 +120,7 @@ class TestScoredRows:
             seen.append(settings)
             return fused_token_logps(*arguments, **settings)
 
-        monkeypatch.setattr("fused_dpo_engine.model.policy.fused_token_logps", record)
+        monkeypatch.setattr("fused_dpo.models.fused_head.fused_token_logps", record)
         policy, batch = policy_of(tiny_model(), workspace_mib=7), LAYOUTS[layout]
         policy(batch)
         (settings,) = seen

@@ -24,7 +24,7 @@ from fused_dpo_engine.attention.plan import AttentionPlan, Segment, plan_attenti
 from fused_dpo_engine.attention.segments import segment_attention
 from fused_dpo_engine.config.options import LoraOptions
 from fused_dpo_engine.model.adapters import add_adapters
-from fused_dpo_engine.model.layers import decoder_layers
+from fused_dpo_engine.model.layers import checkpoint_layers, decoder_layers
 from fused_dpo_engine.model.offload import ActivationOffload, OnHost
 
 BLOCK_ROWS = 128
@@ -101,7 +101,7 @@ def rehearse(config: Any, scene: Scene, tokens: int, layers: int | None = None) 
     """
     model = build(config, scene.lora, layers, scene.precision)
     if scene.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_layers(model)
     with FakeTensorMode():
         _replace_tensors(model)
         if scene.accumulates:

@@ -7,6 +7,7 @@ import torch
 from fused_dpo_engine.attention.models import attention_for
 from fused_dpo_engine.config.options import LoraOptions, ModelOptions
 from fused_dpo_engine.model.adapters import add_adapters, load_adapters, merge_adapters
+from fused_dpo_engine.model.layers import checkpoint_layers
 from fused_dpo_engine.model.liger import apply_liger
 from fused_dpo_engine.model.loading import check_head_is_readable, check_model, choose_dtype, load_model
 from fused_dpo_engine.model.offload import ActivationOffload
@@ -54,7 +55,7 @@ def build_policy(
     if options.liger:
         apply_liger(model, device)
     if options.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_layers(model)
     router_loss, router_line = router_loss_of(model)
     if source.adapters is not None and (lora.lora_rank or getattr(model, "hf_quantizer", None) is not None):
         model, rates = load_adapters(model, source, at_first, trainable=trained)

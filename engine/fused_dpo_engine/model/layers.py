@@ -21,3 +21,15 @@ def decoder_layers(causal_lm: Any) -> nn.ModuleList:
             f"take --strategy ddp."
         )
     return max(lists, key=lambda part: sum(parameter.numel() for parameter in part.parameters()))
+
+
+def checkpoint_layers(causal_lm: Any) -> None:
+    """Let the layers save their inputs alone, and compute the rest again in the backward pass.
+
+    Releases of transformers have it by two names, the older of which warns in newer ones.
+    """
+    settings = {"use_reentrant": False}
+    if hasattr(causal_lm, "activation_checkpointing_enable"):
+        causal_lm.activation_checkpointing_enable(settings)
+    else:
+        causal_lm.gradient_checkpointing_enable(settings)

@@ -12,7 +12,7 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
-from fused_dpo_engine.errors import UserError
+from fused_dpo_engine.errors import OtherRankFailedError, UserError
 
 DATA, TENSOR = "data", "tensor"
 """Dimensions of the mesh: ranks that differ along the first have other pairs, along the second other parts of them."""
@@ -130,9 +130,12 @@ def join_ranks(tensor_parallel: int, timeout: timedelta, *, alone: bool) -> Rank
 
     Raises:
         UserError: processes that do not divide into groups of `tensor_parallel`.
+        OtherRankFailedError: in its place, on all but the first.
     """
     size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     if size % tensor_parallel:
+        if int(os.environ.get("RANK", "0")):  # the first says it
+            raise OtherRankFailedError
         raise UserError(f"--tensor-parallel {tensor_parallel} does not divide the {size} processes of this job.")
     if size == 1 and not alone:
         return Ranks()

@@ -11,7 +11,7 @@ from fused_dpo_engine.commands.train import train
 from fused_dpo_engine.distributed.gradients import clip_gradients
 from fused_dpo_engine.distributed.ranks import Ranks, join_ranks
 from fused_dpo_engine.distributed.strategy import Strategy, choose_strategy
-from fused_dpo_engine.errors import UserError
+from fused_dpo_engine.errors import OtherRankFailedError, UserError
 from fused_dpo_engine.model.layers import decoder_layers
 from fused_dpo_engine.reference.scoring import score_reference
 from tests.engine.support.policies import BATCH, PAIRS, policy_of
@@ -41,6 +41,9 @@ class TestRanks:
     def test_groups_that_do_not_come_out_even(self, monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", "6")
         with pytest.raises(UserError, match="--tensor-parallel 4 does not divide the 6 processes"):
+            join_ranks(4, Ranks.timeout, alone=False)
+        monkeypatch.setenv("RANK", "1")  # says nothing, as the first has said it
+        with pytest.raises(OtherRankFailedError):
             join_ranks(4, Ranks.timeout, alone=False)
 
     def test_fewer_devices_than_processes(self, monkeypatch):

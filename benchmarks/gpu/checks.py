@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 from benchmarks.gpu.problems import (
     IMPLS,
@@ -256,6 +257,27 @@ def check_streaming_agrees(scale: Scale) -> None:
                 assert difference <= bound, f"{label}, {name}, {extras=}: {difference:.3g}"
 
 
+def check_split_head(scale: Scale) -> None:
+    """Compare the bits of a head that is split over a group of one rank with those of a whole head.
+
+    That is all that one GPU can show: the kernels that merge in two steps, and the collectives between them.
+    """
+    if dist.is_initialized():
+        raise NotHereError("there is a process group of somebody else's")
+    store: Any = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group("gloo" if scale.device == "cpu" else "nccl", store=store, rank=0, world_size=1)
+    try:
+        for dtype, extras in product(scale.dtypes, (False, True)):
+            for label, function, case in cases_of(scale, dtype, extras=extras):
+                split = case._replace(head=replace(case.head, process_group=dist.group.WORLD))
+                for name, a, b in zip(
+                    ("logps", "dhidden", "dweight"), evaluate(split, function), evaluate(case, function), strict=True
+                ):
+                    assert torch.equal(a, b), f"{label}, {name}, {extras=}: a head in a group of one rank differs"
+    finally:
+        dist.destroy_process_group()
+
+
 def check_attention_backends(scale: Scale) -> dict[str, str]:
     """Verify every attention backend that is installed: values, gradients, grouped heads, with and without a window."""
     if scale.device == "cpu":
@@ -296,10 +318,11 @@ CHECKS: dict[str, Callable[[Scale], Any]] = {
     "memory": check_memory,
     "no synchronisation": check_no_synchronisation,
     "streaming agrees": check_streaming_agrees,
+    "a head split over ranks": check_split_head,
     "offsets beyond 2^31": check_large_offsets,
     "attention backends": check_attention_backends,
 }
-LATE = ("streaming agrees", "offsets beyond 2^31", "attention backends")
+LATE = ("streaming agrees", "a head split over ranks", "offsets beyond 2^31", "attention backends")
 """What the figures of the head do not depend on: checked after them."""
 OF_DTYPES = ("accuracy against float64", "run to run, NaN-poisoned", "batch invariance")
 """What is checked dtype by dtype: those that nothing is timed in after the figures, too."""

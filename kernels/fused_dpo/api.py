@@ -121,7 +121,8 @@ def fused_dpo_logps(
         weight's gradient, and 4 bytes a kept row and tile of 128 or 256 columns. Peak beyond inputs and gradients:
         `options.workspace_mib`, a few numbers a row, and in the backward 4·D bytes a scored row (8·D for float64); with
         filtered gradients another V bytes a block, on CUDA 5·V bytes a block and V/64 bytes a row. With streaming the
-        forward has 8 bytes (20 with stats) a scored row and slice of up to 2048 tokens. Of a split head V is the rows here.
+        forward has 8 bytes (20 with stats) a scored row and slice of up to 2048 tokens. Of a split head V is the rows
+        here.
 
     Communication of a split head, over R scored rows:
         4·R bytes for the largest logits and 32·R for the rest of the forward, 4·R·(D + r) for the gradient of the

@@ -40,6 +40,21 @@ def test_checks_that_only_a_gpu_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         checks.check_autocast(scale)
 
 
+def test_a_split_head_that_differs_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gradient that is added up twice."""
+    from benchmarks.gpu import checks, problems
+    from fused_dpo.linalg import gradient_sums
+
+    scale = replace(problems.SMALL, dtypes=(torch.float32,), device="cpu")
+    put(monkeypatch, "WAYS", {"torch": partial(problems.Case.logps, impl="streaming")})
+    checks.check_split_head(scale)
+    monkeypatch.setattr(
+        gradient_sums, "sum_over_ranks", lambda values, shard: values if shard is None else values.mul_(2)
+    )
+    with pytest.raises(AssertionError, match="torch, .*dhidden, .*: a head in a group of one rank differs"):
+        checks.check_split_head(scale)
+
+
 def test_checks_notice_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """Results that change from run to run, a filter that keeps everything, gradients a percent off."""
     from benchmarks.gpu import checks, problems

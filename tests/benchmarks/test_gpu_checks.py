@@ -51,7 +51,7 @@ def test_a_split_head_that_differs_is_noticed(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(
         gradient_sums, "sum_over_ranks", lambda values, shard: values if shard is None else values.mul_(2)
     )
-    with pytest.raises(AssertionError, match="torch, .*dhidden, .*: a head in a group of one rank differs"):
+    with pytest.raises(AssertionError, match=r"torch, .*dhidden, .*: a head in a group of one rank differs"):
         checks.check_split_head(scale)
 
 

@@ -60,9 +60,9 @@ class Sharded(Strategy):
         self._staying: list[Any] = [module]
         if ends is not None:  # or else they have to be in one unit, the root: a weight has one
             embeddings, head = ends
-            fully_shard(embeddings, mp_policy=whole, **common)
+            unit: Any = fully_shard(embeddings, mp_policy=whole, **common)
             # The gradient of a table is told by the ids; adapters on one compute with their weights.
-            embeddings.set_unshard_in_backward(not isinstance(embeddings, nn.Embedding))
+            unit.set_unshard_in_backward(not isinstance(embeddings, nn.Embedding))
             self._staying.append(fully_shard(head, mp_policy=whole, reshard_after_forward=False, **common))
         fully_shard(module, mp_policy=whole, **common)
         # Without a backward pass their parameters would not be the shards any more.
@@ -75,7 +75,8 @@ class Sharded(Strategy):
     def micro_batch(self, *, last: bool) -> AbstractContextManager[Any]:
         """Let gradients add up unsharded until the last, unless they are reduced in every pass."""
         self.module.set_requires_gradient_sync(last or self._reduces_every_pass)
-        self.module.set_is_last_backward(last)
+        # In what it takes for the last one it lets go of the buffer that it has reduced last: embeddings' gradients.
+        self.module.set_is_last_backward(last or self._reduces_every_pass)
         return nullcontext()
 
     @contextmanager

@@ -6,9 +6,10 @@ With P weights, of which A are trained, on N ranks, every number in fp32 but whe
                        4 A  gradients
                        8 A  AdamW's means, or 2.03 A in 8 bits
     fsdp2:             the same, over N; and gathered, 2 bytes a weight in bfloat16, three layers at a time: the one
-                       that computes, the next, and the buffer that this arrives in; embeddings, last norm and head
-                       in fp32 all the time; and to reduce gradients, of one layer 2 bytes a weight in bfloat16, 4 as
-                       they are added up, and 4 / N that remain
+                       that computes, the next, and the buffer that this arrives in; the head in fp32 while it
+                       computes, in its forward pass twice, as it is and as it arrives; last norm, and embeddings tied
+                       to the head, in fp32 all the time; and to reduce gradients, of one layer 2 bytes a weight in
+                       bfloat16, 4 as they are added up, and 4 / N that remain, of embeddings or head the last two
     fsdp2, --offload:  what is gathered alone; all that is over N is in host memory
 
 What a step's passes hold beside that comes out of a rehearsal of the model's own code (`rehearsal.py`): autocast's
@@ -20,10 +21,12 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
 
+from torch import nn
+
 from fused_dpo_engine.analysis.rehearsal import Held, Precision, Scene, build, rehearse
 from fused_dpo_engine.config.options import LoraOptions
 from fused_dpo_engine.errors import UserError
-from fused_dpo_engine.model.layers import decoder_layers
+from fused_dpo_engine.model.layers import decoder_layers, untied_ends
 
 GIB = 2**30
 USABLE = 0.94
@@ -38,6 +41,11 @@ Strategy = Literal["ddp", "fsdp2"]
 _SPLIT = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "moe_intermediate_size", "vocab_size")
 _FEW, _MANY = 1024, 8192
 """Tokens of the rehearsals from which all others follow."""
+_MOMENTS: dict[str, str] = {
+    **dict.fromkeys(("forward", "head"), "head"),
+    **dict.fromkeys(("last", "first", "end"), "layer in work"),
+}
+"""Of a step's passes, as `Held` has them, and what computes then."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +64,10 @@ class ModelShape:
     layers: int = 0
     of_layers: int = 0
     """P without embeddings, last norm and head."""
+    of_embeddings: int = 0
+    """Numbers in embeddings that are not tied; 0 for tied ones."""
+    of_head: int = 0
+    """Numbers in a head that is not tied."""
     uniform: bool = True
     """Layers are all alike."""
 
@@ -66,8 +78,8 @@ class ModelShape:
 
     @property
     def of_the_rest(self) -> int:
-        """Numbers in embeddings, last norm and head."""
-        return self.parameters - self.of_layers
+        """Numbers in the last norm, and in embeddings tied to the head."""
+        return self.parameters - self.of_layers - self.of_embeddings - self.of_head
 
 
 @dataclass(frozen=True)
@@ -109,18 +121,22 @@ def shape_of(name: str, config: Any, lora: LoraOptions | None = None, tensor_par
     lora = lora or LoraOptions()
     config = _split(name, config, tensor_parallel) if tensor_parallel > 1 else config
     model = build(config, lora)
-    layers = decoder_layers(model.get_base_model() if lora.lora_rank else model)
+    base = model.get_base_model() if lora.lora_rank else model
+    layers = decoder_layers(base)
     trained = [p.numel() for p in model.parameters() if p.requires_grad]
-    sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
+    sizes = [_numbers(layer) for layer in layers]
+    ends = [_numbers(end) for end in untied_ends(base) or ()]
     return ModelShape(
         name,
         config,
         lora,
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=_numbers(model),
         trained=sum(trained),
         small=sum(size for size in trained if size < SMALL),
         layers=len(layers),
         of_layers=sum(sizes),
+        of_embeddings=ends[0] if ends else 0,
+        of_head=ends[1] if ends else 0,
         uniform=len(set(sizes)) == 1,
     )
 
@@ -182,13 +198,13 @@ def estimate_memory(
     if not scene.accumulates:
         del resident["gradients"]  # they come in the course of the backward pass, and are in what is held
     whole = sharded and accumulates and not reduces_every_pass
-    passing = _gathered(shape, half, lora, gpus, whole) if sharded else {}
+    passing = _passing(shape, scene, gpus, whole) if sharded else {}
     if offload:
         host |= resident
         resident, after = {}, {}
     if whole:  # in the place of shares, which come as these go
         resident["gradients"] = 4 * shape.trained
-    peak = resident | passing | _parts(shape, scene, held, tokens_per_batch)
+    peak = resident | _at_peak(shape, scene, held, tokens_per_batch, passing)
     host["activations"] = held.host
     highest = max(peak, after, key=lambda parts: sum(parts.values()))
     return MemoryEstimate(_whole(highest), _whole(host))
@@ -208,28 +224,60 @@ def _held(shape: ModelShape, scene: Scene, tokens: int) -> Held:
     return three.along(two, shape.layers - 2)
 
 
-def _parts(shape: ModelShape, scene: Scene, held: Held, tokens: int) -> dict[str, float]:
-    """Name what is held at the peak: what remains of `saved` without any tokens are copies of weights."""
+def _at_peak(
+    shape: ModelShape, scene: Scene, held: Held, tokens: int, passing: Mapping[str, Mapping[str, float]]
+) -> dict[str, float]:
+    """Find the moment of a step's passes at which most is held, and name it: what remains of `saved` without any tokens
+    are copies of weights.
+
+    Args:
+        shape, scene, tokens: what `held` was told from.
+        held: beside what FSDP2 makes whole.
+        passing: that, by moment.
+    """
+    moments = {name: getattr(held, name) for name in _MOMENTS}
+    moment = max(moments, key=lambda name: moments[name] + sum(passing.get(name, {}).values()))
     few, many = _held(shape, scene, _FEW).saved, _held(shape, scene, _MANY).saved
-    activations = tokens * (many - few) / (_MANY - _FEW)
-    at_peak = "head" if held.peak in (held.forward, held.head) else "layer in work"
+    copies = held.saved - tokens * (many - few) / (_MANY - _FEW)
+    saved = min(held.saved, moments[moment])  # in the end little of it is left
     return {
-        "copies of weights": held.saved - activations,
-        "activations": activations,
-        at_peak: held.peak - held.saved,
+        **passing.get(moment, {}),
+        "copies of weights": min(copies, saved),
+        "activations": saved - min(copies, saved),
+        _MOMENTS[moment]: moments[moment] - saved,
     }
 
 
-def _gathered(shape: ModelShape, half: bool, lora: bool, ranks: int, whole_gradients: bool) -> dict[str, float]:
-    """Tell what FSDP2 makes whole for a while."""
+def _passing(shape: ModelShape, scene: Scene, ranks: int, whole_gradients: bool) -> dict[str, dict[str, float]]:
+    """Tell what FSDP2 makes whole for a while, at each moment of a step's passes."""
+    half, lora = scene.precision.half, scene.lora.lora_rank > 0
     size = 2 if half else 4
-    layer = shape.of_layers / shape.layers
-    layers = GATHERED_LAYERS * size * layer
-    rest = (size if lora else 4) * shape.of_the_rest
     trained = shape.trained / shape.parameters
-    rest_to_reduce = 0 if whole_gradients else 4 * shape.of_the_rest  # there already
-    reduced = trained * (layer * (size + 4 + 4 / ranks) + rest_to_reduce)
-    return {"gathered weights": layers + rest, "gradients to reduce": reduced}
+    layer = size * shape.of_layers / shape.layers
+    layer_to_reduce = trained * shape.of_layers / shape.layers * (size + 4 + 4 / ranks)
+    as_it_is = size if lora else 4
+    head = as_it_is * shape.of_head
+    reduced = 0 if whole_gradients else 4 * trained  # or else it is there already
+    summed = reduced * (1 + 1 / ranks)
+    of_end = summed if scene.cuda else summed + reduced  # gloo works on a copy
+
+    def moment(gathered: float, to_reduce: float, of_rest: float) -> dict[str, float]:
+        gathered, to_reduce = gathered + as_it_is * shape.of_the_rest, to_reduce + of_rest * shape.of_the_rest
+        return {"gathered weights": gathered, "gradients to reduce": to_reduce}
+
+    # The head is let go of before its gradient is reduced; embeddings come and go in the forward pass. Gradients of
+    # the rest add up whole until the end.
+    return {
+        "forward": moment(max(GATHERED_LAYERS * layer, 2 * head), 0, 0),
+        "head": moment(head + layer, max(0, of_end * shape.of_head - head), 0),
+        "last": moment(GATHERED_LAYERS * layer, max(layer_to_reduce, reduced * shape.of_head), reduced),
+        "first": moment(GATHERED_LAYERS * layer, layer_to_reduce, reduced),
+        "end": moment(0, layer_to_reduce + of_end * shape.of_embeddings, summed),
+    }
+
+
+def _numbers(part: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in part.parameters())
 
 
 def _split(name: str, config: Any, ranks: int) -> Any:

@@ -18,11 +18,14 @@ class Sharded(Strategy):
 
     Layers compute in `layer_dtype`, from weights that are rounded to it before they are gathered; gradients are reduced
     and weights updated in their own dtype, fp32. What autocast keeps in fp32 stays so, the stream between layers too:
-    inputs are not cast. The root unit (embeddings, last norm, head) is gathered as it is.
+    inputs are not cast. All else is gathered as it is: the embeddings while they compute, the head from its call until
+    its backward pass is over, and the rest, with embeddings and head that share a weight, from the beginning until all
+    is over.
 
     Args:
         module: the same on all ranks, on the host or the device; its shares are moved to the mesh's device.
         layers: its parts to be gathered one by one.
+        ends: layers of input embeddings and head; None where they are tied.
         ranks: the processes; a process group is needed for one too.
         layer_dtype: half precision to gather layers in; None for the dtype of the weights.
         offload: keep shards and optimizer state on the host.
@@ -37,6 +40,7 @@ class Sharded(Strategy):
         self,
         module: nn.Module,
         layers: Iterable[nn.Module],
+        ends: tuple[nn.Module, nn.Module] | None,
         ranks: Ranks,
         layer_dtype: torch.dtype | None,
         *,
@@ -52,10 +56,17 @@ class Sharded(Strategy):
         whole = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         for layer in layers:
             fully_shard(layer, mp_policy=in_layers, **common)
-        # The head belongs to the root: it is read within the root's call, and may be the embeddings.
+        # Until a backward pass it stays gathered: the head, as that follows at once, and so does the root by itself.
+        self._staying: list[Any] = [module]
+        if ends is not None:  # or else they have to be in one unit, the root: a weight has one
+            embeddings, head = ends
+            unit: Any = fully_shard(embeddings, mp_policy=whole, **common)
+            # The gradient of a table is told by the ids; adapters on one compute with their weights.
+            unit.set_unshard_in_backward(not isinstance(embeddings, nn.Embedding))
+            self._staying.append(fully_shard(head, mp_policy=whole, reshard_after_forward=False, **common))
         fully_shard(module, mp_policy=whole, **common)
-        # The root stays gathered until a backward; without one its parameters would not be the shards any more.
-        module.register_forward_hook(lambda *_: None if torch.is_grad_enabled() else self.module.reshard())
+        # Without a backward pass their parameters would not be the shards any more.
+        module.register_forward_hook(lambda *_: None if torch.is_grad_enabled() else self._reshard())
         super().__init__(module)
         self._reduces_every_pass = reduces_every_pass
         self.in_estimate = {"strategy": "fsdp2", "gpus": ranks.data_size, "offload": offload}
@@ -64,17 +75,23 @@ class Sharded(Strategy):
     def micro_batch(self, *, last: bool) -> AbstractContextManager[Any]:
         """Let gradients add up unsharded until the last, unless they are reduced in every pass."""
         self.module.set_requires_gradient_sync(last or self._reduces_every_pass)
-        self.module.set_is_last_backward(last)
+        # In what it takes for the last one it lets go of the buffer that it has reduced last: embeddings' gradients.
+        self.module.set_is_last_backward(last or self._reduces_every_pass)
         return nullcontext()
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """Hold the root unit whole within the block; layers come and go with their calls."""
-        self.module.unshard()
+        """Hold head and root unit whole within the block; layers and embeddings come and go with their calls."""
+        for unit in self._staying:
+            unit.unshard()
         try:
             yield
         finally:
-            self.module.reshard()
+            self._reshard()
+
+    def _reshard(self) -> None:
+        for unit in self._staying:
+            unit.reshard()
 
     def whole_weights(self, model: nn.Module, *, trained_alone: bool) -> dict[str, Any]:
         """Gather the weights; empty on ranks other than 0."""

@@ -1,5 +1,6 @@
-"""The layers of a language model, told by what they weigh."""
+"""The parts of a language model that weigh most: its layers, and what is at both ends."""
 
+from collections import Counter
 from typing import Any
 
 from torch import nn
@@ -33,3 +34,13 @@ def checkpoint_layers(causal_lm: Any) -> None:
         causal_lm.activation_checkpointing_enable(settings)
     else:
         causal_lm.gradient_checkpointing_enable(settings)
+
+
+def untied_ends(causal_lm: Any) -> tuple[nn.Module, nn.Module] | None:
+    """Find the layers of a model's input embeddings and of its head; None if they share a weight with each other, or
+    with another part.
+    """
+    ends = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
+    owners = Counter(weight for part in causal_lm.modules() for weight in part.parameters(recurse=False))
+    tied = ends[0] is ends[1] or any(owners[weight] > 1 for end in ends for weight in end.parameters())
+    return None if tied else ends

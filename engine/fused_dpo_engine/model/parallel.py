@@ -4,12 +4,13 @@ from typing import Any
 
 import torch
 
+from fused_dpo import FusedHead
 from fused_dpo_engine.distributed.ddp import Replicated
 from fused_dpo_engine.distributed.fsdp2 import Sharded
 from fused_dpo_engine.distributed.ranks import TENSOR, Ranks
 from fused_dpo_engine.distributed.strategy import Split, Strategy
 from fused_dpo_engine.errors import UserError
-from fused_dpo_engine.model.layers import decoder_layers
+from fused_dpo_engine.model.layers import decoder_layers, untied_ends
 from fused_dpo_engine.model.policy import Policy
 from fused_dpo_engine.model.tensor_parallel import split_model
 
@@ -36,8 +37,16 @@ def share_out(
         raise UserError("--strategy fsdp2, --offload: quantised weights are not cut into shares; take --strategy ddp.")
     policy.computes_on = device
     half = policy.compute_dtype if policy.compute_dtype.itemsize == 2 else None
-    layers = decoder_layers(policy.causal_lm)
-    return Sharded(policy, layers, ranks, half, offload=offload, reduces_every_pass=reduces_every_pass)
+    policy.head = FusedHead(policy.causal_lm)  # by rows that are not cut into shares yet, if the model is split
+    return Sharded(
+        policy,
+        decoder_layers(policy.causal_lm),
+        untied_ends(policy.causal_lm),
+        ranks,
+        half,
+        offload=offload,
+        reduces_every_pass=reduces_every_pass,
+    )
 
 
 def weights_to_save(strategy: Strategy, policy: Policy) -> dict[str, Any] | None:

@@ -104,7 +104,7 @@ class Policy(nn.Module):
 
     @cached_property
     def head(self) -> FusedHead:
-        """The head, called through its own layer; made at the first call, when the model is split and wrapped."""
+        """The head, called through its own layer; made at the first call, or before the model is cut into shares."""
         return FusedHead(self.causal_lm)
 
     def forward(self, batch: PairBatch) -> SequenceLogps:

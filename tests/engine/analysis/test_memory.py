@@ -1,9 +1,6 @@
 """The estimate against measured peaks of real steps, published counts and formulas, and what it says of strategies."""
 
 import json
-import os
-import subprocess
-import sys
 from functools import cache
 from typing import Any
 
@@ -25,9 +22,10 @@ from fused_dpo_engine.analysis.rehearsal import SEGMENT, SHARED, Precision, Scen
 from fused_dpo_engine.config.options import LoraOptions
 from fused_dpo_engine.errors import UserError
 from tests.engine.support.published import WEIGHTS, config_of
+from tests.engine.support.ranks import launch
+from tests.engine.support.sharded_memory import LARGE, SIZE
 from tests.engine.support.step_memory import measure
 from tests.engine.support.toys import save_folder, tiny_config
-from tests.fresh_process import ROOT
 
 pytestmark = pytest.mark.cpu_units
 MEASURED: dict[str, Any] = {
@@ -79,22 +77,39 @@ class TestMeasured:
         for part in ("activations", "optimizer"):
             assert estimate.peak_bytes - estimate.parts[part] < 0.9 * peak
 
-    def test_shares_of_fsdp2(self, tmp_path):
-        """Of two ranks, with checkpoints: gathered layers, reduced gradients, and gradients that add up whole.
+
+@pytest.fixture(scope="module")
+def sharded_peaks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Of steps under FSDP2 on two ranks, with checkpoints, by case of `tests.engine.support.sharded_memory`."""
+    file = tmp_path_factory.mktemp("sharded") / "found.json"
+    done = launch(2, "tests.engine.support.sharded_memory", file)
+    assert done.returncode == 0, done.stderr
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+class TestShares:
+    def test_measured(self, sharded_peaks):
+        """Gathered layers and ends, reduced gradients, and gradients that add up whole.
 
         How many layers' buffers are there at once is a matter of timing: the same step takes up to 12 % less than the
         estimate, which counts as many as there may be.
         """
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        module = ["-m", "tests.engine.support.sharded_memory", str(tmp_path / "found.json")]
-        paths = os.pathsep.join(str(ROOT / folder) for folder in ("kernels", "engine", ""))
-        environment = {**os.environ, "PYTHONPATH": paths}
-        done = subprocess.run(launch + module, cwd=ROOT, timeout=300, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr
-        found = json.loads((tmp_path / "found.json").read_text())
-        assert {"reduced", "whole"} <= found.keys()
-        for name, (measured, estimated) in found.items():
-            assert 0.95 < estimated / measured < 1.2, name
+        assert {"reduced", "whole", "tied", "large head"} <= sharded_peaks.keys()
+        for name, peak in sharded_peaks.items():
+            if name != "large head, in the root":
+                assert 0.95 < peak["estimated"] / peak["measured"] < 1.2, name
+
+    def test_ends_are_shares_while_layers_compute(self, sharded_peaks):
+        """In the forward pass and in the backward pass; control: in the root unit, tied ones too, they are whole."""
+        of_root = ("tied", "large head, in the root")
+        for name, peak in sharded_peaks.items():
+            assert peak["gathered"] == [["embeddings", "head"] if name in of_root else []] * 2, name
+
+    def test_a_large_head_takes_less_than_in_the_root(self, sharded_peaks):
+        """By the weights of the embeddings, while the head's gradient is reduced; and the estimate knows the unit."""
+        alone, in_root = (sharded_peaks[name] for name in ("large head", "large head, in the root"))
+        assert alone["measured"] < in_root["measured"] - 4 * LARGE * SIZE["hidden_size"]
+        assert in_root["measured"] > alone["estimated"] / 0.95
 
 
 class TestRehearsal:

@@ -45,7 +45,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "tied, clipped": {"model": "tied", "max_grad_norm": 0.05},
     "lora": {"lora_rank": 2},
-    "lora on the head": {"lora_rank": 2, "lora_target_modules": ["lm_head", "q_proj"]},
+    "lora on both ends": {"lora_rank": 2, "lora_target_modules": ["embed_tokens", "q_proj", "lm_head"]},
     "experts": {"model": "moe"},
     "checkpointing, padded": {"gradient_checkpointing": True, "packing": False},
     "several passes": {"pairs_per_step": 12},

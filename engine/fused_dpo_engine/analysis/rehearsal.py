@@ -164,9 +164,12 @@ def _step(model: Any, scene: Scene, tokens: int) -> Held:
     most: dict[str, int] = {}
 
     def note(moment: str, tensor: Tensor) -> None:
-        """Read the ledger when the gradient of a tensor is there; frozen embeddings have none."""
+        """Read the ledger when the gradient of a tensor is there; frozen embeddings have none.
+
+        Checkpoints of older transformers go through a layer's hooks again, and this takes note a second time.
+        """
         if tensor.requires_grad:
-            tensor.register_hook(lambda _: most.update({moment: ledger.most()}))
+            tensor.register_hook(lambda _: most.update({moment: max(most.get(moment, 0), ledger.most())}))
 
     layers = decoder_layers(base)
     # Of two layers the second is the last one, and one layer is the last one alone.

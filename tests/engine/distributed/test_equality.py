@@ -14,6 +14,7 @@ from fused_dpo_engine.cli import parse
 from fused_dpo_engine.commands.train import train
 from tests.engine.support.ranks import read_digests, run_cases
 from tests.engine.support.runs import toy_pairs
+from tests.engine.support.tensor_parallel_ranks import EXPERTS_REFUSED
 from tests.engine.support.toys import (
     largest_difference,
     options,
@@ -94,7 +95,8 @@ class Runs:
         train(parse("train", self.options("plain, offload, 1", "plain", offload=True)))
         two = {name_of(case, strategy, 2): self.case(case, strategy, 2) for case in CASES for strategy in BOTH}
         two |= {name_of(case, "offload", 2): self.case(case, "offload", 2) for case in OFFLOADED}
-        two |= {name_of(case, "split", 2): self.case(case, "split", 2) for case in SPLIT}
+        split = [case for case in SPLIT if not (case == "experts" and EXPERTS_REFUSED)]
+        two |= {name_of(case, "split", 2): self.case(case, "split", 2) for case in split}
         for broken in ("outside", "local mean"):
             two[broken] = {"options": self.options(broken, "plain", strategy="ddp"), "change": broken}
         two["reduced"] = {"options": self.options("reduced", "several passes", strategy="fsdp2"), "change": "no room"}
@@ -163,6 +165,8 @@ NAMED += [(name_of(case, "split", 4), case) for case in ON_FOUR_SPLIT]
 class TestAgainstOneProcess:
     @pytest.mark.parametrize(("name", "case"), NAMED, ids=[name for name, _ in NAMED])
     def test_the_same_run(self, runs: Runs, name: str, case: str) -> None:
+        if name == "experts, split, 2" and EXPERTS_REFUSED:
+            pytest.skip("torch before 2.13 cannot gather experts to save them")
         runs.check(name, case)
         assert len(set(runs.digests[name])) == 1, "the ranks' weights, bit for bit"
 

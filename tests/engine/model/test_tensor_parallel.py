@@ -12,12 +12,11 @@ import torch
 from fused_dpo_engine.config.options import LoraOptions, ModelOptions
 from fused_dpo_engine.errors import UserError
 from fused_dpo_engine.model.tensor_parallel import check_plan, check_tensor_parallel
-from tests.engine.support.tensor_parallel_ranks import CASES
+from tests.engine.support.tensor_parallel_ranks import CASES, EXPERTS_REFUSED
 from tests.engine.support.toys import tiny_config, tiny_model
 from tests.fresh_process import ROOT
 
 IN_FLOAT32 = ("deepseek_v3", "qwen3_moe", "mixtral")
-EXPERTS_REFUSED = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 13)
 
 
 @pytest.fixture(scope="module")

@@ -50,6 +50,8 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {**EXPERTS, **IN_FLOAT32},
     "mixtral": {**EXPERTS, **IN_FLOAT32},
 }
+EXPERTS_REFUSED = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 13)
+"""Whether torch is one that cannot gather experts to save them."""
 MICRO_BATCHES = 2
 
 

@@ -12,12 +12,18 @@ import torch
 from fused_dpo.hardware import HAS_TRITON, has_bf16_units
 from tests.fresh_process import ROOT
 
-pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="the ranks also run the Triton kernels, interpreted")
+pytestmark = [
+    pytest.mark.skipif(not HAS_TRITON, reason="the ranks also run the Triton kernels, interpreted"),
+    pytest.mark.cpu_units,
+]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 RANKS = (2, 4)
 WITHIN = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 2.0**-7}
 """Of the largest entry. Gradients of the hidden states are added up in fp32 (float64) in another order, of at most 8192
 columns; in bf16 they are rounded once more, and may fall on the other side."""
+UNITS_OF_LOGITS = 2 * 2.0**-18
+"""Two in the last place of logits up to 35: columns that are listed stand at other places of a tile on each number of
+ranks, and the interpreter's products round by an element's place on some CPUs. So much their exponentials are off."""
 IN_ORDER = ("logps", "dweight", "dbias", "dlora_b")
 """What has the bits of one process where ranks are split between two tiles."""
 Found = dict[str, Any]
@@ -86,7 +92,8 @@ def test_kernels(of_rank: list[dict[int, Found]], impl: str, problem: str, mode:
             elif name in ("dhidden", "dweight") and other_screen:
                 assert error <= 0.02
             elif name not in ("tail", "kept_fraction") or not other_screen:
-                assert error <= 2e-6, name
+                of_lists = name == "dhidden" and mode == "filtered"
+                assert error <= (2e-6 + UNITS_OF_LOGITS if of_lists else 2e-6), name
 
 
 def test_exponentials(of_rank: list[dict[int, Found]]) -> None:

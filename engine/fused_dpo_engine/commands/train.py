@@ -93,7 +93,9 @@ def _train(config: TrainConfig, ranks: Ranks) -> Summary:
         whole_fits=partial(fits, config, device),
     )
     shared: dict[str, Any] = {"strategy": "fsdp2", "gpus": ranks.data_size, "offload": config.parallel.offload}
-    reduces_every_pass = config.parallel.offload or not fits(config, device, **shared, reduces_every_pass=False)
+    reduces_every_pass = strategy_name == "fsdp2" and (
+        config.parallel.offload or not fits(config, device, **shared, reduces_every_pass=False)
+    )
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         how = {**shared, "reduces_every_pass": reduces_every_pass} if strategy_name == "fsdp2" else {}
@@ -107,7 +109,7 @@ def _train(config: TrainConfig, ranks: Ranks) -> Summary:
     for side in (pairs, held_out):
         check_rankings(side, config.packing)
         _check_margins(side, config)
-    _check_same_everywhere(config, pairs + held_out, ranks)
+    _check_same_everywhere(config, pairs + held_out, ranks, held=f"{strategy_name} {reduces_every_pass}")
     schedule = Schedule(pairs, config.run, config.packing, num_ranks=ranks.data_size, rank=ranks.data_rank)
     _warn_of_passes(config, schedule, console)
     packing = config.packing
@@ -190,11 +192,18 @@ def _resolved(config: TrainConfig, device: torch.device) -> TrainConfig:
     )
 
 
-def _check_same_everywhere(config: TrainConfig, pairs: list[TokenPair], ranks: Ranks) -> None:
+def _check_same_everywhere(config: TrainConfig, pairs: list[TokenPair], ranks: Ranks, held: str) -> None:
     """Refuse processes that have read other settings or other data: they would train apart without a word.
 
-    Every rank reads the data itself, from its own machine.
+    Every rank reads the data itself, from its own machine, and chooses by the memory of its own device how the model is
+    `held`.
     """
+    ways = ranks.gather_objects(held)
+    if len(set(ways)) > 1:
+        raise UserError(
+            "the processes choose different ways to hold the model, as their devices have different memory; give "
+            "--strategy ddp, or --strategy fsdp2 with --offload."
+        )
     digest = hashlib.sha256(config.as_json().encode())
     for pair in pairs if ranks.size > 1 else ():
         digest.update(pair.chosen_ids.tobytes() + b"|" + pair.rejected_ids.tobytes())

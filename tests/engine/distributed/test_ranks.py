@@ -115,10 +115,16 @@ class TestSameEverywhere:
     """Every rank reads settings and data itself."""
 
     def test_other_data_is_refused(self, toy_settings, tmp_path, monkeypatch):
-        monkeypatch.setattr(Ranks, "gather_objects", lambda _, value: [value, "other"])
+        others = iter([[], ["other"]])
+        monkeypatch.setattr(Ranks, "gather_objects", lambda _, value: [value, *next(others)])
         with pytest.raises(UserError, match="process 1 has read other settings or other pairs than process 0"):
             train(parse("train", options(**toy_settings, output=tmp_path / "run")))
         assert not (tmp_path / "run").exists()
+
+    def test_another_way_to_hold_the_model_is_refused(self, toy_settings, tmp_path, monkeypatch):
+        monkeypatch.setattr(Ranks, "gather_objects", lambda _, value: [value, "fsdp2 True"])
+        with pytest.raises(UserError, match="choose different ways to hold the model, as their devices have different"):
+            train(parse("train", options(**toy_settings, output=tmp_path / "run")))
 
 
 class TestReference:

@@ -1,5 +1,6 @@
 """Two ranks that take steps of 8-bit AdamW on the shards of FSDP2; what comes out is written by the first of them."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -43,6 +44,8 @@ def main(path: Path) -> None:
         torch.save(weights, path)
     dist.barrier()
     dist.destroy_process_group()
+    # Without Python's shutdown, in which a thread below the process group has once ended a rank by SIGABRT.
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,25 @@ def run(code: str, cwd: Path | None = None, variables: Mapping[str, str] = Mappi
     return process.stdout
 
 
+def run_ranks(ranks: int, module: str, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Start a module on some ranks by torchrun, each on one thread, and wait for their end, whatever it is."""
+    roots = os.pathsep.join(str(ROOT / part) for part in ("kernels", "engine", ""))
+    inherited = {name: value for name, value in os.environ.items() if name not in _OF_RANKS}
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", module]
+    return subprocess.run(
+        [sys.executable, *launch, *map(str, arguments)],
+        cwd=ROOT,
+        env={**inherited, "PYTHONPATH": roots, "OMP_NUM_THREADS": "1", **variables},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+_OF_RANKS = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+
+
 def hide(*modules: str) -> str:
     """Code after which these modules cannot be imported, as if they were not installed."""
     return f"import sys\nsys.modules.update(dict.fromkeys({modules!r}))\n"

@@ -23,7 +23,7 @@ class Strategy:
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
-        """What is called in training."""
+        """The policy, or what is wrapped around it: training calls this, so that gradients are reduced."""
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[Any]:
         """Enclose forward and backward of a micro-batch; gradients are added up over ranks in a step's last."""

@@ -12,8 +12,8 @@ from fused_dpo.gpu.tile import UNIT, exp, one_minus_p_of
 from fused_dpo.head import VocabShard
 from fused_dpo.linalg.sizes import ceil_div
 from fused_dpo.stats import SoftmaxState, TokenStats
-from fused_dpo.vocab_parallel.collectives import sum_over_ranks
-from fused_dpo.vocab_parallel.rows import peaks_of_ranks, sums_of_ranks
+from fused_dpo.vocab_parallel.collectives import max_over_ranks, sum_over_ranks
+from fused_dpo.vocab_parallel.rows import sums_of_ranks
 
 MERGE_ROWS = 32
 """Rows a program of the merge takes."""
@@ -234,7 +234,7 @@ def merge_splits(
         stand_ins = {"shared_peak_ptr": logps, "shared_units_ptr": logps, "shared_sums_ptr": logps}
         launch(_merge_splits_kernel, grid, logps, **merge, **stand_ins)
         return
-    peak = peaks_of_ranks(partials["peak_ptr"].amax(0), shard)
+    peak = max_over_ranks(partials["peak_ptr"].amax(0), shard)
     units = torch.empty(2 + (screen is not None), R, dtype=torch.int64, device=logps.device)
     sums = peak.new_empty(0 if stats is None else 3, R)
     launch(

@@ -66,8 +66,10 @@ def filtered_forward(
     softmax = Softmax(torch.zeros(6 if want_stats else 3, len(rows), dtype=operands.acc_dtype, device=hidden.device))
     screen = torch.zeros(screen_shape, dtype=torch.uint8, device=hidden.device)
     of_rows = _Rows(target[rows], softmax, torch.zeros_like(softmax.peak), torch.ones_like(softmax.peak), screen)
-    look = _CoarseLook if screener.coarse else _CloseLook
-    looking = look(screener, of_rows, filtering, workspace_mib, want_stats=want_stats)
+    if screener.coarse:
+        looking = _CoarseLook(screener, of_rows, filtering, workspace_mib, want_stats=want_stats)
+    else:
+        looking = _CloseLook(screener, of_rows, filtering, want_stats=want_stats)
     block = 0
     for group in screener.groups(spans):
         looking(group, block)
@@ -100,9 +102,7 @@ def _note(screen: Tensor, p: Tensor, targets: Tensor, eps: float) -> Tensor:
 class _CloseLook:
     """Screens groups of blocks by the logits that the softmax is made of."""
 
-    def __init__(
-        self, screener: Screener, of_rows: _Rows, filtering: Filtering, _workspace_mib: int, *, want_stats: bool
-    ) -> None:
+    def __init__(self, screener: Screener, of_rows: _Rows, filtering: Filtering, *, want_stats: bool) -> None:
         self.screener, self.of_rows, self.filtering = screener, of_rows, filtering
         operands, peak = screener.operands, of_rows.softmax.peak
         self.shard = operands.shard

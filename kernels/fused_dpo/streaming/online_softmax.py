@@ -14,8 +14,8 @@ from fused_dpo.head import VocabShard
 from fused_dpo.linalg.fixed_point import from_fixed, to_fixed
 from fused_dpo.linalg.operands import Buffer
 from fused_dpo.stats import TokenStats
-from fused_dpo.vocab_parallel.collectives import sum_over_ranks
-from fused_dpo.vocab_parallel.rows import peaks_of_ranks, sums_of_ranks
+from fused_dpo.vocab_parallel.collectives import max_over_ranks, sum_over_ranks
+from fused_dpo.vocab_parallel.rows import sums_of_ranks
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class OnlineSoftmax:
     def merge(self, tiles: int, span: slice, shard: VocabShard | None = None) -> Softmax:
         """Merge the first `tiles` tiles of the rows `span`, and those of all ranks; forgets the targets' logits."""
         peaks, totals, *others = self._sums[:, :tiles, span]
-        peak = peaks_of_ranks(peaks.amax(0), shard)
+        peak = max_over_ranks(peaks.amax(0), shard)
         total = to_fixed(torch.zeros_like(peak))
         stats = total.new_zeros(len(others), len(peak), dtype=peak.dtype)
         for tile in range(tiles):  # one after the other: nothing here is as large as all of them

@@ -1,17 +1,12 @@
-"""What the ranks know of each row's softmax, merged by a maximum and a sum."""
+"""What the ranks know of each row's softmax, merged by one sum."""
 
 import torch
 from torch import Tensor
 
 from fused_dpo.head import VocabShard
-from fused_dpo.vocab_parallel.collectives import max_over_ranks, sum_over_ranks
+from fused_dpo.vocab_parallel.collectives import sum_over_ranks
 
 _BITS = {4: torch.int32, 8: torch.int64}
-
-
-def peaks_of_ranks(peak: Tensor, shard: VocabShard | None) -> Tensor:
-    """Find the largest logit [R] of each row on any rank, from the largest of each."""
-    return max_over_ranks(peak, shard)
 
 
 def sums_of_ranks(parts: Tensor, picked: Tensor, shard: VocabShard | None) -> tuple[Tensor, Tensor]:

@@ -43,7 +43,8 @@ def test_padding_is_not_seen(family, side):
     expected.square().mean().backward()
     for mine, true in zip(ours.parameters(), alone.parameters(), strict=True):
         if true.grad is not None and mine.grad is not None:
-            torch.testing.assert_close(mine.grad, true.grad, rtol=1e-5, atol=1e-6)
+            # Of a mean over all logits, so as much smaller than theirs; 8e-8 measured.
+            torch.testing.assert_close(mine.grad, true.grad, rtol=1e-5, atol=2e-7)
         assert (true.grad is None) == (mine.grad is None)
 
 

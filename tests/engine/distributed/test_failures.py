@@ -18,7 +18,6 @@ from fused_dpo_engine.distributed.failures import interrupts
 from fused_dpo_engine.errors import OutOfMemoryError
 from fused_dpo_engine.training.trainer import Trainer
 from tests.engine.support.failing_ranks import MESSAGE, moment_of
-from tests.engine.support.ranks import launch
 from tests.engine.support.runs import FLAT
 from tests.engine.support.toys import (
     Outcome,
@@ -28,6 +27,7 @@ from tests.engine.support.toys import (
     read_metrics,
     read_weights,
 )
+from tests.fresh_process import run_ranks
 
 CLOSE_WEIGHTS = 1e-6
 """As in test_equality."""
@@ -52,7 +52,7 @@ def job(tmp_path: Path, toy_settings: dict[str, Any]) -> Callable[..., Failed]:
         output = tmp_path / "run"
         common = {**toy_settings, **FLAT, "save_steps": 1, "max_steps": 5000}
         arguments = options(**{**common, "strategy": strategy, "output": output, **settings})
-        finished = launch(2, "tests.engine.support.failing_ranks", what, *arguments)
+        finished = run_ranks(2, "tests.engine.support.failing_ranks", what, *arguments)
         since = moment_of(output).stat().st_mtime if moment_of(output).exists() else time.time()
         return Failed(finished, output, time.time() - since)
 

@@ -1,8 +1,5 @@
 """Models split over two ranks by transformers' plan, against one process, and what is not split."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +11,17 @@ from fused_dpo_engine.errors import UserError
 from fused_dpo_engine.model.tensor_parallel import check_plan, check_tensor_parallel
 from tests.engine.support.tensor_parallel_ranks import CASES, EXPERTS_REFUSED
 from tests.engine.support.toys import tiny_config, tiny_model
-from tests.fresh_process import ROOT
+from tests.fresh_process import run_ranks
 
 IN_FLOAT32 = ("deepseek_v3", "qwen3_moe", "mixtral")
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each rank found of every case."""
+    """Compare every case with one process on two ranks, and read the differences that each rank has found."""
     file = tmp_path_factory.mktemp("split") / "found"
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    path = os.pathsep.join(str(ROOT / part) for part in ("kernels", "engine", ""))
-    subprocess.run(
-        [sys.executable, *launch, "-m", "tests.engine.support.tensor_parallel_ranks", str(file)],
-        check=True,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": path},
-        timeout=300,
-    )
+    finished = run_ranks(2, "tests.engine.support.tensor_parallel_ranks", file)
+    assert finished.returncode == 0, finished.stderr[-8000:]
     return [torch.load(f"{file}.{rank}") for rank in range(2)]
 
 

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -14,32 +12,14 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from tests.fresh_process import ROOT
-
-LAUNCHED = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-
-
-def launch(ranks: int, module: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Start a module on some processes by torchrun, and wait for its end."""
-    path = os.pathsep.join(str(ROOT / part) for part in ("kernels", "engine", ""))
-    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", module]
-    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
-    return subprocess.run(
-        [sys.executable, *command, *map(str, arguments)],
-        cwd=ROOT,
-        env=environment | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+from tests.fresh_process import run_ranks
 
 
 def run_cases(ranks: int, folder: Path, cases: dict[str, dict[str, Any]]) -> None:
     """Run `{name: {"options": [...], "change": a key of CHANGES or None}}`."""
     file = folder / f"{ranks}.json"
     file.write_text(json.dumps(cases), encoding="utf-8")
-    finished = launch(ranks, "tests.engine.support.ranks", file)
+    finished = run_ranks(ranks, "tests.engine.support.ranks", file)
     assert finished.returncode == 0, finished.stderr[-8000:]
 
 

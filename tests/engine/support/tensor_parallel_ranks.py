@@ -56,7 +56,7 @@ MICRO_BATCHES = 2
 
 
 class Found(NamedTuple):
-    """What a rank found of a model."""
+    """Holds the differences from one process that a rank has found of one model."""
 
     refused: str = ""
     """Why it was not split."""

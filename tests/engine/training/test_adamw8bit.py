@@ -1,8 +1,5 @@
 """AdamW in 8 bits: what its state takes, how close it stays to AdamW's steps, whole runs, shards, and its absence."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +13,7 @@ from fused_dpo_engine.errors import UserError
 from fused_dpo_engine.training import adamw8bit
 from fused_dpo_engine.training.optimizer import build_optimizer
 from tests.engine.support.sharded_optimizer import network, train
-from tests.fresh_process import ROOT
+from tests.fresh_process import run_ranks
 
 pytest.importorskip("bitsandbytes", reason="needs the extra `qlora`")
 pytestmark = pytest.mark.cpu_units
@@ -82,11 +79,7 @@ def test_a_run(train_tiny):
 
 def test_shards_of_fsdp2_take_the_same_steps(tmp_path: Path):
     """Where shards begin at a block, bit for bit."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    module = ["-m", "tests.engine.support.sharded_optimizer", str(tmp_path / "weights.pt")]
-    paths = os.pathsep.join(str(ROOT / folder) for folder in ("kernels", "engine", ""))
-    environment = {**os.environ, "PYTHONPATH": paths}
-    done = subprocess.run(launch + module, cwd=ROOT, timeout=120, capture_output=True, text=True, env=environment)
+    done = run_ranks(2, "tests.engine.support.sharded_optimizer", tmp_path / "weights.pt")
     assert done.returncode == 0, done.stderr
     sharded, whole, start = torch.load(tmp_path / "weights.pt"), train(network()), dict(network().named_parameters())
     assert sharded.keys() == whole.keys()

@@ -1,9 +1,6 @@
 """Log-probs from the forward of a patched model, against log-softmax of the model's own logits."""
 
 import copy
-import os
-import subprocess
-import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +16,7 @@ from fused_dpo.integrations import scoring
 from fused_dpo.integrations.model_forward import add_scoring, remove_scoring
 from fused_dpo.integrations.scoring import Counts
 from fused_dpo.models import fused_head
-from tests.fresh_process import ROOT, hide, run
+from tests.fresh_process import hide, run, run_ranks
 from tests.kernels.support import tiny_pairs
 from tests.kernels.support.tiny_pairs import VOCAB
 
@@ -108,7 +105,8 @@ def test_router_logits_are_those_of_the_padded_batch():
         results[packed] = [layer[given["attention_mask"].flatten() > 0] for layer in scored.router_logits]
     assert len(results[True]) == 2
     for packed, padded in zip(results[True], results[False], strict=True):
-        torch.testing.assert_close(packed, padded, rtol=1e-5, atol=1e-5)
+        # Around 1 in fp32, behind a layer whose sums are taken in another order; 3e-7 measured.
+        torch.testing.assert_close(packed, padded, rtol=0, atol=2e-6)
 
 
 def test_sequences_in_one_row():
@@ -212,8 +210,9 @@ class TestAdapters:
         logits = adapted(**inputs).logits[:, :-1].log_softmax(-1)
         expected = logits.gather(-1, given["labels"][:, 1:, None].clamp(min=0))[..., 0]
         expected = expected * (given["labels"][:, 1:] != -100)
-        torch.testing.assert_close(got[:, :-1], expected, rtol=1e-4, atol=1e-5)
-        assert not torch.allclose(got, bare, atol=1e-3), "control: the adapter matters"
+        # Some nat each, in fp32; what is not scored is 0 in both. 2e-7 measured.
+        torch.testing.assert_close(got[:, :-1], expected, rtol=2e-6, atol=0)
+        assert (got - bare).abs().max() > 0.01, "control: the adapter matters"
         remove_scoring(adapted)
         assert "forward" not in vars(model)
         assert "forward" not in vars(model.lm_head)
@@ -378,16 +377,8 @@ def test_two_sharded_ranks(tmp_path: Path) -> None:
     from tests.kernels.support.sharded_ranks import gradients
 
     file = tmp_path / "gradients.pt"
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    path = os.pathsep.join(str(ROOT / part) for part in ("kernels", "engine", ""))
-    subprocess.run(
-        [sys.executable, *launch, "-m", "tests.kernels.support.sharded_ranks", str(file)],
-        check=True,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
-        timeout=300,
-    )
+    finished = run_ranks(2, "tests.kernels.support.sharded_ranks", file)
+    assert finished.returncode == 0, finished.stderr[-8000:]
     made, expected, half = torch.load(file), gradients(range(4)), gradients([0, 2])
     assert len(made) == 2
     for got in made:

@@ -1,15 +1,12 @@
 """A model as a module that gives log-probs: what it returns, how it is saved, and that DDP reduces its gradients."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from fused_dpo.integrations import LogpsModel
-from tests.fresh_process import ROOT
+from tests.fresh_process import run_ranks
 from tests.kernels.support.tiny_pairs import padded, tiny
 from tests.kernels.support.trainers import scored_tokens
 from tests.kernels.support.wrapped_ranks import gradients
@@ -47,15 +44,8 @@ def test_the_model_is_saved_without_the_wrapper(tmp_path: Path) -> None:
 
 
 def of_two_ranks(way: str, folder: Path) -> list[dict[str, torch.Tensor]]:
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-    path = os.pathsep.join(str(ROOT / part) for part in ("kernels", "engine", ""))
-    subprocess.run(
-        [sys.executable, *command, "tests.kernels.support.wrapped_ranks", str(folder / way), way],
-        check=True,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
-    )
+    finished = run_ranks(2, "tests.kernels.support.wrapped_ranks", folder / way, way)
+    assert finished.returncode == 0, finished.stderr[-8000:]
     return [torch.load(folder / f"{way}.{rank}") for rank in range(2)]
 
 

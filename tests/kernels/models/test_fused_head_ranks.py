@@ -1,14 +1,11 @@
 """Gradients through a `FusedHead` on two ranks, against one process with all pairs."""
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
 
-from tests.fresh_process import ROOT
+from tests.fresh_process import run_ranks
 
 pytest.importorskip("peft")
 CASES = (
@@ -36,15 +33,8 @@ CASES = (
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank wrote: the gradients of every case, and those of one process."""
     file = tmp_path_factory.mktemp("heads") / "gradients"
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    path = os.pathsep.join(str(ROOT / part) for part in ("kernels", "engine", ""))
-    subprocess.run(
-        [sys.executable, *launch, "-m", "tests.kernels.support.head_ranks", str(file)],
-        check=True,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": path},
-        timeout=300,
-    )
+    finished = run_ranks(2, "tests.kernels.support.head_ranks", file)
+    assert finished.returncode == 0, finished.stderr[-8000:]
     return [torch.load(f"{file}.{rank}") for rank in range(2)]
 
 

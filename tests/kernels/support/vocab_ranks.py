@@ -22,7 +22,7 @@ from fused_dpo.streaming import online_softmax
 from tests.kernels.support.problems import EVERY_FEATURE, Problem, make_problem
 
 ROWS_OF = ("weight", "bias", "lora_b")
-"""What is split."""
+"""Tensors of a head with a row for each token, of which every rank holds its part."""
 STATS = ("entropy", "mean_logit", "is_top1", "log_sum_sq_probs", "tail", "kept_fraction")
 Group = dist.ProcessGroup | None
 

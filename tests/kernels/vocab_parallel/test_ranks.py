@@ -1,8 +1,5 @@
 """A head split over two and over four ranks, against one process: bits, errors, and what is refused."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +7,7 @@ import pytest
 import torch
 
 from fused_dpo.hardware import HAS_TRITON, has_bf16_units
-from tests.fresh_process import ROOT
+from tests.fresh_process import run_ranks
 
 pytestmark = [
     pytest.mark.skipif(not HAS_TRITON, reason="the ranks also run the Triton kernels, interpreted"),
@@ -33,12 +30,8 @@ Found = dict[str, Any]
 def of_rank(tmp_path_factory: pytest.TempPathFactory) -> list[dict[int, Found]]:
     """What each of four ranks has found, by the number of ranks that the head was split over."""
     file = tmp_path_factory.mktemp("ranks") / "found"
-    roots = os.pathsep.join(str(root) for root in (ROOT / "kernels", ROOT))
-    environment = {**os.environ, "PYTHONPATH": roots, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
-    command = [sys.executable, *launch, "-m", "tests.kernels.support.vocab_ranks", str(file)]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert process.returncode == 0, process.stderr[-4000:]
+    finished = run_ranks(4, "tests.kernels.support.vocab_ranks", file, TRITON_INTERPRET="1")
+    assert finished.returncode == 0, finished.stderr[-8000:]
     return [torch.load(f"{file}.{rank}", weights_only=False) for rank in range(4)]
 
 

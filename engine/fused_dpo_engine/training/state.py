@@ -1,6 +1,7 @@
 """What of a run decides how it goes on: gathered for a checkpoint, and put back."""
 
 import random
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -81,10 +82,13 @@ class RunState:
             if not kept:  # it has had no gradient so far
                 self.optimizer.state.pop(parameter, None)
         means = dict(self._means())
+        if record["processes"] != self.ranks.size and any(map(_OF_SHARD.match, (*there, *means))):
+            raise UserError(
+                f"checkpoint {checkpoint.folder} holds 8-bit means of shards: go on with {record['processes']} "
+                f"processes, from whose shards they are cut."
+            )
         if unknown := [name for name in means if name not in there and name not in record["optimizer"]]:
-            way_out = f"go on with {record['processes']} processes, whose shards its 8-bit means are cut from"
-            what = way_out if ".rank" in unknown[0] else "it was written by another optimizer"
-            raise UserError(f"checkpoint {checkpoint.folder} lacks {unknown[0]}; {what}.")
+            raise UserError(f"checkpoint {checkpoint.folder} lacks {unknown[0]}; another optimizer has written it.")
         rank = self.ranks.rank % record["processes"]
         own = self._own(rank)
         tensors = {f"weights.{name}": p.detach() for name, p in self.trained.items()}
@@ -148,6 +152,9 @@ class RunState:
         random.setstate((version, tuple(numbers), gauss))
         kind, keys, *rest = others["numpy"]
         np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+
+
+_OF_SHARD = re.compile(r"optimizer\..*\.rank\d+\.")
 
 
 def read_reference(checkpoint: Checkpoint, name: str, pairs: int, ranks: Ranks) -> ReferenceLogps | None:

@@ -96,7 +96,7 @@ EVALUATED = {"eval_fraction": 0.25, "eval_steps": 1, "early_stopping_patience": 
 CASES: dict[str, dict[str, Any]] = {
     "full": {},
     "evaluated": EVALUATED,
-    "stopped early": {**EVALUATED, "early_stopping_patience": 2, "best_metric": "eval_rewards/accuracies"},
+    "stopped early": {**EVALUATED, "before": 3, "early_stopping_patience": 2, "best_metric": "eval_rewards/accuracies"},
     "LoRA": {"lora_rank": 2},
     "8-bit": {"optimizer": "adamw8bit"},
     "running mean": {"loss_type": "bco_pair"},

@@ -19,10 +19,8 @@ from fused_dpo_engine.distributed.ranks import Ranks
 from fused_dpo_engine.errors import UserError
 from fused_dpo_engine.training.summary import Summary
 from fused_dpo_engine.training.trainer import Trainer
-from tests.engine.support.runs import toy_pairs, without_clock
+from tests.engine.support.runs import curve_points, summary_without_clock, toy_pairs, without_clock
 from tests.engine.support.toys import Run, assert_same_weights, options, toy_rows, write_rows
-
-CLOCK_OF_SUMMARY = ("seconds", "tokens_per_second", "peak_memory_gib")
 
 
 class Cut(BaseException):
@@ -66,30 +64,14 @@ def run_in_two(train_tiny, cut, tmp_path) -> Callable[..., tuple[Run, Run]]:
     return run
 
 
-def summary_of(run: Run) -> dict[str, Any]:
-    summary = json.loads((run.output / "summary.json").read_text(encoding="utf-8"))
-    return {name: value for name, value in summary.items() if name not in CLOCK_OF_SUMMARY}
-
-
 def assert_same_run(got: Run, expected: Run) -> None:
     """But for the clock, bit for bit."""
     assert without_clock(got.metrics) == without_clock(expected.metrics)
-    assert summary_of(got) == summary_of(expected)
+    assert summary_without_clock(got.output) == summary_without_clock(expected.output)
     for name in ("model", "best"):
         assert (got.output / name).exists() == (expected.output / name).exists()
         if (expected.output / name).exists():
             assert_same_weights(got.weights(name), expected.weights(name))
-
-
-def events(output: Path) -> Iterator[tuple[str, int, Any]]:
-    """All points of the curves, in the order of their files."""
-    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
-
-    for file in sorted((output / "tensorboard").glob("events*")):
-        for event in LegacyEventFileLoader(str(file)).Load():
-            for value in event.summary.value:
-                is_clock = value.tag.removeprefix("train/") in CLOCK_OF_SUMMARY or value.tag == "settings/text_summary"
-                yield value.tag, event.step, None if is_clock else value.simple_value
 
 
 EVALUATED = {"eval_fraction": 0.25, "eval_steps": 1, "early_stopping_patience": 3, "pairs_per_step": 4}
@@ -160,8 +142,8 @@ class TestSameBits:
 
     def test_curves_have_no_gap_and_no_repetition(self, run_in_two):
         whole, resumed = run_in_two(report_to="tensorboard", **EVALUATED)
-        assert list(events(resumed.output)) == list(events(whole.output))
-        assert len(set(events(whole.output))) == len(list(events(whole.output))) > 50
+        assert list(curve_points(resumed.output)) == list(curve_points(whole.output))
+        assert len(set(curve_points(whole.output))) == len(list(curve_points(whole.output))) > 50
 
     def test_control_state_that_is_not_put_back_is_seen(self, run_in_two, monkeypatch):
         """The optimizer's means alone make another run."""
@@ -218,7 +200,7 @@ class TestWhereItGoesOn:
         before = {path: path.stat().st_mtime_ns for path in whole.output.rglob("*")}
         resumed = train_tiny("other", resume=whole.output / "checkpoints" / "step-00000002", **settings)
         assert_same_run(resumed, whole)
-        assert list(events(resumed.output)) == list(events(whole.output))
+        assert list(curve_points(resumed.output)) == list(curve_points(whole.output))
         assert {path: path.stat().st_mtime_ns for path in whole.output.rglob("*")} == before
         again = train_tiny("again", resume=whole.output, **settings)  # the newest of its checkpoints
         assert_same_run(again, whole)

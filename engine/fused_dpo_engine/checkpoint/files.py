@@ -27,11 +27,17 @@ def write(path: Path, text: str) -> None:
         raise SaveError(path, error) from error
 
 
-def sync(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk, where the system has a way to ask for that."""
+def sync_all(folder: Path) -> None:
+    """Wait until everything below a folder is on the disk."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file is on the disk, or the names in a folder, where the system has a way to ask for that."""
     if os.name == "nt":
         return
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

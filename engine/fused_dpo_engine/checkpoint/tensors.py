@@ -43,10 +43,9 @@ def save_tensors(folder: Path, tensors: dict[str, Tensor], ranks: Ranks) -> None
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that is what is asked for
             save(tensors, storage_writer=writer, **_group(ranks))
     except CheckpointException as error:  # of one rank or more; the same on all
-        cause = next(iter(error.failures.values()))[0]
-        raise SaveError(folder, cause) from error
+        raise SaveError(folder, _of_system(next(iter(error.failures.values()))[0])) from error
     except (OSError, RuntimeError) as error:
-        raise SaveError(folder, error) from error
+        raise SaveError(folder, _of_system(error)) from error
 
 
 def load_tensors(folder: Path, tensors: dict[str, Tensor], ranks: Ranks) -> None:
@@ -77,6 +76,14 @@ def shapes_in(folder: Path) -> dict[str, torch.Size]:
     """
     described = _Reader(folder).read_metadata().state_dict_metadata
     return {name: entry.size for name, entry in described.items() if isinstance(entry, TensorStorageMetadata)}
+
+
+def _of_system(error: BaseException) -> BaseException:
+    """Find what the system has said behind what torch says of it."""
+    behind: BaseException | None = error
+    while behind is not None and not isinstance(behind, OSError):
+        behind = behind.__cause__ or behind.__context__
+    return behind or error
 
 
 def _group(ranks: Ranks) -> dict[str, Any]:

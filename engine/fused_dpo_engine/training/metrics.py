@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -155,11 +156,21 @@ class MetricsWriter:
             SaveError: the system refuses.
         """
         try:
+            if not os.fstat(self._file.fileno()).st_nlink:
+                self._begin_anew()
             self._file.write(json.dumps({"step": step, **metrics}) + "\n")
             self._file.flush()
         except OSError as error:
             raise SaveError(self._file.name, error) from error
         self.plot(step, metrics)
+
+    def _begin_anew(self) -> None:
+        """Make another file, where somebody has removed the one that was being written, or its folder."""
+        path = Path(self._file.name)
+        warnings.warn(f"{path} was removed under the run, which goes on; the steps so far are lost.", stacklevel=3)
+        self._file.close()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", encoding="utf-8")
 
     def plot(self, step: int, metrics: Mapping[str, float]) -> None:
         """Feed the trackers alone."""

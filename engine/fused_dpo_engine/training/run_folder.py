@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fused_dpo_engine.checkpoint.export import remove_model
+from fused_dpo_engine.checkpoint.export import recover_model, remove_model
 from fused_dpo_engine.checkpoint.files import write
 from fused_dpo_engine.checkpoint.folder import FOLDER as CHECKPOINTS
 from fused_dpo_engine.checkpoint.folder import Checkpoint, Checkpoints
@@ -100,6 +100,7 @@ def open_output(output: Path) -> None:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
         for name in MODELS:
+            recover_model(output / name)
             remove_model(output / name)
     note = "made by fused-dpo train; --overwrite replaces these and nothing else"
     write(output / MARKER, json.dumps({"note": note, "files": RUN_FILES}, indent=1))
@@ -129,6 +130,8 @@ def reopen_output(output: Path, checkpoint: Checkpoint) -> str | None:
             open_output(output)
             for name in filter(lambda name: (source / name).is_dir(), MODELS):
                 shutil.copytree(source / name, output / name, dirs_exist_ok=True)
+        for name in MODELS:
+            recover_model(output / name)
         Checkpoints(output, 1, Ranks()).remove_later(checkpoint.step)  # first, as they go on from more metrics
         fresh = output / f".{METRICS}.new"
         fresh.write_bytes(written[: written.rfind(b"\n") + 1])

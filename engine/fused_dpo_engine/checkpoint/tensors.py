@@ -21,8 +21,6 @@ from fused_dpo_engine.distributed.ranks import Ranks
 from fused_dpo_engine.errors import SaveError, UserError, first_line
 
 INDEX = ".metadata"
-WRITERS = 2
-"""Threads, each with a file of its own, that a rank writes with; a second one doubles what one gets to the disk."""
 
 
 def save_tensors(folder: Path, tensors: dict[str, Tensor], ranks: Ranks) -> None:
@@ -37,7 +35,7 @@ def save_tensors(folder: Path, tensors: dict[str, Tensor], ranks: Ranks) -> None
     Raises:
         SaveError: the system refuses, on whichever rank.
     """
-    writer = FileSystemWriter(folder, thread_count=WRITERS, sync_files=True)
+    writer = FileSystemWriter(folder, sync_files=True)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that is what is asked for

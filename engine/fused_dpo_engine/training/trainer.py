@@ -200,15 +200,14 @@ class Trainer:
         If that fails too, say so, and let the first error be raised.
         """
         diverged = isinstance(error, TrainingDivergedError)  # and would again
-        if self._stopped_together and not diverged and self._written == self.summary.steps:
-            self._keep(writer)
-        if self.strategy.weights_are_shared_out and not self._stopped_together:
-            return
-        if self.summary.saved.get("model", "").startswith("failed"):
-            return
+        together = self._stopped_together
         try:
-            self._save("model", together=self._stopped_together)
-        except SaveError as failure:
+            if together and not diverged and self._written == self.summary.steps:
+                self._keep(writer)
+            readable = together or not self.strategy.weights_are_shared_out
+            if readable and not self.summary.saved.get("model", "").startswith("failed"):
+                self._save("model", together=together)
+        except Exception as failure:  # a device that has failed, say, gives nothing any more
             warnings.warn(str(failure), stacklevel=2)
 
     def _keep(self, writer: MetricsWriter | NoWriter) -> None:

@@ -188,7 +188,9 @@ def _train(config: TrainConfig, ranks: Ranks) -> Summary:
         warning = open_output(output) if checkpoint is None else reopen_output(output, checkpoint)
         if warning:
             console.print(warning)
-        write(output / CONFIG, config.as_json())
+        # As settings of another run it is to begin that one.
+        settings = dataclasses.replace(config, run=dataclasses.replace(config.run, resume="never"))
+        write(output / CONFIG, settings.as_json())
     try:
         summary = trainer.train()
     finally:

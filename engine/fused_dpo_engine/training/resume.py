@@ -40,7 +40,7 @@ def find_checkpoint(run: RunOptions, output: Path, ranks: Ranks, say: Say) -> Ch
     if run.resume == "auto":
         there = _on_main(ranks, lambda: check_output(output, replaced=True))
         checkpoint = _newest(output, ranks, say)
-        if there and checkpoint is None:
+        if there and checkpoint is None and _ended(output) is None:
             say(f"no checkpoint in {output} is whole: the run begins anew")
         return checkpoint
     folder = Path(run.resume)
@@ -121,13 +121,10 @@ def check_same_run(
 
 
 def _finished(config: TrainConfig, output: Path) -> Summary | None:
-    try:
-        summary = Summary(**json.loads((output / SUMMARY).read_text(encoding="utf-8")))
-        before = json.loads((output / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
+    ended = _ended(output)
+    if ended is None:
         return None
-    if not summary.finished:
-        return None
+    summary, before = ended
     refused, _ = changed(before, config.flat())
     if refused:
         raise UserError(
@@ -135,6 +132,16 @@ def _finished(config: TrainConfig, output: Path) -> Summary | None:
             f"another --output."
         )
     return summary
+
+
+def _ended(output: Path) -> tuple[Summary, dict[str, Any]] | None:
+    """Read summary and settings of a run that has come to its end; None if there is none."""
+    try:
+        summary = Summary(**json.loads((output / SUMMARY).read_text(encoding="utf-8")))
+        settings = json.loads((output / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return None
+    return (summary, settings) if summary.finished else None
 
 
 def _newest(output: Path, ranks: Ranks, say: Say) -> Checkpoint | None:

@@ -215,11 +215,14 @@ class TestWhereItGoesOn:
         assert_same_weights(again.weights(), weights)
         assert sorted(path.name for path in folder.iterdir()) == ["step-00000002", "step-00000004", "step-00000006"]
 
-    def test_a_run_that_has_come_to_its_end(self, train_tiny, capfd):
-        first = train_tiny(checkpoint_every=2)
+    @pytest.mark.parametrize("every", [0, 2])
+    def test_a_run_that_has_come_to_its_end(self, train_tiny, capfd, every):
+        first = train_tiny(checkpoint_every=every)
         before = {path: path.read_bytes() for path in first.output.rglob("*") if path.is_file()}
-        again = train_tiny(checkpoint_every=2, resume="auto")
-        assert "nothing is left to do" in capfd.readouterr().err
+        again = train_tiny(checkpoint_every=every, resume="auto")
+        told = capfd.readouterr().err
+        assert "nothing is left to do" in told
+        assert "anew" not in told
         assert again.summary == Summary(**json.loads((first.output / "summary.json").read_text()))
         assert {path: path.read_bytes() for path in first.output.rglob("*") if path.is_file()} == before
         with pytest.raises(UserError, match=r"come to its end with other settings .--beta: 0\.1, is now 0\.2"):
@@ -249,6 +252,13 @@ class TestWhereItGoesOn:
         train_tiny(checkpoint_every=1)
         run = train_tiny(overwrite=True)
         assert not (run.output / "checkpoints").exists()
+
+    def test_settings_of_a_resumed_run_begin_another(self, train_tiny, train, tmp_path):
+        first = train_tiny("first", checkpoint_every=2)
+        resumed = train_tiny("resumed", resume=first.output, checkpoint_every=2)
+        outcome = train(config=resumed.output / "config.json")
+        assert outcome.status == 0
+        assert "going on" not in outcome.err
 
     def test_overwrite_and_resume(self, train):
         outcome = train(overwrite=True, resume="auto")

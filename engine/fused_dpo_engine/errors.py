@@ -18,7 +18,11 @@ class UnsupportedModelError(UserError):
 
 
 class OutOfMemoryError(UserError):
-    """An allocation failed in a step; the message says what would help."""
+    """An allocation failed in a forward pass of so many token slots; the message says what would help."""
+
+    def __init__(self, message: str, slots: int) -> None:
+        super().__init__(message)
+        self.slots = slots
 
 
 class TrainingDivergedError(RuntimeError):

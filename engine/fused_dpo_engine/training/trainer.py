@@ -4,7 +4,7 @@ import math
 import sys
 import time
 import warnings
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from fused_dpo import DPOLoss, LossOutput
+from fused_dpo.losses import loss_spec
 from fused_dpo_engine.batching.batch import PairBatch
-from fused_dpo_engine.batching.planning import build_batch, count_rows
+from fused_dpo_engine.batching.planning import PlannedBatch, build_batch, count_rows
 from fused_dpo_engine.batching.schedule import Schedule, Step
 from fused_dpo_engine.checkpoint.export import save_model
 from fused_dpo_engine.config.commands import TrainConfig
@@ -30,6 +31,7 @@ from fused_dpo_engine.reference.scoring import ReferenceLogps
 from fused_dpo_engine.training.memory import explain_out_of_memory
 from fused_dpo_engine.training.metrics import MetricsWriter, NoWriter, PairMetrics, SlotMetrics, peak_memory_gib
 from fused_dpo_engine.training.optimizer import build_optimizer
+from fused_dpo_engine.training.splitting import Splitting
 from fused_dpo_engine.training.summary import Summary
 
 
@@ -72,6 +74,16 @@ class Trainer:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.summary = Summary(planned_steps=self.total_steps)
         self._slots = SlotMetrics(config.packing.tokens_per_batch)
+        self.splitting = Splitting(
+            self.pairs,
+            config.packing,
+            # Several ranks would part: each takes as many passes as the others, and one that fails alone has left the
+            # collectives of the pass. FSDP2 with one rank is in the middle of gathering weights.
+            allowed=ranks.size == 1
+            and not strategy.weights_are_shared_out
+            and policy.router_loss is None
+            and not loss_spec(config.loss.loss_type).across_pairs,
+        )
         self._evaluations_without_gain = 0
         self._stopped_together = ranks.size == 1
         """Whether what has ended the run has ended it on all ranks, between two steps."""
@@ -166,27 +178,9 @@ class Trainer:
         """Take one optimizer step, the run's `number`th, on the mean loss of its pairs."""
         started = time.perf_counter()
         device, packing, indices = self.policy.device, self.config.packing, step.indices
-        chosen_tokens = sum(self.pairs[i].chosen_length for i in indices)
-        sums, here = PairMetrics(), SlotMetrics(packing.tokens_per_batch)
-        outputs: list[tuple[PairBatch, LossOutput]] = []
-        for planned in step.batches:
-            last = planned is step.batches[-1]
-            how: Any = {"cuda": device.type == "cuda", **self.strategy.in_estimate}
-            explained = explain_out_of_memory(self.config, planned.slots, **how)
-            with explained, self.strategy.micro_batch(last=last):
-                batch = build_batch(self.pairs, planned.indices, packing).to(device)
-                scores = self.strategy.module(batch)
-                output = self._loss_of(batch, scores, self.reference, len(indices), chosen_tokens)
-                aux_loss = None
-                if self.policy.router_loss is not None and scores.router is not None:
-                    # A mean over rows, so every pass weighs by the rows that it has of the step's.
-                    aux_loss = scores.router * (count_rows(self.pairs, planned, packing) / step.rows)
-                    output = output._replace(loss=output.loss + self.policy.router_loss.coefficient * aux_loss)
-                # Gradients are averaged over ranks, and the loss is this rank's share of a sum.
-                (output.loss * (self.ranks.data_size if planned.counted else 0)).backward()
-            sums.add(output, scores.plain, batch, scores.head, aux_loss, counted=planned.counted)
-            outputs.append((batch, output))
-            here.add(batch, counted=planned.counted)
+        batches, sums, here, outputs = self.splitting.attempt(
+            number, step.batches, lambda batches: self._accumulate(step, batches)
+        )
         grad_norm = clip_gradients(self.parameters, self.config.optimizer.max_grad_norm or math.inf)
         learning_rate = self.lr_scheduler.get_last_lr()[0]
         others = {"grad_norm": grad_norm, "stop": float(interrupts.wanted), "memory": peak_memory_gib(device)}
@@ -216,7 +210,7 @@ class Trainer:
             "epoch": summary.pairs / len(self.pairs),
             "pairs": len(indices),
             "tokens": slots.tokens,
-            "micro_batches": len(step.batches),
+            "micro_batches": len(batches),
             "packing/fill": slots.fill,
             "packing/padding": slots.padding,
             "packing/shared": slots.shared,
@@ -224,6 +218,42 @@ class Trainer:
             "tokens_per_second": slots.tokens / seconds,
             "peak_memory_gib": summary.peak_memory_gib,
         }
+
+    def _accumulate(
+        self, step: Step, batches: list[PlannedBatch]
+    ) -> tuple[list[PlannedBatch], PairMetrics, SlotMetrics, list[tuple[PairBatch, LossOutput]]]:
+        """Take forward and backward passes over batches that hold the step's pairs, from gradients of 0.
+
+        Returns:
+            The batches, and what was measured in them.
+        """
+        device, packing, indices = self.policy.device, self.config.packing, step.indices
+        chosen_tokens = sum(self.pairs[i].chosen_length for i in indices)
+        sums, here = PairMetrics(), SlotMetrics(packing.tokens_per_batch)
+        self.optimizer.zero_grad()  # those of an attempt that failed
+        outputs: list[tuple[PairBatch, LossOutput]] = []
+        for planned in batches:
+            last = planned is batches[-1]
+            with self._explained(planned), self.strategy.micro_batch(last=last):
+                batch = build_batch(self.pairs, planned.indices, packing).to(device)
+                scores = self.strategy.module(batch)
+                output = self._loss_of(batch, scores, self.reference, len(indices), chosen_tokens)
+                aux_loss = None
+                if self.policy.router_loss is not None and scores.router is not None:
+                    # A mean over rows, so every pass weighs by the rows that it has of the step's.
+                    aux_loss = scores.router * (count_rows(self.pairs, planned, packing) / step.rows)
+                    output = output._replace(loss=output.loss + self.policy.router_loss.coefficient * aux_loss)
+                # Gradients are averaged over ranks, and the loss is this rank's share of a sum.
+                (output.loss * (self.ranks.data_size if planned.counted else 0)).backward()
+            sums.add(output, scores.plain, batch, scores.head, aux_loss, counted=planned.counted)
+            outputs.append((batch, output))
+            here.add(batch, counted=planned.counted)
+        return batches, sums, here, outputs
+
+    def _explained(self, planned: PlannedBatch) -> AbstractContextManager[None]:
+        """Say what to change where memory runs out in a forward pass within the block."""
+        how: Any = {"cuda": self.policy.device.type == "cuda", **self.strategy.in_estimate}
+        return explain_out_of_memory(self.config, planned.slots, **how)
 
     def _loss_of(
         self,
@@ -262,9 +292,10 @@ class Trainer:
         chosen_tokens = sum(pair.chosen_length for pair in self.held_out)
         self.loss.eval()
         for planned in self.schedule.plan_share(self.held_out):
-            batch = build_batch(self.held_out, planned.indices, self.config.packing).to(self.policy.device)
-            scores = self.policy(batch)
-            output = self._loss_of(batch, scores, self.held_out_reference, len(self.held_out), chosen_tokens)
+            with self._explained(planned):
+                batch = build_batch(self.held_out, planned.indices, self.config.packing).to(self.policy.device)
+                scores = self.policy(batch)
+                output = self._loss_of(batch, scores, self.held_out_reference, len(self.held_out), chosen_tokens)
             sums.add(output, scores.plain, batch, counted=planned.counted)
         self.loss.train()
         means, _ = sums.read(len(self.held_out), self.ranks)

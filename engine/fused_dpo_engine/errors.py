@@ -26,7 +26,11 @@ class OutOfMemoryError(UserError):
 
 
 class TrainingDivergedError(RuntimeError):
-    """The loss or its gradient is no longer a number; the last good weights have been saved."""
+    """A loss, a gradient or an update is no longer a number; the message says which weights there are on disk."""
+
+    def __init__(self, step: int, message: str) -> None:
+        super().__init__(f"step {step}: {message}")
+        self.step = step
 
 
 class OtherRankFailedError(RuntimeError):

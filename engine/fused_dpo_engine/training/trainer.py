@@ -28,6 +28,7 @@ from fused_dpo_engine.errors import SaveError, TrainingDivergedError
 from fused_dpo_engine.model.parallel import weights_to_save
 from fused_dpo_engine.model.policy import Policy, SequenceLogps
 from fused_dpo_engine.reference.scoring import ReferenceLogps
+from fused_dpo_engine.training.divergence import broken_weight, error_of_step, error_of_update
 from fused_dpo_engine.training.memory import explain_out_of_memory
 from fused_dpo_engine.training.metrics import MetricsWriter, NoWriter, PairMetrics, SlotMetrics, peak_memory_gib
 from fused_dpo_engine.training.optimizer import build_optimizer
@@ -96,7 +97,8 @@ class Trainer:
         whole model still save it; shares of it are not gathered then, and model/ stays as it was saved last.
 
         Raises:
-            TrainingDivergedError: loss or gradient is not a number; the weights before that step are in model/.
+            TrainingDivergedError: loss or gradient is not finite, and the weights before that step are in model/; or an
+                update has left weights that are not, and model/ is as it was.
             SaveError: model/ or best/ could not be written; what was there before still is.
             OutOfMemoryError: the message says what would help; the weights before that step are in model/.
         """
@@ -163,13 +165,13 @@ class Trainer:
             return
         try:
             self._save("model", together=self._stopped_together)
-        except SaveError as error:
+        except (SaveError, TrainingDivergedError) as error:
             warnings.warn(str(error), stacklevel=2)
 
     def _reason(self, error: BaseException) -> str:
         """Say why the run stopped, for the summary."""
         if isinstance(error, TrainingDivergedError):
-            return f"diverged at step {self.summary.steps + 1}"
+            return f"diverged at step {error.step}"
         if isinstance(error, SaveError):
             return "not saved"
         return "interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {type(error).__name__}"
@@ -189,7 +191,8 @@ class Trainer:
         if not all(map(math.isfinite, (metrics["loss"], *(share["grad_norm"] for share in shares)))):
             self.optimizer.zero_grad()
             self._stopped_together = True
-            raise self._diverged(number, metrics, outputs)
+            self._refuse_broken_weights("model")  # no pair is to blame then
+            raise error_of_step(number, metrics, outputs, self.pairs, self.output, self.ranks)
         self._asked_to_stop = any(share["stop"] for share in shares)
         slots = SlotMetrics(packing.tokens_per_batch)
         for layout in (slots, self._slots):
@@ -315,8 +318,14 @@ class Trainer:
         return metrics
 
     def _save(self, name: str, *, together: bool = True) -> None:
-        """Save the model by the main rank; the others wait for it and fail with it, unless it is called alone."""
+        """Save the model by the main rank; the others wait for it and fail with it, unless it is called alone.
+
+        Raises:
+            SaveError: the system refuses.
+            TrainingDivergedError: a weight is not finite; nothing is written.
+        """
         folder, reason = self.output / name, None
+        self._refuse_broken_weights(name, together=together)
         weights = weights_to_save(self.strategy, self.policy)
         if self.ranks.is_main:
             try:
@@ -333,18 +342,13 @@ class Trainer:
             raise SaveError(folder, OSError(reason))
         self.summary.saved[name] = f"after step {self.summary.steps}"
 
-    def _diverged(
-        self, number: int, metrics: dict[str, float], outputs: list[tuple[PairBatch, LossOutput]]
-    ) -> TrainingDivergedError:
-        culprits = [
-            self.pairs[batch.pair_indices[i]].where
-            for batch, output in outputs
-            for i in (~output.losses.isfinite()).nonzero().flatten().tolist()
-        ]
-        culprits = list(dict.fromkeys(place for share in self.ranks.gather_objects(culprits) for place in share))
-        pairs = ", ".join(culprits[:8]) + (f" and {len(culprits) - 8} more" if len(culprits) > 8 else "")
-        return TrainingDivergedError(
-            f"step {number}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: training has diverged, in "
-            f"{'pairs ' + pairs if culprits else 'the gradient alone'}. The weights before this step are in "
-            f"{self.output / 'model'}. A lower --learning-rate or --dtype float32 usually helps."
-        )
+    def _refuse_broken_weights(self, name: str, *, together: bool = True) -> None:
+        """Raise TrainingDivergedError, in the place of a save as `name`, if the last update has left no numbers."""
+        broken = broken_weight(self.policy.model, self.ranks, together=together)
+        if broken is None:
+            return
+        saved, number = self.summary.saved, self.summary.steps
+        error = error_of_update(number, broken, self.output, saved)
+        saved |= dict.fromkeys((name, "model"), f"failed after step {number}: {broken} is not finite")
+        self._stopped_together = together
+        raise error

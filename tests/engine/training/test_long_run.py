@@ -14,7 +14,7 @@ from tests.fresh_process import ROOT, run
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 BOUND = 0.01
-"""Growth of memory that is not a file's: 0.3 % was measured, of 300 MB, and 2.4 % with 4 KB a step that stay."""
+"""Growth of memory that is no file's, some 300 MB: 0.3 % was measured, and 2.5 % where 4 KB a step stay."""
 
 
 def long_run(folder: Path, model: Path, steps: int, leak: str = "") -> dict[str, float]:

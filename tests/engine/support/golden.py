@@ -128,7 +128,10 @@ def columns(metrics: Iterable[Mapping[str, float]]) -> Curves:
 
 
 def oracle(case: str, folder: Path) -> Curves:
-    """Take the same steps in float64 by plain code: full logits, one sequence at a time, torch's own AdamW."""
+    """Take the same steps in float64 by plain code: full logits, one sequence at a time, torch's own AdamW.
+
+    Tokens and the order of pairs are the trainer's.
+    """
     config = parse("train", arguments(case, folder))
     lora = config.lora.lora_rank
     base = folder / "model" if lora else Path(config.model.model)

@@ -92,7 +92,8 @@ class Runs:
             for name, value in before.items():
                 if name.startswith(OF_THE_LAYOUT):
                     continue
-                found[name] = max(found.get(name, 0), abs(after[name] - value) / max(1, abs(value)))
+                off = abs(after[name] - value) / max(1, abs(value))
+                found[name] = max(found.get(name, 0), math.inf if math.isnan(off) else off)
         return found, largest_difference(read_weights(output / "model"), read_weights(self.plain / "model"))
 
 

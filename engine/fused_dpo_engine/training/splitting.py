@@ -7,12 +7,27 @@ from typing import TypeVar
 
 import torch
 
+from fused_dpo.losses import loss_spec
 from fused_dpo_engine.batching.planning import PlannedBatch, halve
 from fused_dpo_engine.config.options import PackingOptions
 from fused_dpo_engine.data.pairs import TokenPair
+from fused_dpo_engine.distributed.ranks import Ranks
+from fused_dpo_engine.distributed.strategy import Strategy
 from fused_dpo_engine.errors import OutOfMemoryError
+from fused_dpo_engine.model.policy import Policy
 
 Result = TypeVar("Result")
+
+
+def may_split(policy: Policy, strategy: Strategy, ranks: Ranks, loss_type: str) -> bool:
+    """Tell whether a step may be begun anew with other passes, and is the same step then.
+
+    Several ranks would part: each takes as many passes as the others, and one that fails alone has left the collectives
+    of the pass. FSDP2 with one rank is in the middle of gathering weights. Losses that compare pairs, and the
+    load-balancing loss of experts, are no sums over the pairs of a pass.
+    """
+    alone = ranks.size == 1 and not strategy.weights_are_shared_out
+    return alone and policy.router_loss is None and not loss_spec(loss_type).across_pairs
 
 
 class Splitting:
@@ -25,7 +40,7 @@ class Splitting:
     Args:
         pairs: all pairs, to which the batches' indices refer.
         packing: how they are laid out.
-        allowed: the loss of a step is a sum over pairs, and nobody else counts this process's passes.
+        allowed: what `may_split` says.
     """
 
     def __init__(self, pairs: Sequence[TokenPair], packing: PackingOptions, *, allowed: bool) -> None:

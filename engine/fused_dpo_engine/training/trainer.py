@@ -16,7 +16,6 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from fused_dpo import DPOLoss, LossOutput
-from fused_dpo.losses import loss_spec
 from fused_dpo_engine.batching.batch import PairBatch
 from fused_dpo_engine.batching.planning import PlannedBatch, build_batch, count_rows
 from fused_dpo_engine.batching.schedule import Schedule, Step
@@ -37,7 +36,7 @@ from fused_dpo_engine.training.keeper import Keeper
 from fused_dpo_engine.training.memory import explain_out_of_memory
 from fused_dpo_engine.training.metrics import MetricsWriter, NoWriter, PairMetrics, SlotMetrics, peak_memory_gib
 from fused_dpo_engine.training.optimizer import build_optimizer
-from fused_dpo_engine.training.splitting import Splitting
+from fused_dpo_engine.training.splitting import Splitting, may_split
 from fused_dpo_engine.training.state import RunState
 from fused_dpo_engine.training.summary import DONE, EARLY, Summary
 
@@ -85,16 +84,8 @@ class Trainer:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.summary = Summary(planned_steps=self.total_steps)
         self._slots = SlotMetrics(config.packing.tokens_per_batch)
-        self.splitting = Splitting(
-            self.pairs,
-            config.packing,
-            # Several ranks would part: each takes as many passes as the others, and one that fails alone has left the
-            # collectives of the pass. FSDP2 with one rank is in the middle of gathering weights.
-            allowed=ranks.size == 1
-            and not strategy.weights_are_shared_out
-            and policy.router_loss is None
-            and not loss_spec(config.loss.loss_type).across_pairs,
-        )
+        allowed = may_split(policy, strategy, ranks, config.loss.loss_type)
+        self.splitting = Splitting(self.pairs, config.packing, allowed=allowed)
         self._evaluations_without_gain = 0
         self._stopped_together = ranks.size == 1
         """Whether what has ended the run has ended it on all ranks, between two steps."""
@@ -230,15 +221,15 @@ class Trainer:
         """Write a checkpoint. One that cannot be written ends no run: those before it are still there.
 
         Raises:
-            TrainingDivergedError: see `_refuse_broken_weights`.
+            TrainingDivergedError: a weight is not finite; nothing is written.
         """
+        self._refuse_broken_weights("model")
         progress = {
             "summary": self.summary.as_dict(),
             "slots": self._slots.numbers(),
             "evaluations_without_gain": self._evaluations_without_gain,
             "split_above": self.splitting.split_above,
         }
-        self._refuse_broken_weights("checkpoint")  # nothing goes on from these, and it would take the place of others
         try:
             self._keeper.keep(self.summary.steps, progress, writer)
         except SaveError as error:
@@ -436,6 +427,6 @@ class Trainer:
             return
         saved, number = self.summary.saved, self.summary.steps
         error = error_of_update(number, broken, self.output, saved)
-        saved |= dict.fromkeys({name, "model"} - {"checkpoint"}, f"failed after step {number}: {broken} is not finite")
+        saved |= dict.fromkeys((name, "model"), f"failed after step {number}: {broken} is not finite")
         self._stopped_together = together
         raise error

@@ -58,6 +58,7 @@ WAYS: dict[str, Way] = {
     "activations on the host": Way({"offload_activations": True}, bits=True),
     "both": Way({"gradient_checkpointing": True, "offload_activations": True}, bits=True),
     "saved on the way": Way({"save_steps": 2}, bits=True),
+    "checkpoints on the way": Way({"checkpoint_every": 3}, bits=True),
     "overwritten": Way({"overwrite": True}, bits=True, before=({"seed": 5, "max_steps": 2},)),
 }
 

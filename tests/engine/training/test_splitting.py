@@ -12,7 +12,6 @@ from torch import Tensor
 
 from fused_dpo_engine.errors import OutOfMemoryError
 from fused_dpo_engine.model.policy import Policy
-from fused_dpo_engine.training.splitting import Splitting
 from fused_dpo_engine.training.trainer import Trainer
 from tests.engine.support.runs import training_forward
 from tests.engine.support.toys import Run, largest_difference, save_folder, write_rows
@@ -125,19 +124,24 @@ class TestSplit:
             assert f"in a forward pass of {slots} tokens" in line
             assert f"--tokens-per-batch below {slots}" in line
 
-    def test_what_is_known_before_is_not_tried(self, train_tiny, monkeypatch):
-        """As after a resume."""
-        build = Splitting.__init__
+    def test_a_resumed_run_does_not_try_either(self, train_tiny, monkeypatch):
+        settings = {**ROOM, "checkpoint_every": 2}
+        with small_device(60) as first:
 
-        def knowing(self: Splitting, *arguments: Any, **more: Any) -> None:
-            build(self, *arguments, **more)
-            self.split_above = 60
+            def stop(policy: Policy, batch: Any, logps: Tensor) -> Tensor:
+                if len(first.tried) > len(first.failed) + 8:  # in step 3 or later
+                    raise RuntimeError("stop")
+                return first(policy, batch, logps)
 
-        monkeypatch.setattr(Splitting, "__init__", knowing)
-        device = SmallDevice(60, backward=False)
-        training_forward(monkeypatch, device)
-        assert min(train_tiny(**ROOM).column("micro_batches")) >= 2
-        assert not device.failed
+            training_forward(monkeypatch, stop)
+            with pytest.raises(RuntimeError, match="stop"):
+                train_tiny(**settings)
+        assert first.failed
+        second = SmallDevice(60, backward=False)
+        training_forward(monkeypatch, second)
+        assert [line["step"] for line in train_tiny(**settings, resume="auto").metrics] == [1, 2, 3, 4]
+        assert second.tried
+        assert not second.failed
 
     def test_what_the_failed_pass_held_is_free(self, train_tiny):
         gc.disable()  # so that nothing but the code itself lets go of it

@@ -41,7 +41,9 @@ class SaveError(RuntimeError):
 
 def first_line(error: BaseException) -> str:
     """Shorten an error's message to one sentence."""
-    line = str(error).strip().split("\n")[0]
+    line, *more = str(error).strip().split("\n")
+    if line.endswith(":") and more:  # what is wrong comes after it
+        line = f"{line} {more[0].strip()}"
     return line if line.endswith(".") else f"{line}."
 
 
@@ -59,5 +61,8 @@ def bad_row(where: str, message: str, reason: str) -> DataError:
 
 
 def short(value: Any) -> str:
-    """Show a value of a row, cut to fit into a message."""
-    return _SHORT.repr(value)
+    """Show a value of a row or a setting, cut to fit into a message."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python prints no number of thousands of digits
+        return f"a {type(value).__name__} with a number of thousands of digits"

@@ -151,10 +151,10 @@ def _listed(value: Any) -> Any:
 
 
 def _number(value: Any, name: str, where: str) -> float:
-    if isinstance(value, str):  # as in tables
-        with suppress(ValueError):
+    if isinstance(value, (str, int)) and not isinstance(value, bool):  # text, as in tables
+        with suppress(ValueError, OverflowError):
             value = float(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if not isinstance(value, float) or not math.isfinite(value):
         what = f'"{name}" must be finite numbers, got {short(value)}'
         raise bad_row(where, what, "scores that are no numbers")
-    return float(value)
+    return value

@@ -13,6 +13,8 @@ from fused_dpo_engine.data.sequences import EncodedRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+MOST_AGAIN = 5_000_000
+"""Characters of an answer that are tokenized again, at most, to find its turns among its tokens."""
 
 
 class _Text(NamedTuple):
@@ -60,7 +62,7 @@ def _edges(
 
     A tokenizer cuts its text at special tokens before all else. So what stands before the last one that ends before an
     edge has the same tokens there as in the whole, and only the rest is tokenized again: in a long conversation all
-    beginnings would be a hundred times the text.
+    beginnings would be a hundred times the text. Where that cannot be avoided and is too much, there are no edges.
     """
     added = tokenizer.added_tokens_decoder.items()
     special = np.array([token for token, its in added if its.special], dtype=np.int32)
@@ -70,7 +72,8 @@ def _edges(
             if spans is not None:
                 cuts = _cuts(encoded, special)
                 pieces = [_piece(text, edge, encoded, cuts) for span in spans for edge in span]
-                wanted.append((encoded.ids, pieces))
+                too_long = sum(len(piece.text) for piece in pieces) > MOST_AGAIN
+                wanted.append((encoded.ids, [] if too_long else pieces))
     again = iter(_tokenize([piece.text for _, pieces in wanted for piece in pieces], tokenizer, False))
     for ids, pieces in wanted:
         yield [piece.token + common_prefix(ids[piece.token :], next(again).ids) for piece in pieces]

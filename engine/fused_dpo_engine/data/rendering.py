@@ -23,7 +23,8 @@ from fused_dpo_engine.data.turns import Span, assistant_spans
 from fused_dpo_engine.errors import DataError, bad_row, short
 
 MOST_RENDERED = 250_000
-"""Messages rendered, at most, to tell the turns of an answer apart: each turn takes all of the conversation so far."""
+"""Messages rendered for a row, at most. To tell the turns of an answer apart, each takes the conversation so far."""
+_TURNS_WAY_OUT = "mark them with {% generation %} in the template, or give --score all"
 
 
 class Rendered(NamedTuple):
@@ -74,7 +75,14 @@ class Renderer:
         arguments = {**preference.template_arguments, **({"tools": tools} if tools else {})}
         _check_arguments(preference.template_arguments, self.tokenizer, where)
 
+        rendered = 0
+
         def write(messages: list[Message], generation_prompt: bool = False) -> str:
+            nonlocal rendered
+            rendered += len(messages)
+            if rendered > MOST_RENDERED:
+                what = "the answers have too many turns for them to be told apart by rendering each"
+                raise bad_row(where, f"{what}; {_TURNS_WAY_OUT}", "too many turns")
             shape = (_shape(messages), len(tools), generation_prompt)
             try:
                 with nullcontext() if shape in self._known else limited_template():
@@ -104,12 +112,10 @@ class Renderer:
             if len(answer) == 1 or self.score == "all":
                 spans.append(None)
                 continue
-            _check_turns(prompt, answer, where)
             found = assistant_spans(prompt + answer, len(prompt), text, write, self.tokenizer, template, arguments)
             if not found:
                 what = "the turns of the assistant cannot be told apart in what this chat template writes"
-                way_out = "mark them with {% generation %} in the template, or give --score all"
-                raise bad_row(where, f"{what}; {way_out}", "turns not found")
+                raise bad_row(where, f"{what}; {_TURNS_WAY_OUT}", "turns not found")
             spans.append(found[-1:] if self.score == "last" else found)
         if self.score != "all":
             spans = _without_prompt(prompt, asked, texts, spans, where)
@@ -186,13 +192,6 @@ def _check_arguments(arguments: dict[str, Any], tokenizer: PreTrainedTokenizerBa
 @cache
 def _own_arguments(tokenizer: type[PreTrainedTokenizerBase]) -> frozenset[str]:
     return frozenset(inspect.signature(tokenizer.apply_chat_template).parameters) - {"tools", "documents", "kwargs"}
-
-
-def _check_turns(prompt: list[Message], answer: list[Message], where: str) -> None:
-    turns, messages = len(answer), len(prompt) + len(answer)
-    if turns * messages > MOST_RENDERED:
-        what = f"an answer of {turns} messages in a conversation of {messages} takes too long to be told apart"
-        raise bad_row(where, f"{what}; give --score all, or shorten it", "too many turns")
 
 
 def _check_prompt(prompt: list[Message], text: str, fault: str, where: str) -> None:

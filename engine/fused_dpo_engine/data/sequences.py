@@ -26,7 +26,7 @@ class EncodedRow(NamedTuple):
     prompt: np.ndarray
     edges: list[list[int] | None]
     """For each answer, how many of its tokens the text up to each end of what is scored begins with; None where all
-    that follows the prompt is scored."""
+    that follows the prompt is scored. An empty list where finding them would take too long."""
 
 
 @dataclass
@@ -104,6 +104,9 @@ def find_boundary(ids: EncodedRow, scores: Sequence[float] | None, where: str) -
         what = "both sequences must begin with a token that is not scored, as nothing predicts a first token, got none"
         way_out = "give a prompt that is not empty, or use a tokenizer that begins a text with a BOS token"
         raise bad_row(where, f"{what}; {way_out}", "no common beginning")
+    if any(edges == [] for edges in ids.edges):
+        what = "an answer has too many turns for them to be found among its tokens, as this tokenizer has no special"
+        raise bad_row(where, f"{what} tokens between them; give --score all, or shorten it", "too many turns")
     scored = [None if edges is None else _between(edges, prompt_length) for edges in ids.edges]
     return Sequences(prompt_length, ids.answers, scored, scores, where), merged
 

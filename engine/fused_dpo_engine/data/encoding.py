@@ -100,7 +100,7 @@ def _tokenize(
 ) -> list[_Text]:
     if not texts:
         return []
-    located = located and tokenizer.is_fast
+    located = located and bool(tokenizer.is_fast)
     encoded = tokenizer(
         texts,
         add_special_tokens=add_special_tokens,

@@ -96,7 +96,8 @@ def _clean(message: Any, key: str, where: str) -> Message:
     content = message.get(content_key)
     if content is None and rest.get("tool_calls"):
         content = ""  # OpenAI's format has null there
-    return {"role": role, "content": _content(content, f"content of the {role} message in {key}", where), **rest}
+    text = _content(content, f"content of the {role} message in {key}", where)
+    return {**rest, "role": role, "content": text}  # a message with a `value` may have another `content` beside it
 
 
 def _content(value: Any, what: str, where: str) -> str:

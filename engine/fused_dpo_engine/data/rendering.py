@@ -117,8 +117,7 @@ class Renderer:
                 what = "the turns of the assistant cannot be told apart in what this chat template writes"
                 raise bad_row(where, f"{what}; {_TURNS_WAY_OUT}", "turns not found")
             spans.append(found[-1:] if self.score == "last" else found)
-        if self.score != "all":
-            spans = _without_prompt(prompt, asked, texts, spans, where)
+        spans = _without_prompt(prompt, asked, texts, spans, where)
         return Rendered(tuple(texts), asked, tuple(spans), False, where, preference.scores)
 
 

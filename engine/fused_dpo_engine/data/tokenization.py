@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from fused_dpo_engine.config.options import Pairing, Score
 from fused_dpo_engine.data.columns import renamed
 from fused_dpo_engine.data.encoding import encode
 from fused_dpo_engine.data.formats import Preference, Row, parse_row
+from fused_dpo_engine.data.messages import Message
 from fused_dpo_engine.data.pairs import TokenizationReport, TokenizedPairs, TokenPair, length_statistics
 from fused_dpo_engine.data.rendering import Renderer, check_template
 from fused_dpo_engine.data.sequences import find_boundary
@@ -94,6 +96,7 @@ def tokenize_pairs(
     _check_implied(implied, skips)
     if any(not isinstance(preference.prompt, str) for preference in preferences):
         check_template(tokenizer, chat_template)
+    spelled = _count_spelled(preferences, tokenizer)
     renderer = Renderer(tokenizer, chat_template, score)
 
     pairs: list[TokenPair] = []
@@ -129,11 +132,26 @@ def tokenize_pairs(
         merged_boundaries=merged_boundaries,
         implied_prompts=implied,
         unused_columns=_unused(rows, used | set((columns or {}).values())),
+        spelled_rows=spelled,
         prompt_tokens=length_statistics(pair.prompt_length for pair in pairs),
         chosen_tokens=length_statistics(pair.chosen_length for pair in pairs),
         rejected_tokens=length_statistics(pair.rejected_length for pair in pairs),
     )
     return TokenizedPairs(pairs, report)
+
+
+def _count_spelled(preferences: list[Preference], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Count the rows whose texts hold what a special token is written as, an EOS at the end of an answer aside."""
+    names = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content]
+    if not names:
+        return 0
+    spelled, eos = re.compile("|".join(map(re.escape, names))), str(tokenizer.eos_token or "")
+
+    def within(text: str | list[Message]) -> bool:
+        texts = [text] if isinstance(text, str) else [message["content"] for message in text]
+        return any(spelled.search(text.removesuffix(eos)) for text in texts)
+
+    return sum(any(map(within, (preference.prompt, *preference.answers))) for preference in preferences)
 
 
 def _batches(preferences: list[Preference], progress: bool) -> Iterator[list[Preference]]:

@@ -122,7 +122,8 @@ def test_arguments_that_are_not_the_templates(name):
 
 def test_marks_that_are_written_in_another_way_are_not_trusted():
     """The positions of marks are those of a second rendering."""
-    marked = "{% for m in messages %}[{{ m.role }}:{% generation %}{{ m.content }}]{% endgeneration %}{% endfor %}"
+    marked = "{% for m in messages %}[{{ m.role }}:{% if m.role == 'assistant' %}{% generation %}{{ m.content }}]"
+    marked += "{% endgeneration %}{% else %}{{ m.content }}]{% endif %}{% endfor %}"
     (pair,) = pairs_of(SEVERAL, marked)
     (other,) = pairs_of(SEVERAL, "{{ strftime_now('%f') * (messages | length) }}" + marked)
     for one in (pair, other):

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from fused_dpo_engine.data import template_limits
+from fused_dpo_engine.data import template_limits, turns
 from fused_dpo_engine.data.template_limits import TemplateRunsOnError, limited_template
 from fused_dpo_engine.data.tokenization import tokenize_pairs
 from fused_dpo_engine.errors import DataError
@@ -120,15 +120,20 @@ def test_arguments_that_are_not_the_templates(name):
         pairs_of({**ONE, "chat_template_kwargs": {name: True}}, WRITTEN)
 
 
-def test_marks_that_are_written_in_another_way_are_not_trusted():
+def test_marks_that_are_written_in_another_way_are_not_trusted(monkeypatch):
     """The positions of marks are those of a second rendering."""
     marked = "{% for m in messages %}[{{ m.role }}:{% if m.role == 'assistant' %}{% generation %}{{ m.content }}]"
     marked += "{% endgeneration %}{% else %}{{ m.content }}]{% endif %}{% endfor %}"
-    (pair,) = pairs_of(SEVERAL, marked)
-    (other,) = pairs_of(SEVERAL, "{{ strftime_now('%f') * (messages | length) }}" + marked)
-    for one in (pair, other):
-        ids, positions = one.sides[0]
-        assert decode(bpe_tokenizer(), ids[positions]) == "yes]of course]"
+
+    def scored(text):
+        monkeypatch.setattr(turns, "render_jinja_template", lambda *_, **__: ([text], [[(1, 2), (3, 4)]]))
+        (pair,) = pairs_of(SEVERAL, marked)
+        ids, positions = pair.sides[0]
+        return decode(bpe_tokenizer(), ids[positions])
+
+    assert scored("something else") == "[assistant:yes][assistant:of course]"
+    whole = "[user:What is it?][assistant:yes][user:Sure?][assistant:of course]"
+    assert scored(whole) != scored("something else")  # as it should be where it is written as before
 
 
 class TestManyTurns:

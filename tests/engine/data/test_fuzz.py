@@ -61,6 +61,7 @@ TEXT = st.text(max_size=20) | st.sampled_from(TEXTS)
 MESSAGE = st.fixed_dictionaries({"role": st.sampled_from(ROLES), "content": TEXT})
 TALK = st.lists(MESSAGE, max_size=5)
 ANSWER = TEXT | TALK | st.builds(lambda text: [{"role": "assistant", "content": text}], TEXT)
+SLOW = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example)
 KEY = st.sampled_from(KEYS)
 ANY = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | TEXT,
@@ -81,7 +82,7 @@ def test_made_rows(number, name, family):
     tokenizer_of(name)
 
     @seed(number)
-    @settings(max_examples=MADE, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=MADE, deadline=None, database=None, suppress_health_check=SLOW)
     @given(values=MADE_ROWS)
     def check(values):
         assert judged(values, number, name, family).fault == ""

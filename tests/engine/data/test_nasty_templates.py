@@ -2,6 +2,7 @@
 
 import sys
 
+import numpy as np
 import pytest
 
 from fused_dpo_engine.data import template_limits, turns
@@ -126,7 +127,7 @@ def test_marks_that_are_written_in_another_way_are_not_trusted(monkeypatch):
     marked += "{% endgeneration %}{% else %}{{ m.content }}]{% endif %}{% endfor %}"
 
     def scored(text):
-        monkeypatch.setattr(turns, "render_jinja_template", lambda *_, **__: ([text], [[(1, 2), (3, 4)]]))
+        monkeypatch.setattr(turns, "render_jinja_template", lambda *_, **__: ([text], [[(40, 42), (50, 52)]]))
         (pair,) = pairs_of(SEVERAL, marked)
         ids, positions = pair.sides[0]
         return decode(bpe_tokenizer(), ids[positions])
@@ -150,5 +151,5 @@ class TestManyTurns:
         marked = "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
         marked += "{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}"
         (pair,) = pairs_of(self.talk(400), marked + "{% endfor %}")
-        starts = sum(int(a + 1 != b) for a, b in zip(pair.chosen_scored, pair.chosen_scored[1:], strict=False))
-        assert starts + 1 == 400
+        _, positions = pair.sides[0]
+        assert 1 + int((np.diff(positions) > 1).sum()) == 400

@@ -41,7 +41,7 @@ def tokenizer_of(name: str) -> Any:
 
 
 def judged(values: Any, number: int, name: str, family: str, **changes: Any) -> Any:
-    settings = {"score": SCORES[number % 4], "max_length": 64 if number % 3 == 2 else 100_000}
+    settings = {"score": SCORES[number % 4], "max_length": 96 if number % 3 == 2 else 100_000}
     return judge(values, tokenizer_of(name), TEMPLATES[family], **{**settings, **changes})
 
 

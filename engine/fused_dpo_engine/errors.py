@@ -49,7 +49,9 @@ class SaveError(RuntimeError):
 
 def first_line(error: BaseException) -> str:
     """Shorten an error's message to one sentence."""
-    line = str(error).strip().split("\n")[0]
+    line, *more = str(error).strip().split("\n")
+    if line.endswith(":") and more:  # what is wrong comes after it
+        line = f"{line} {more[0].strip()}"
     return line if line.endswith(".") else f"{line}."
 
 
@@ -67,5 +69,8 @@ def bad_row(where: str, message: str, reason: str) -> DataError:
 
 
 def short(value: Any) -> str:
-    """Show a value of a row, cut to fit into a message."""
-    return _SHORT.repr(value)
+    """Show a value of a row or a setting, cut to fit into a message."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python prints no number of thousands of digits
+        return "a number of thousands of digits"

@@ -129,8 +129,8 @@ def _scores(row: _Row, patterns: Sequence[str], where: str) -> list[float] | Non
 def _score_of(answer: Any, name: str, where: str) -> float:
     """Read an answer's own score or rank."""
     scores = _scores(_Row(answer if isinstance(answer, dict) else {}), ("{word}",), where)
-    if scores is None:
-        rule = 'needs one of the columns "scores", "ratings", "rewards" or "ranks", or a score in every answer'
+    if scores is None or len(scores) != 1:
+        rule = 'needs one of the columns "scores", "ratings", "rewards" or "ranks", or one score in every answer'
         raise bad_row(where, f'"{name}" {rule}, got the answer {short(answer)}', "no scores")
     return scores[0]
 
@@ -151,10 +151,10 @@ def _listed(value: Any) -> Any:
 
 
 def _number(value: Any, name: str, where: str) -> float:
-    if isinstance(value, str):  # as in tables
-        with suppress(ValueError):
+    if isinstance(value, (str, int)) and not isinstance(value, bool):  # text, as in tables
+        with suppress(ValueError, OverflowError):
             value = float(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if not isinstance(value, float) or not math.isfinite(value):
         what = f'"{name}" must be finite numbers, got {short(value)}'
         raise bad_row(where, what, "scores that are no numbers")
-    return float(value)
+    return value

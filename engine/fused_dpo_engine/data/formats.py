@@ -4,12 +4,12 @@
 mean is in `fused_dpo_engine.data.columns`, what messages look like in `fused_dpo_engine.data.messages`.
 """
 
-import json
 import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from fused_dpo_engine.data.columns import Columns, read_columns
+from fused_dpo_engine.data.json_text import read_json
 from fused_dpo_engine.data.messages import (
     WRITTEN,
     Message,
@@ -87,6 +87,14 @@ def parse_row(row: Row) -> Preference:
     """
     if row.error is not None:
         raise row.error
+    try:
+        return _parsed(row)
+    except RecursionError:
+        what = "a column holds lists or objects that are nested too deep"
+        raise bad_row(row.where, what, "nested too deep") from None
+
+
+def _parsed(row: Row) -> Preference:
     where = row.where
     if media := [name for name in MEDIA if row.values.get(name)]:
         raise bad_row(where, f"the row has {', '.join(media)}; text alone can be trained on", "not text")
@@ -209,7 +217,7 @@ def _template_arguments(value: Any, where: str) -> dict[str, Any]:
     """Read a row's `chat_template_kwargs`: an object, or one as JSON text."""
     if isinstance(value, str) and value.strip():
         try:
-            value = json.loads(value)
+            value = read_json(value)
         except ValueError as error:
             raise bad_row(where, f'"chat_template_kwargs" is text that is no JSON: {error}', "wrong type") from error
     if not value:

@@ -6,10 +6,10 @@ a word, so all are translated or refused here.
 """
 
 import ast
-import json
 import re
 from typing import Any
 
+from fused_dpo_engine.data.json_text import read_json
 from fused_dpo_engine.errors import bad_row, short
 
 Message = dict[str, Any]
@@ -49,8 +49,8 @@ def tools_beside(value: Any) -> Any:
 def parsed(text: str) -> Any:
     """Read JSON, or what Python prints of such values, which is what exports of tables often hold; None if neither."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return read_json(text)
+    except ValueError:
         pass
     try:
         return ast.literal_eval(text.strip()) if WRITTEN.match(text) else None
@@ -89,12 +89,15 @@ def _clean(message: Any, key: str, where: str) -> Message:
     if not isinstance(message, dict) or not isinstance(message.get(role_key), str):
         rule = 'must be a list of messages {"role": text, "content": text}'
         raise bad_row(where, f'"{key}" {rule}, got the item {short(message)}', "wrong type")
+    if not message[role_key].strip():
+        raise bad_row(where, f'"{key}" has a message whose role is empty: {short(message)}', "no role")
     rest = without_nulls({name: field for name, field in message.items() if name not in (role_key, content_key)})
     role = ROLES.get(message[role_key].lower(), message[role_key])
     content = message.get(content_key)
     if content is None and rest.get("tool_calls"):
         content = ""  # OpenAI's format has null there
-    return {"role": role, "content": _content(content, f"content of the {role} message in {key}", where), **rest}
+    text = _content(content, f"content of the {role} message in {key}", where)
+    return {**rest, "role": role, "content": text}  # a message with a `value` may have another `content` beside it
 
 
 def _content(value: Any, what: str, where: str) -> str:
@@ -142,7 +145,7 @@ def parsed_tools(value: Any, where: str) -> list[Any]:
     """
     if isinstance(value, str) and value.strip():
         try:
-            value = json.loads(value)
+            value = read_json(value)
         except ValueError as error:
             raise bad_row(where, f'"tools" is text that is no JSON: {error}', "wrong type") from error
     if not value:

@@ -92,7 +92,9 @@ class TokenizationReport:
     `skipped` counts rows by reason; `tokens_cut` adds prompt tokens (once a pair) and response tokens;
     `merged_boundaries` counts rows whose prompt, tokenized alone, does not begin both sequences.
     `implied_prompts` counts rows without a prompt, whose answers share their beginning; `unused_columns` names columns
-    that held something which no row's pair came from. `chosen_tokens` and `rejected_tokens` count scored tokens.
+    that held something which no row's pair came from. `spelled_rows` counts rows whose texts spell special tokens of
+    the tokenizer, which become these tokens, as they do when the model serves. `chosen_tokens` and `rejected_tokens`
+    count scored tokens.
     """
 
     max_length: int
@@ -105,6 +107,7 @@ class TokenizationReport:
     merged_boundaries: int
     implied_prompts: int
     unused_columns: tuple[str, ...]
+    spelled_rows: int
     prompt_tokens: LengthStatistics
     chosen_tokens: LengthStatistics
     rejected_tokens: LengthStatistics
@@ -124,6 +127,10 @@ class TokenizationReport:
             lines.append(f"{self.implied_prompts} rows have no prompt: the words that their texts share are the prompt")
         if self.unused_columns:
             lines.append(f"columns not used: {', '.join(self.unused_columns)}")
+        if self.spelled_rows:
+            lines.append(
+                f"{self.spelled_rows} rows spell special tokens in their texts, and are trained on these tokens"
+            )
         lines.append(f"prompt tokens: {self.prompt_tokens}")
         lines.append(f"chosen tokens: {self.chosen_tokens}")
         lines.append(f"rejected tokens: {self.rejected_tokens}")

@@ -4,9 +4,12 @@ A template may leave out a role that it does not know, the reasoning before an a
 says nothing. What is trained on would then be something else than the row.
 """
 
+import inspect
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NamedTuple, cast
 
 import jinja2
@@ -14,12 +17,14 @@ from transformers import PreTrainedTokenizerBase
 
 from fused_dpo_engine.config.options import Score
 from fused_dpo_engine.data.formats import Preference
-from fused_dpo_engine.data.messages import Message
+from fused_dpo_engine.data.messages import Message, checked_text, common_length
+from fused_dpo_engine.data.template_limits import TemplateRunsOnError, limited_template
 from fused_dpo_engine.data.turns import Span, assistant_spans
 from fused_dpo_engine.errors import DataError, bad_row, short
 
-TEMPLATE_FAILURES = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)
-"""What templates raise on conversations that they were not made for."""
+MOST_RENDERED = 250_000
+"""Messages rendered for a row, at most. To tell the turns of an answer apart, each takes the conversation so far."""
+_TURNS_WAY_OUT = "mark them with {% generation %} in the template, or give --score all"
 
 
 class Rendered(NamedTuple):
@@ -46,6 +51,8 @@ class Renderer:
     """A Jinja template to use instead of the tokenizer's own."""
     score: Score = "assistant"
     """What of an answer of several messages is scored."""
+    _known: set[Hashable] = field(default_factory=set)
+    """Shapes of conversations that the template has written within its limits."""
 
     def render(self, preference: Preference) -> Rendered:
         """Write the texts of a preference.
@@ -66,25 +73,38 @@ class Renderer:
         # Of several named templates, this is where the one for tools is chosen, as it is when the model serves.
         template = self.tokenizer.get_chat_template(self.chat_template, tools=tools or None)
         arguments = {**preference.template_arguments, **({"tools": tools} if tools else {})}
+        _check_arguments(preference.template_arguments, self.tokenizer, where)
+
+        rendered = 0
 
         def write(messages: list[Message], generation_prompt: bool = False) -> str:
+            nonlocal rendered
+            rendered += len(messages)
+            if rendered > MOST_RENDERED:
+                what = "the answers have too many turns for them to be told apart by rendering each"
+                raise bad_row(where, f"{what}; {_TURNS_WAY_OUT}", "too many turns")
+            shape = (_shape(messages), len(tools), generation_prompt)
             try:
-                text = self.tokenizer.apply_chat_template(
-                    messages,
-                    chat_template=template,
-                    tokenize=False,
-                    add_generation_prompt=generation_prompt,
-                    **arguments,
-                )
-            except TEMPLATE_FAILURES as error:
-                roles = ", ".join(message["role"] for message in messages)
-                what = f"the chat template refuses a conversation with the roles {roles}: {error}"
+                with nullcontext() if shape in self._known else limited_template():
+                    text = self.tokenizer.apply_chat_template(
+                        messages,
+                        chat_template=template,
+                        tokenize=False,
+                        add_generation_prompt=generation_prompt,
+                        **arguments,
+                    )
+            except Exception as error:  # templates raise whatever they like on conversations that they don't know
+                roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
+                what = f"the chat template refuses a conversation with the roles {roles}: {_said(error)}"
                 raise bad_row(where, what, "refused by the chat template") from error
-            return cast(str, text)
+            self._known.add(shape)
+            return checked_text(text, "what the chat template writes", where)
 
         asked = write(prompt, generation_prompt=True)
-        _check_prompt(prompt, tools, asked, where)
-        texts, spans = [], []
+        _check_prompt(prompt, asked, "leaves out", where)
+        _check_tools(tools, asked, where)
+        texts: list[str] = []
+        spans: list[list[Span] | None] = []
         for number, answer in enumerate(answers):
             text = write(prompt + answer)
             _check_answer(answer, ("chosen" if number == 0 else "rejected"), text, asked, where)
@@ -95,9 +115,9 @@ class Renderer:
             found = assistant_spans(prompt + answer, len(prompt), text, write, self.tokenizer, template, arguments)
             if not found:
                 what = "the turns of the assistant cannot be told apart in what this chat template writes"
-                way_out = "mark them with {% generation %} in the template, or give --score all"
-                raise bad_row(where, f"{what}; {way_out}", "turns not found")
+                raise bad_row(where, f"{what}; {_TURNS_WAY_OUT}", "turns not found")
             spans.append(found[-1:] if self.score == "last" else found)
+        spans = _without_prompt(prompt, asked, texts, spans, where)
         return Rendered(tuple(texts), asked, tuple(spans), False, where, preference.scores)
 
 
@@ -124,23 +144,74 @@ def check_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None
             "rows as plain text"
         ) from error
     try:
-        tokenizer.apply_chat_template([{"role": "user", "content": "a"}], chat_template=template, tokenize=False)
+        with limited_template():
+            tokenizer.apply_chat_template([{"role": "user", "content": "a"}], chat_template=template, tokenize=False)
     except jinja2.TemplateSyntaxError as error:
         raise DataError(f"the chat template is not valid Jinja: line {error.lineno}: {error}") from error
-    except TEMPLATE_FAILURES:
+    except (SyntaxError, RecursionError, TemplateRunsOnError) as error:  # the first is Python's, which Jinja writes
+        raise DataError(f"the chat template cannot be used: {error}") from error
+    except Exception:
         pass  # it may well refuse this conversation
 
 
-def _check_prompt(prompt: list[Message], tools: list[Any], text: str, where: str) -> None:
-    """Refuse a rendering of the prompt that leaves out a message, or the tools."""
+def _without_prompt(
+    prompt: list[Message], asked: str, texts: list[str], spans: list[list[Span] | None], where: str
+) -> list[list[Span] | None]:
+    """Keep the prompt out of what is scored of answers without spans: all that follows what the texts have in common.
+
+    That is the whole prompt, unless a template writes it in another way in front of one of the answers: Mistral's puts
+    what the system says into the last question, which may be one of an answer of several turns.
+    """
+    shared = [common_length(asked, text) for text in texts]
+    for number, text in enumerate(texts):
+        if spans[number] is None:
+            _check_prompt(prompt, text[: shared[number]], "writes in another way, once it is answered,", where)
+            if shared[number] > min(shared):
+                spans[number] = [(shared[number], len(text))]
+    return spans
+
+
+def _said(error: Exception) -> str:
+    return str(error) if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"
+
+
+def _shape(messages: list[Message]) -> Hashable:
+    """Tell conversations apart that a template may treat in different ways: by roles, keys and about how long."""
+    size = sum(len(message["content"]) for message in messages)
+    return tuple((message["role"], *message) for message in messages), size.bit_length()
+
+
+def _check_arguments(arguments: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """Refuse arguments that are not the template's, but change what becomes of what it writes."""
+    if taken := sorted(arguments.keys() & _own_arguments(type(tokenizer))):
+        what = f"chat_template_kwargs must hold arguments of the template, got {', '.join(taken)}"
+        raise bad_row(where, what, "not an argument of the template")
+
+
+@cache
+def _own_arguments(tokenizer: type[PreTrainedTokenizerBase]) -> frozenset[str]:
+    return frozenset(inspect.signature(tokenizer.apply_chat_template).parameters) - {"tools", "documents", "kwargs"}
+
+
+def _check_prompt(prompt: list[Message], text: str, fault: str, where: str) -> None:
+    """Refuse a rendering of the prompt, or its beginning that is not scored, if a message is missing there."""
+    squeezed, at = None, 0
     for message in prompt:
         content = message["content"]
         if message["role"] == "assistant":
             content = content.rsplit("</think>", 1)[-1]  # templates drop the reasoning of earlier turns on purpose
-        if not any(form in text for form in _forms(content)) and _squeezed(content) not in _squeezed(text):
-            what = f"the chat template leaves out the prompt's {message['role']!r} message"
-            way_out = "it may expect other names for the roles, such as user and assistant"
-            raise bad_row(where, f"{what}; {way_out}", "left out by the chat template")
+        if (found := text.find(content.strip(), at)) >= 0:  # mostly in order: a long prompt is read through once
+            at = found
+        elif not any(form in text for form in _forms(content)):
+            squeezed = _squeezed(text) if squeezed is None else squeezed
+            if _squeezed(content) not in squeezed:
+                what = f"the chat template {fault} the prompt's {message['role']!r} message"
+                way_out = "it may expect other names for the roles, such as user and assistant"
+                raise bad_row(where, f"{what}; {way_out}", "left out by the chat template")
+
+
+def _check_tools(tools: list[Any], text: str, where: str) -> None:
+    """Refuse a rendering of the prompt that leaves out the tools."""
     for tool in tools:
         name = _function(tool).get("name")
         if name and str(name) not in text:

@@ -24,8 +24,9 @@ class EncodedRow(NamedTuple):
 
     answers: list[np.ndarray]
     prompt: np.ndarray
-    edges: list[list[np.ndarray] | None]
-    """For each answer, the text up to each end of what is scored; None where all that follows the prompt is."""
+    edges: list[list[int] | None]
+    """For each answer, how many of its tokens the text up to each end of what is scored begins with; None where all
+    that follows the prompt is scored. An empty list where finding them would take too long."""
 
 
 @dataclass
@@ -103,17 +104,16 @@ def find_boundary(ids: EncodedRow, scores: Sequence[float] | None, where: str) -
         what = "both sequences must begin with a token that is not scored, as nothing predicts a first token, got none"
         way_out = "give a prompt that is not empty, or use a tokenizer that begins a text with a BOS token"
         raise bad_row(where, f"{what}; {way_out}", "no common beginning")
-    scored = [
-        None if edges is None else _between(answer, edges, prompt_length)
-        for answer, edges in zip(ids.answers, ids.edges, strict=True)
-    ]
+    if any(edges == [] for edges in ids.edges):
+        what = "an answer has too many turns for them to be found among its tokens, as this tokenizer has no special"
+        raise bad_row(where, f"{what} tokens between them; give --score all, or shorten it", "too many turns")
+    scored = [None if edges is None else _between(edges, prompt_length) for edges in ids.edges]
     return Sequences(prompt_length, ids.answers, scored, scores, where), merged
 
 
-def _between(answer: np.ndarray, edges: list[np.ndarray], prompt_length: int) -> np.ndarray:
+def _between(edges: list[int], prompt_length: int) -> np.ndarray:
     """Find the tokens between pairs of edges; one that merges across the first edge is within, as a response's is."""
-    ends = [common_prefix(answer, edge) for edge in edges]
-    spans = [np.arange(max(start, prompt_length), stop) for start, stop in zip(ends[::2], ends[1::2], strict=True)]
+    spans = [np.arange(max(start, prompt_length), stop) for start, stop in zip(edges[::2], edges[1::2], strict=True)]
     return np.concatenate(spans)
 
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
-import numpy as np
-
 from fused_dpo_engine.config.options import Pairing, Score
 from fused_dpo_engine.data.columns import renamed
+from fused_dpo_engine.data.encoding import encode
 from fused_dpo_engine.data.formats import Preference, Row, parse_row
+from fused_dpo_engine.data.messages import Message
 from fused_dpo_engine.data.pairs import TokenizationReport, TokenizedPairs, TokenPair, length_statistics
-from fused_dpo_engine.data.rendering import Rendered, Renderer, check_template
-from fused_dpo_engine.data.sequences import EncodedRow, find_boundary
+from fused_dpo_engine.data.rendering import Renderer, check_template
+from fused_dpo_engine.data.sequences import find_boundary
 from fused_dpo_engine.errors import DataError
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ def tokenize_pairs(
     _check_implied(implied, skips)
     if any(not isinstance(preference.prompt, str) for preference in preferences):
         check_template(tokenizer, chat_template)
+    spelled = _count_spelled(preferences, tokenizer)
     renderer = Renderer(tokenizer, chat_template, score)
 
     pairs: list[TokenPair] = []
@@ -104,7 +106,7 @@ def tokenize_pairs(
         for preference in batch:
             with skips.bad_rows():
                 rendered.append(renderer.render(preference))
-        for item, ids in zip(rendered, _encode(rendered, tokenizer), strict=True):
+        for item, ids in zip(rendered, encode(rendered, tokenizer), strict=True):
             with skips.bad_rows():
                 sequences, merged = find_boundary(ids, item.scores, item.where)
                 prompt_cut = 0
@@ -130,11 +132,26 @@ def tokenize_pairs(
         merged_boundaries=merged_boundaries,
         implied_prompts=implied,
         unused_columns=_unused(rows, used | set((columns or {}).values())),
+        spelled_rows=spelled,
         prompt_tokens=length_statistics(pair.prompt_length for pair in pairs),
         chosen_tokens=length_statistics(pair.chosen_length for pair in pairs),
         rejected_tokens=length_statistics(pair.rejected_length for pair in pairs),
     )
     return TokenizedPairs(pairs, report)
+
+
+def _count_spelled(preferences: list[Preference], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Count the rows whose texts hold what a special token is written as, an EOS at the end of an answer aside."""
+    names = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content]
+    if not names:
+        return 0
+    spelled, eos = re.compile("|".join(map(re.escape, names))), str(tokenizer.eos_token or "")
+
+    def within(text: str | list[Message]) -> bool:
+        texts = [text] if isinstance(text, str) else [message["content"] for message in text]
+        return any(spelled.search(text.removesuffix(eos)) for text in texts)
+
+    return sum(any(map(within, (preference.prompt, *preference.answers))) for preference in preferences)
 
 
 def _batches(preferences: list[Preference], progress: bool) -> Iterator[list[Preference]]:
@@ -170,62 +187,3 @@ def _unused(rows: Sequence[Row], used: set[str]) -> tuple[str, ...]:
             if value is not None and name not in used:
                 names[name] = None
     return tuple(names)
-
-
-def _encode(rendered: list[Rendered], tokenizer: PreTrainedTokenizerBase) -> Iterator[EncodedRow]:
-    """Encode each item's texts, in one tokenizer call for all plain texts and one for all conversations."""
-    plain_texts = [text for item in rendered if item.plain for text in (*item.answers, item.prompt)]
-    chat_texts = [text for item in rendered if not item.plain for text in _chat_texts(item)]
-    plain_ids = iter(_tokenize(plain_texts, tokenizer, add_special_tokens=True))
-    chat_ids = iter(_tokenize(chat_texts, tokenizer, add_special_tokens=False))
-    appended = _appended_ids(tokenizer) if plain_texts else []
-    eos = cast("int | None", tokenizer.eos_token_id)
-    ending = appended if eos is None or appended[-1:] == [eos] else [*appended, eos]
-    for item in rendered:
-        if item.plain:
-            bodies = [_without_ending(next(plain_ids), appended) for _ in range(len(item.answers) + 1)]
-            *answers, prompt = bodies
-            ended = [np.append(_without_ending(ids, ending), np.array(ending, dtype=np.int32)) for ids in answers]
-            yield EncodedRow(ended, prompt, [None] * len(ended))
-            continue
-        answers = [next(chat_ids) for _ in item.answers]
-        prompt = next(chat_ids)
-        edges = [None if spans is None else [next(chat_ids) for _ in range(2 * len(spans))] for spans in item.spans]
-        yield EncodedRow(answers, prompt, edges)
-
-
-def _chat_texts(item: Rendered) -> Iterator[str]:
-    yield from item.answers
-    yield item.prompt
-    for text, spans in zip(item.answers, item.spans, strict=True):
-        for span in spans or ():
-            yield from (text[:edge] for edge in span)
-
-
-def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool) -> list[np.ndarray]:
-    if not texts:
-        return []
-    encoded = tokenizer(
-        texts,
-        add_special_tokens=add_special_tokens,
-        padding=False,
-        truncation=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,  # max_length decides here, not the tokenizer's own limit
-    )
-    return [np.array(ids, dtype=np.int32) for ids in cast("list[list[int]]", encoded["input_ids"])]
-
-
-def _appended_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Find the special tokens that the tokenizer itself puts after a text (often none, sometimes EOS)."""
-    (bare,) = _tokenize(["a"], tokenizer, add_special_tokens=False)
-    (full,) = _tokenize(["a"], tokenizer, add_special_tokens=True)
-    for start in range(len(full) - len(bare) + 1):
-        if np.array_equal(full[start : start + len(bare)], bare):
-            return full[start + len(bare) :].tolist()
-    return []
-
-
-def _without_ending(ids: np.ndarray, ending: list[int]) -> np.ndarray:
-    return ids[: -len(ending)] if ending and ids[-len(ending) :].tolist() == ending else ids

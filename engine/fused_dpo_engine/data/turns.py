@@ -45,7 +45,7 @@ def assistant_spans(
     """
     numbers = [i for i in range(first, len(conversation)) if conversation[i]["role"] == "assistant"]
     if _MARKED.search(template):
-        marked = _marked(conversation, tokenizer, template, arguments)
+        marked = _marked(conversation, text, tokenizer, template, arguments)
         if len(marked) == sum(message["role"] == "assistant" for message in conversation):
             return marked[len(marked) - len(numbers) :]
     spans: list[Span] = []
@@ -59,16 +59,20 @@ def assistant_spans(
 
 
 def _marked(
-    conversation: list[Message], tokenizer: PreTrainedTokenizerBase, template: str, arguments: dict[str, Any]
+    conversation: list[Message],
+    written: str,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    arguments: dict[str, Any],
 ) -> list[Span]:
-    """Render once more, with the template's marks."""
-    _, marks = render_jinja_template(
+    """Render once more, with the template's marks; none if it is not written as before."""
+    (text,), marks = render_jinja_template(
         [conversation],
         chat_template=template,
         return_assistant_tokens_mask=True,
         **{**tokenizer.special_tokens_map, **arguments},
     )
-    return [(int(start), int(end)) for start, end in marks[0]]
+    return [(int(start), int(end)) for start, end in marks[0]] if text == written else []
 
 
 def _start(conversation: list[Message], number: int, text: str, write: Callable[..., str]) -> int | None:

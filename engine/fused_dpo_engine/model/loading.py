@@ -22,8 +22,17 @@ from fused_dpo_engine.model.compatibility import (
 )
 from fused_dpo_engine.model.dropout import Stated, stated_rates, switch_dropout_off
 from fused_dpo_engine.model.quantisation import check_quantisation, loading_settings
-from fused_dpo_engine.model.source import TOKENIZER_FILES, Source, find_file, find_source, no_such_folder, read_config
+from fused_dpo_engine.model.source import (
+    TOKENIZER_FILES,
+    Source,
+    check_files,
+    find_file,
+    find_source,
+    no_such_folder,
+    read_config,
+)
 
+_FAILURES = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError, RuntimeError)
 _WAY_OUT = "--no-packing trains it on padded batches."
 
 
@@ -83,7 +92,7 @@ def load_tokenizer(name: str, options: ModelOptions) -> PreTrainedTokenizerBase:
         settings = {"config": read_config(source, options)}  # tells which class it is, where the files do not
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=options.trust_remote_code, **settings)
-    except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
+    except Exception as error:  # the libraries that read the files raise plain exceptions too
         raise UserError(
             f"no tokenizer could be loaded from {name}: {no_such_folder(name)}{first_line(error)} A model folder "
             f"needs the tokenizer files (tokenizer.json, tokenizer_config.json) beside the weights; save them there "
@@ -102,6 +111,7 @@ def check_model(options: ModelOptions, lora: LoraOptions, *, packing: bool = Tru
             adapters that cannot be trained on.
     """
     source = find_source(options.model)
+    check_files(source)
     config, _ = _checked_config(source, options, packing)
     if source.adapters is not None:
         check_adapters(source.adapters, lora)
@@ -139,6 +149,7 @@ def load_model(
         UserError: it cannot be loaded, or its architecture cannot run packed.
     """
     source = find_source(name)
+    check_files(source)
     own, cls = _checked_config(source, options, packing)
     config = copy.deepcopy(own)
     switch_dropout_off(config)
@@ -154,7 +165,7 @@ def load_model(
             **loading_settings(config, options, dtype, device),
         )
         model, info = loaded
-    except (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except (*_FAILURES, SafetensorError) as error:
         if isinstance(error, KeyError) and error.args == (ATTENTION_NAME,):  # a table of attention classes
             name = cls.__name__ if cls else str(config.model_type)
             raise UnsupportedModelError(f"{no_attention_of_ours(name)} {_WAY_OUT}") from error

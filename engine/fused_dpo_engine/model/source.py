@@ -1,6 +1,6 @@
 """Where a model comes from: a folder or name with weights, or adapters and the base that they name."""
 
-import json
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,11 +9,13 @@ from transformers.utils.hub import cached_file
 
 from fused_dpo_engine.config.options import ModelOptions
 from fused_dpo_engine.errors import UserError, first_line
+from fused_dpo_engine.model.folder import INDEX, WHOLE, check_config, check_weights, read_object
 
 ADAPTER_CONFIG = "adapter_config.json"
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+PICKLED_ADAPTERS = "adapter_model.bin"
+WEIGHTS = (WHOLE, INDEX)
 
 
 class Source(NamedTuple):
@@ -45,8 +47,9 @@ def find_source(name: str) -> Source:
             f"others to a folder of their own."
         )
     if find_file(name, ADAPTER_WEIGHTS) is None:
-        raise UserError(f"{name} holds {ADAPTER_CONFIG}, but no weights of adapters ({ADAPTER_WEIGHTS}).")
-    base = _read_json(path).get("base_model_name_or_path")
+        pickled = "" if find_file(name, PICKLED_ADAPTERS) is None else f"; {PICKLED_ADAPTERS} is pickled, and not read"
+        raise UserError(f"{name} holds {ADAPTER_CONFIG}, but no weights of adapters ({ADAPTER_WEIGHTS}){pickled}.")
+    base = read_object(path).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise UserError(
             f"the adapters in {name} do not say which model they belong to; put its folder or name into "
@@ -76,12 +79,22 @@ def read_config(source: Source, options: ModelOptions) -> Any:
     Raises:
         UserError: there is none that could be read.
     """
+    check_config(partial(find_file, source.base))
     try:
         return AutoConfig.from_pretrained(source.base, trust_remote_code=options.trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # configurations check themselves with whatever fails on what they hold
         raise UserError(
             f"no model configuration could be read from {source}: {no_such_folder(source.base)}{first_line(error)}"
         ) from error
+
+
+def check_files(source: Source) -> None:
+    """Refuse weights that are pickled, or not in the model's own folder.
+
+    Raises:
+        UserError: they are.
+    """
+    check_weights(source.base, partial(find_file, source.base))
 
 
 def check_source(name: str) -> None:
@@ -122,11 +135,3 @@ def find_file(name: str, file: str) -> Path | None:
 def _is_path(name: str) -> bool:
     """Tell whether a name can only be a folder's."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {first_line(error)}") from error
-    return content if isinstance(content, dict) else {}

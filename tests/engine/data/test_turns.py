@@ -94,6 +94,10 @@ class TestFamilies:
             "ab",
             "abba",
         ]
+        (rejected,) = scored_runs(pair, 1)
+        assert rejected.strip().split("\n")[-1].strip() == "bab" + ENDS[family].strip()
+        assert "Short!" not in rejected
+        assert "What?" not in rejected
 
 
 class TestMarks:

@@ -326,3 +326,19 @@ class RunOptions:
             f"report-to none goes with no other tracker, got {' '.join(self.report_to)}.",
         )
         require(self.early_stopping_patience >= 0, "early-stopping-patience must not be negative.")
+
+
+@dataclass(frozen=True)
+class ReferenceOptions:
+    """Where the log-probs of the reference come from, if they are not computed."""
+
+    reference_store: str | None = None
+    """File that keeps the reference's log-probs by what decides them (made if there is none): what it has is not
+    computed again, by this run or by others, and what it lacks is written while it is computed."""
+    reference_columns: Literal["auto", "never"] = "auto"
+    """auto: take log-probs that the data brings in ref_chosen_logps and ref_rejected_logps (or reference_...) as the
+    reference's, after some have been computed again and compared. never: leave them out."""
+
+    def __post_init__(self) -> None:
+        require(self.reference_store != "", "reference-store must name a file, got ''.")
+        _expand_home(self, "reference_store")

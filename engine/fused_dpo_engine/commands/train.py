@@ -40,7 +40,9 @@ from fused_dpo_engine.model.parity import pairs_to_test, self_test
 from fused_dpo_engine.model.policy import Policy
 from fused_dpo_engine.model.source import find_source
 from fused_dpo_engine.model.tensor_parallel import check_tensor_parallel
-from fused_dpo_engine.reference.scoring import score_run
+from fused_dpo_engine.reference.kept import Kept
+from fused_dpo_engine.reference.keys import scorer_settings
+from fused_dpo_engine.reference.run import RunReference
 from fused_dpo_engine.reports.tables import summary_table
 from fused_dpo_engine.training.memory import fits, memory_warning
 from fused_dpo_engine.training.optimizer import check_optimizer
@@ -113,7 +115,7 @@ def _train(config: TrainConfig, ranks: Ranks) -> Summary:
     schedule = Schedule(pairs, config.run, config.packing, num_ranks=ranks.data_size, rank=ranks.data_rank)
     _warn_of_passes(config, schedule, console)
     packing = config.packing
-    reference = held_out_reference = None
+    references = _find_references(config, device, strategy_name, schedule, held_out, ranks, console)
     hold = partial(
         share_out,
         strategy=strategy_name,
@@ -128,12 +130,14 @@ def _train(config: TrainConfig, ranks: Ranks) -> Summary:
     load = partial(
         build_policy, device=device, ld_alpha=config.loss.ld_alpha, packing=packing.packing, loaded_on=loaded_on
     )
-    if frozen is not None:
+    if frozen is not None and references is not None and not references.needs_model:
+        references.say_not_loaded()
+    elif frozen is not None and references is not None:
         scorer = load(frozen, LoraOptions(), trained=False)
         _check_vocabulary(scorer, pairs + held_out)
         if in_parts:
             hold(scorer)
-        reference, held_out_reference = score_run(scorer, schedule, held_out, console, ranks)
+        references.score(scorer)
         del scorer
         gc.collect()  # the model and its modules refer to each other
     policy = load(config.model, config.lora)
@@ -151,8 +155,9 @@ def _train(config: TrainConfig, ranks: Ranks) -> Summary:
         policy.compile_backbone(layers=list(decoder_layers(policy.causal_lm)) if strategy_name == "fsdp2" else ())
     if ranks.size > 1:
         console.print(f"{ranks.size} processes, {strategy.name}")
-    if reference is None and needs_reference(config.loss.loss_type):
-        reference, held_out_reference = score_run(policy, schedule, held_out, console, ranks)
+    if frozen is None and references is not None:
+        references.score(policy, beta=config.loss.beta if config.loss.loss_type == "sigmoid" else None)
+    reference, held_out_reference = (None, None) if references is None else references.finish()
 
     if ranks.is_main:
         open_output(output)  # not before everything that can be wrong has been found
@@ -242,6 +247,36 @@ def _reference_options(config: TrainConfig) -> ModelOptions | None:
     if not config.model.ref_model:
         return None
     return dataclasses.replace(config.model, model=config.model.ref_model)
+
+
+def _find_references(
+    config: TrainConfig,
+    device: torch.device,
+    strategy: str,
+    schedule: Schedule,
+    held_out: list[TokenPair],
+    ranks: Ranks,
+    console: Console,
+) -> RunReference | None:
+    """Find what is known of the reference before its model is loaded; None for a loss that takes none."""
+    if not needs_reference(config.loss.loss_type):
+        return None
+    frozen = _reference_options(config)
+    kept = None
+    if config.reference.reference_store is not None:
+        settings = partial(
+            scorer_settings,
+            config.model if frozen is None else frozen,
+            config.lora,
+            device,
+            frozen=frozen is not None,
+            packing=config.packing.packing,
+            strategy=strategy,
+        )
+        kept = Kept(config.reference.reference_store, settings, config.loss.ld_alpha, ranks, console)
+    plain = config.loss.ld_alpha in (None, 1.0)  # columns are sums in which every token counts the same
+    take_brought = config.reference.reference_columns == "auto" and plain
+    return RunReference(schedule, held_out, kept, console, ranks, take_brought=take_brought)
 
 
 def _layout(config: TrainConfig, policy: Policy) -> str:

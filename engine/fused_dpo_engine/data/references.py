@@ -37,5 +37,6 @@ def _logp(value: Any) -> float | None:
     if isinstance(value, str):  # as in tables
         with suppress(ValueError):
             value = float(value)
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if is_number and math.isfinite(value) and value <= ROUNDING else None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if math.isfinite(value) and value <= ROUNDING else None

@@ -39,7 +39,7 @@ class Scored(NamedTuple):
     logp: float
     """An fp32 number; finite."""
     tokens: int
-    """How many tokens it is the sum over."""
+    """How many tokens it is the sum over, at least 1."""
 
 
 class StoreWriteError(RuntimeError):
@@ -115,7 +115,7 @@ class Store:
             scored: by the sequences' keys.
 
         Returns:
-            The largest difference to what was there already; 0 where nothing was.
+            The largest difference to what was there already, in nat a token; 0 where nothing was.
 
         Raises:
             StoreWriteError: the system refuses, or another process keeps the file to itself.
@@ -136,7 +136,7 @@ class Store:
                 return 0.0
         before = self.look_up(settings, list(scored))
         known = zip(scored.values(), before, strict=True)
-        return max((abs(now.logp - then.logp) for now, then in known if then is not None), default=0.0)
+        return max((abs(now.logp - then.logp) / now.tokens for now, then in known if then is not None), default=0.0)
 
     def scorers(self) -> list[tuple[dict[str, Any], int]]:
         """List the settings of all scorers that have an entry, with the number of sequences of each."""

@@ -60,11 +60,8 @@ def export(path: str, data: DataOptions, pairs: Sequence[TokenPair], logps: Tens
             )
         by_row[pair.where] = (chosen, rejected)
     rows = read_rows(data.data, data.split)
-    written = [
-        row.values | dict(zip((CHOSEN, REJECTED), by_row[row.where], strict=True))
-        for row in rows
-        if row.where in by_row
-    ]
+    kept = [row for row in rows if row.where in by_row]
+    written = [row.values | dict(zip((CHOSEN, REJECTED), by_row[row.where], strict=True)) for row in kept]
     _write(Path(path), written)
     left = f", {len(rows) - len(written)} that cannot be used left out" if len(rows) > len(written) else ""
     return f"exported {len(written)} of {len(rows)} rows to {path}{left}"
@@ -104,16 +101,11 @@ def _write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
 
     names = dict.fromkeys(name for row in rows for name in row)
     try:
-        table = pyarrow.table(
-            {
-                name: pyarrow.array(
-                    [row.get(name) for row in rows], pyarrow.float32() if name in (CHOSEN, REJECTED) else None
-                )
-                for name in names
-            }
-        )
-        parquet.write_table(table, path)
+        kinds = dict.fromkeys((CHOSEN, REJECTED), pyarrow.float32())
+        columns = {name: pyarrow.array([row.get(name) for row in rows], kinds.get(name)) for name in names}
+        parquet.write_table(pyarrow.table(columns), path)
     except pyarrow.ArrowException as error:
         raise UserError(
-            f"--export: the data has columns of mixed types, which Parquet cannot hold ({first_line(error)}); take .jsonl."
+            f"--export: the data has columns of mixed types, which Parquet cannot hold; take .jsonl. "
+            f"({first_line(error)})"
         ) from error

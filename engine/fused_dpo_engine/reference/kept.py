@@ -115,7 +115,7 @@ class Kept:
 
     @property
     def apart(self) -> float:
-        """Largest difference a token to what another run has written meanwhile, in nat; on the first rank."""
+        """Largest difference to what another run has written meanwhile, see `Store.add`; on the first rank."""
         return self._apart
 
     def others(self) -> list[str]:

@@ -54,7 +54,8 @@ def scorer_settings(
         lora: adapters that are trained on it; none on a frozen model.
         device: that it computes on.
         frozen: it is a reference of its own, which is never compiled.
-        packing: attention is the one that `attention` names, and not the model's own.
+        packing: attention is the one that `attention` names, and not the model's own. In half precision the two round
+            apart by up to a nat a sequence.
         strategy: see `choose_strategy`; FSDP2 rounds all weights of a layer to the compute dtype.
 
     Raises:
@@ -74,7 +75,7 @@ def scorer_settings(
         "weights_of_layers": _name(dtype if lora.lora_rank or strategy == "fsdp2" else torch.float32),
         "load_in_4bit": options.load_in_4bit,
         "device": device.type,
-        "attention": _attention(source, config, options, device, dtype) if packing else "sdpa",
+        "attention": _attention(source, config, options, device, dtype) if packing else _own_attention(dtype),
         "liger": options.liger,
         "compile": options.compile and not frozen,
     }
@@ -82,6 +83,11 @@ def scorer_settings(
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _own_attention(dtype: torch.dtype) -> str:
+    """Name the attention of padded batches; in fp32 it agrees with SDPA a segment to rounding."""
+    return "own" if dtype.itemsize == 2 else "sdpa"
 
 
 def _attention(source: Source, config: Any, options: ModelOptions, device: torch.device, dtype: torch.dtype) -> str:

@@ -135,7 +135,7 @@ class RunReference:
             if self.kept.apart > max(STORED.values()):
                 self.console.print(
                     f"warning: another run has written the same sequences to {self.kept.path} meanwhile, and its "
-                    f"log-probs are {self.kept.apart:.2g} nat a token apart; this run has its own"
+                    f"log-probs differ by more than rounding explains; fused-dpo reference --verify tells whose hold"
                 )
             self.kept.finish()
         return ReferenceLogps(self.training.logps), ReferenceLogps(self.held_out.logps)

@@ -61,12 +61,11 @@ def score_reference(
         for batch in batches:
             logps = policy(batch.to(policy.device)).logps.view(-1, 2).cpu()
             result[batch.pair_indices] = logps
-            bad += [batch.pair_indices[i] for i in (~logps.isfinite().all(1)).nonzero().flatten().tolist()]
+            good = logps.isfinite().all(1)
+            fine = [index for index, is_good in zip(batch.pair_indices, good.tolist(), strict=True) if is_good]
+            bad += [index for index in batch.pair_indices if index not in fine]
             if keep is not None:
-                good = logps.isfinite().all(1)
-                keep(
-                    [index for index, fine in zip(batch.pair_indices, good.tolist(), strict=True) if fine], logps[good]
-                )
+                keep(fine, logps[good])
             if bad and ranks.size == 1:
                 break
             bar.update(batch.num_pairs)

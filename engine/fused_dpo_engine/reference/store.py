@@ -115,7 +115,8 @@ class Store:
             scored: by the sequences' keys.
 
         Returns:
-            The largest difference to what was there already, in nat a token; 0 where nothing was.
+            The largest difference to what was there already, in nat by the square root of the tokens; 0 where there was
+            nothing.
 
         Raises:
             StoreWriteError: the system refuses, or another process keeps the file to itself.
@@ -135,8 +136,8 @@ class Store:
             if self._written(write) == len(rows):
                 return 0.0
         before = self.look_up(settings, list(scored))
-        known = zip(scored.values(), before, strict=True)
-        return max((abs(now.logp - then.logp) / now.tokens for now, then in known if then is not None), default=0.0)
+        both = [(now, then) for now, then in zip(scored.values(), before, strict=True) if then is not None]
+        return max((abs(now.logp - then.logp) / now.tokens**0.5 for now, then in both), default=0.0)
 
     def scorers(self) -> list[tuple[dict[str, Any], int]]:
         """List the settings of all scorers that have an entry, with the number of sequences of each."""

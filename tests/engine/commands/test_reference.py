@@ -117,9 +117,7 @@ class TestVerify:
         err = good(reference(verify=7, tokens_per_batch=300))
         assert re.search(r"verified 7 of 48 stored sequences: at most 0 nat apart", err)
         overwrite(store, 1e-5)
-        found = re.search(
-            r"verified 1000 of 48|verified 48 of 48 stored sequences: at most (\S+) nat", good(reference(verify=1000))
-        )
+        found = re.search(r"verified 48 of 48 stored sequences: at most (\S+) nat", good(reference(verify=1000)))
         assert found is not None
         assert 9e-6 < float(found[1]) < 3e-5
 
@@ -133,9 +131,6 @@ class TestVerify:
 
     def test_the_sample_is_the_seeds(self, reference) -> None:
         good(reference())
-        worst = [re.search(r"nat apart \((.*?):", good(reference(verify=1, seed=seed))) for seed in (0, 0, 1, 2, 3)]
-        named = [match and match[1] for match in worst]
-        assert named[0] == named[1]
         wheres = [re.search(r"apart \((\S+:\d+):", good(reference(verify=1, seed=seed))) for seed in (0, 0, 1, 2, 3)]
         rows = [match and match[1] for match in wheres]
         assert rows[0] == rows[1]
@@ -150,8 +145,8 @@ class TestExport:
         data, out = write_rows(tmp_path / "in.jsonl", rows), tmp_path / name
         good(reference(data=data, export=out))
         kind = "json" if name.endswith("jsonl") else "parquet"
-        (exported,) = load_dataset(kind, data_files=str(out), cache_dir=str(tmp_path / "cache")).values()
-        exported = list(exported)
+        loaded: Any = load_dataset(kind, data_files=str(out), split="train", cache_dir=str(tmp_path / "cache"))
+        exported = list(loaded)
         columns = {"ref_chosen_logps", "ref_rejected_logps"}
         assert [{key: value for key, value in row.items() if key not in columns} for row in exported] == rows
         with counted() as counts:
@@ -236,7 +231,7 @@ class TestColumns:
         outcome = train(data=wrong)
         assert outcome.status == 2
         assert "are not of this model, of these tokens, or not sums over tokens" in outcome.message
-        assert re.search(r"toy|changed\S*:\d+: -\d+\.\d+, computed again -\d+\.\d+", outcome.message)
+        assert re.search(r"changed\S*:\d+: -\d+\.\d+, computed again -\d+\.\d+", outcome.message)
         with counted() as counts:
             good(train(data=wrong, reference_columns="never"))
         assert counts.scored == [18]
@@ -247,7 +242,7 @@ class TestColumns:
         assert counts.scored == []
         assert "columns not used" not in err
 
-    def test_they_are_tried_on_a_reference_of_its_own(self, train, columns, tmp_path: Path) -> None:
+    def test_they_are_tried_on_a_reference_of_its_own(self, train, columns, tiny_llama: Path, tmp_path: Path) -> None:
         """Which is loaded for that: what somebody else has computed is believed by nobody."""
         other = save_folder(tmp_path / "other", seed=5)
         data = self.changed(tmp_path, columns, 0.0)
@@ -255,10 +250,9 @@ class TestColumns:
         assert outcome.status == 2
         assert "are not of this model" in outcome.message
         with counted() as counts:
-            good(train(data=data, model=other, ref_model=train.keywords["model"])) if hasattr(
-                train, "keywords"
-            ) else None
-        assert counts.scored == []
+            err = good(train(data=data, model=other, ref_model=tiny_llama))
+        assert (counts.scored, counts.loaded) == ([], [str(tiny_llama), str(other)])
+        assert "16 computed again, at most" in err
 
     def test_rows_without_are_scored(self, train, columns, tmp_path: Path) -> None:
         rows = [dict(row) for row in columns]

@@ -67,10 +67,8 @@ def test_what_is_no_pair_of_log_probs_is_counted(columns: dict[str, Any]) -> Non
 class TestOtherTokens:
     """Numbers of tokens that are not those that are scored here."""
 
-    COLUMNS = {"ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0}
-
     def left(self, row: dict[str, Any], **settings: Any) -> bool:
-        result = tokenized({**row, **self.COLUMNS}, **settings)
+        result = tokenized({**row, "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0}, **settings)
         assert result.report.brought == len(result.pairs)
         assert result.report.brought_taken == sum(pair.reference is not None for pair in result.pairs)
         return result.report.brought_taken == 0

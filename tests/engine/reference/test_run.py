@@ -97,7 +97,7 @@ def test_what_is_a_part_of_it_does(run, tiny_llama: Path, tmp_path: Path, store:
     counts, found, err = run("of another", model=other)
     assert (counts.scored, found) == ([24], (0, 24))
     assert "of this model" not in err
-    counts, found, _ = run("shorter", max_length=18)
+    counts, found, _ = run("shorter", max_length=24)
     assert 0 < found[0] < 24
     assert counts.scored == [24 - found[0]]
     counts, found, _ = run("ld", ld_alpha=0.5)

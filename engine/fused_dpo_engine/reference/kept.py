@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
@@ -65,16 +66,16 @@ class Kept:
         found = torch.full((len(pairs), 2), torch.nan)
         if self._store is not None:
             keys = [key for pair in pairs for key in sequence_keys(pair, self.ld_alpha)]
-            lengths = [length for pair in pairs for length in (pair.chosen_length, pair.rejected_length)]
             known = self._store.look_up(self._settings, keys)
-            for scored, length in zip(known, lengths, strict=True):
-                if scored is not None and scored.tokens != length:
-                    raise UserError(
-                        f"reference store {self.path} is damaged: it has {scored.tokens} scored tokens for a sequence "
-                        f"of {length}. Move it away, and a new one is filled in its place."
-                    )
-            values = [torch.nan if scored is None else scored.logp for scored in known]
-            found = torch.tensor(values, dtype=torch.float32).view(-1, 2)
+            lengths = np.array([(pair.chosen_length, pair.rejected_length) for pair in pairs], np.int64).reshape(-1)
+            wrong = np.flatnonzero((known.tokens != 0) & (known.tokens != lengths))
+            if len(wrong):
+                at = wrong[0]
+                raise UserError(
+                    f"reference store {self.path} is damaged: it has {known.tokens[at]} scored tokens for a sequence "
+                    f"of {lengths[at]}. Move it away, and a new one is filled in its place."
+                )
+            found = torch.from_numpy(known.logps).view(-1, 2)
         return self.ranks.fill_in(found)
 
     def keep(self, pairs: Sequence[TokenPair], indices: Sequence[int], logps: Tensor) -> None:

@@ -24,21 +24,29 @@ def sequence_keys(pair: TokenPair, ld_alpha: float | None = None) -> tuple[bytes
 
     Under LD-DPO (`ld_alpha`) a longer response's tail counts less, and its key says from where on and how much.
     """
-    lengths = pair.chosen_length, pair.rejected_length
+    chosen, rejected = pair.chosen_length, pair.rejected_length
+    start = pair.prompt_length
     return (
-        _key(*pair.sides[0], min(lengths) if lengths[0] > lengths[1] else None, ld_alpha),
-        _key(*pair.sides[1], min(lengths) if lengths[1] > lengths[0] else None, ld_alpha),
+        _key(pair.chosen_ids, pair.chosen_scored, start, rejected if chosen > rejected else None, ld_alpha),
+        _key(pair.rejected_ids, pair.rejected_scored, start, chosen if rejected > chosen else None, ld_alpha),
     )
 
 
-def _key(ids: np.ndarray, positions: np.ndarray, tail: int | None, ld_alpha: float | None) -> bytes:
-    """Digest a sequence of which the scored tokens from `tail` on count `ld_alpha`."""
-    digest = xxhash.xxh3_128(struct.pack("<q", len(ids)))
-    digest.update(np.ascontiguousarray(ids, "<i4").tobytes())
-    digest.update(np.ascontiguousarray(positions, "<i4").tobytes())
+def _key(ids: np.ndarray, positions: np.ndarray | None, start: int, tail: int | None, ld_alpha: float | None) -> bytes:
+    """Digest a sequence of which the scored tokens from `tail` on count `ld_alpha`.
+
+    Positions that are all from the first on are said by that one, however the pair has them: `positions`, or None for
+    all from `start` on.
+    """
+    listed = b""
+    if positions is not None:
+        start = int(positions[0])
+        if len(positions) < len(ids) - start:
+            listed = positions.astype("<i8", copy=False).tobytes()
+    content = struct.pack("<qqq", len(ids), start, len(listed)) + ids.astype("<i4", copy=False).tobytes() + listed
     if tail is not None and ld_alpha not in (None, 1.0):
-        digest.update(struct.pack("<dq", ld_alpha, tail))
-    return digest.digest()
+        content += struct.pack("<dq", ld_alpha, tail)
+    return xxhash.xxh3_128_digest(content)
 
 
 def scorer_settings(

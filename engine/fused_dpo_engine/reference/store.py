@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import xxhash
 
 from fused_dpo_engine.errors import UserError
@@ -28,8 +29,8 @@ CREATE TABLE scorers (id INTEGER PRIMARY KEY, digest BLOB NOT NULL UNIQUE, setti
 CREATE TABLE logps (scorer INTEGER NOT NULL REFERENCES scorers, sequence BLOB NOT NULL, value BLOB NOT NULL,
                     PRIMARY KEY (scorer, sequence)) WITHOUT ROWID;
 """
-_VALUE = struct.Struct("<fII")
-"""fp32 log-prob, scored tokens, CRC-32 of the sequence's key and these: the file's own checks do not cover values."""
+_VALUE = np.dtype([("logp", "<f4"), ("tokens", "<u4"), ("check", "<u4")])
+"""A value; the check is the CRC-32 of the sequence's key and the two numbers, as SQLite has no checks of its own."""
 Result = TypeVar("Result")
 
 
@@ -40,6 +41,15 @@ class Scored(NamedTuple):
     """An fp32 number; finite."""
     tokens: int
     """How many tokens it is the sum over, at least 1."""
+
+
+class Found(NamedTuple):
+    """What is known of some sequences."""
+
+    logps: np.ndarray
+    """fp32 [sequences], NaN where nothing is known."""
+    tokens: np.ndarray
+    """int64 [sequences], 0 there."""
 
 
 class StoreWriteError(RuntimeError):
@@ -81,7 +91,7 @@ class Store:
         with suppress(sqlite3.Error):
             self._database.close()
 
-    def look_up(self, settings: Mapping[str, Any], sequences: Sequence[bytes]) -> list[Scored | None]:
+    def look_up(self, settings: Mapping[str, Any], sequences: Sequence[bytes]) -> Found:
         """Find what a scorer has given sequences.
 
         Args:
@@ -89,23 +99,30 @@ class Store:
             sequences: keys of 16 bytes.
 
         Returns:
-            For each key what is known; None where nothing is.
+            Log-probs and numbers of tokens in the order of the keys.
 
         Raises:
             UserError: the file is damaged.
         """
+        places = dict(zip(sequences, range(len(sequences)), strict=True))
+        wanted, values, there = sorted(places), list[bytes](), list[int]()
         with self._told():
             scorer = self._scorer(settings)
-            if scorer is None:
-                return [None] * len(sequences)
-            wanted, found = sorted(set(sequences)), dict[bytes, Scored]()
-            for at in range(0, len(wanted), CHUNK):
+            for at in range(0, 0 if scorer is None else len(wanted), CHUNK):
                 part = wanted[at : at + CHUNK]
                 marks = ",".join("?" * len(part))
                 query = f"SELECT sequence, value FROM logps WHERE scorer = ? AND sequence IN ({marks})"
                 for key, value in self._database.execute(query, (scorer, *part)):
-                    found[key] = _unpacked(key, value)
-        return [found.get(key) for key in sequences]
+                    _check(key, value)
+                    values.append(value)
+                    there.append(places[key])
+        numbers = np.frombuffer(b"".join(values), _VALUE)
+        found = Found(np.full(len(sequences), np.nan, np.float32), np.zeros(len(sequences), np.int64))
+        found.logps[there], found.tokens[there] = numbers["logp"], numbers["tokens"]
+        if len(places) == len(sequences):
+            return found
+        first = [places[key] for key in sequences]  # equal ones share the place of the last
+        return Found(found.logps[first], found.tokens[first])
 
     def add(self, settings: Mapping[str, Any], scored: Mapping[bytes, Scored]) -> float:
         """Write log-probs, all or none of them; those that are there already stay as they are.
@@ -136,8 +153,8 @@ class Store:
             if self._written(write) == len(rows):
                 return 0.0
         before = self.look_up(settings, list(scored))
-        both = [(now, then) for now, then in zip(scored.values(), before, strict=True) if then is not None]
-        return max((abs(now.logp - then.logp) / now.tokens**0.5 for now, then in both), default=0.0)
+        apart = np.array([value.logp for value in scored.values()], np.float32) - before.logps
+        return float(np.nanmax(np.abs(apart) / np.sqrt(before.tokens.clip(1)), initial=0.0))
 
     def scorers(self) -> list[tuple[dict[str, Any], int]]:
         """List the settings of all scorers that have an entry, with the number of sequences of each."""
@@ -247,7 +264,7 @@ class Store:
                     f"{self.path} is no reference store, nor any SQLite database; give another file."
                 ) from error
             raise self._damaged(str(error)) from error
-        except (struct.error, _DamagedValueError, json.JSONDecodeError) as error:
+        except (_DamagedValueError, json.JSONDecodeError) as error:
             raise self._damaged(str(error)) from error
 
     def _damaged(self, reason: str) -> UserError:
@@ -272,12 +289,11 @@ def _journal(file: Path) -> Path:
 
 
 def _packed(key: bytes, scored: Scored) -> bytes:
-    body = _VALUE.pack(scored.logp, scored.tokens, 0)[:-4]
-    return body + struct.pack("<I", zlib.crc32(key + body))
+    body = struct.pack("<fI", scored.logp, scored.tokens)
+    return body + zlib.crc32(key + body).to_bytes(4, "little")
 
 
-def _unpacked(key: bytes, value: bytes) -> Scored:
-    logp, tokens, check = _VALUE.unpack(value)
-    if check != zlib.crc32(key + value[:-4]):
+def _check(key: bytes, value: bytes) -> None:
+    """Find out that a value is what was written for a key."""
+    if len(value) != _VALUE.itemsize or value[8:] != zlib.crc32(key + value[:8]).to_bytes(4, "little"):
         raise _DamagedValueError(f"the value of sequence {key.hex()} fails its check")
-    return Scored(logp, tokens)

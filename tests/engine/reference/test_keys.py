@@ -244,8 +244,8 @@ class TestSequences:
 
     def test_tokens_do_not_run_into_positions(self) -> None:
         """The same numbers, otherwise divided."""
-        one = keys._key(np.array([7, 1, 2], np.int32), np.array([3]), None, None)
-        other = keys._key(np.array([7, 1], np.int32), np.array([2, 3]), None, None)
+        one = keys._key(np.array([7, 1, 2, 0], np.int32), np.array([2]), 1, None, None)
+        other = keys._key(np.array([7, 1], np.int32), np.array([2, 0]), 1, None, None)
         assert one != other
 
     def test_weights_of_length_desensitisation(self) -> None:

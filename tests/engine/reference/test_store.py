@@ -34,10 +34,19 @@ def rows(*numbers: int) -> dict[bytes, Scored]:
     return {key(number): value(number) for number in numbers}
 
 
+def look_up(store: Store, settings: dict[str, str], keys: list[bytes]) -> list[Scored | None]:
+    """What is known of each key."""
+    known = store.look_up(settings, keys)
+    assert known.logps.dtype == np.float32
+    assert ((known.tokens == 0) == np.isnan(known.logps)).all()
+    values = zip(known.logps.tolist(), known.tokens.tolist(), strict=True)
+    return [Scored(logp, tokens) if tokens else None for logp, tokens in values]
+
+
 def found(path: Path, count: int) -> list[int]:
     """Which of the first numbers a store has, each with its value."""
     store = Store(str(path))
-    looked_up = store.look_up(MODEL, [key(number) for number in range(count)])
+    looked_up = look_up(store, MODEL, [key(number) for number in range(count)])
     store.close()
     there = [number for number, scored in enumerate(looked_up) if scored is not None]
     assert [looked_up[number] for number in there] == [value(number) for number in there]
@@ -56,7 +65,7 @@ class TestValues:
         store = Store(str(path))
         store.add(MODEL, {key(1): Scored(struct.unpack("<f", exact)[0], 3)})
         store.close()
-        (scored,) = Store(str(path)).look_up(MODEL, [key(1)])
+        (scored,) = look_up(Store(str(path)), MODEL, [key(1)])
         assert scored is not None
         assert (struct.pack("<f", scored.logp), scored.tokens) == (exact, 3)
 
@@ -65,29 +74,29 @@ class TestValues:
         store = Store(str(path))
         store.add(MODEL, rows(*range(2500)))
         asked = [*range(2999, -1, -1), 5, 5]
-        assert store.look_up(MODEL, [key(number) for number in asked]) == [
+        assert look_up(store, MODEL, [key(number) for number in asked]) == [
             value(number) if number < 2500 else None for number in asked
         ]
-        assert store.look_up(MODEL, []) == []
+        assert look_up(store, MODEL, []) == []
 
     def test_scorers_are_apart(self, path: Path) -> None:
         store = Store(str(path))
-        assert store.look_up(MODEL, [key(1)]) == [None]
+        assert look_up(store, MODEL, [key(1)]) == [None]
         store.add(MODEL, rows(1, 2))
-        assert store.look_up(OTHER, [key(1)]) == [None]
+        assert look_up(store, OTHER, [key(1)]) == [None]
         store.add(OTHER, {key(1): Scored(-9.0, 1)})
-        assert store.look_up(MODEL, [key(1)]) == [value(1)]
-        assert store.look_up(OTHER, [key(1), key(2)]) == [Scored(-9.0, 1), None]
+        assert look_up(store, MODEL, [key(1)]) == [value(1)]
+        assert look_up(store, OTHER, [key(1), key(2)]) == [Scored(-9.0, 1), None]
         assert store.scorers() == [(MODEL, 2), (OTHER, 1)]
-        assert store.look_up(dict(reversed(MODEL.items())), [key(2)]) == [value(2)]
+        assert look_up(store, dict(reversed(MODEL.items())), [key(2)]) == [value(2)]
 
     def test_what_is_there_stays_and_differences_are_told(self, path: Path) -> None:
         store = Store(str(path))
         assert store.add(MODEL, rows(1, 2)) == 0
         assert store.add(MODEL, rows(2, 3)) == 0, "the same again"
-        apart = value(2)._replace(logp=value(2).logp - 4, tokens=4)
-        assert store.add(MODEL, {key(2): apart, key(4): value(4)}) == pytest.approx(2)
-        assert store.look_up(MODEL, [key(2), key(4)]) == [value(2), value(4)]
+        apart = value(2)._replace(logp=value(2).logp - 4)
+        assert store.add(MODEL, {key(2): apart, key(4): value(4)}) == pytest.approx(4 / value(2).tokens**0.5)
+        assert look_up(store, MODEL, [key(2), key(4)]) == [value(2), value(4)]
 
 
 class TestFiles:
@@ -140,9 +149,9 @@ class TestFiles:
         content[at + 1] ^= 4
         path.write_bytes(content)
         store = Store(str(path))
-        assert store.look_up(MODEL, [key(1)]) == [value(1)]
+        assert look_up(store, MODEL, [key(1)]) == [value(1)]
         with pytest.raises(UserError, match="is damaged: the value of sequence"):
-            store.look_up(MODEL, [key(2)])
+            look_up(store, MODEL, [key(2)])
 
     @pytest.mark.parametrize("damage", ["zeros", "cut"])
     def test_damaged_pages(self, path: Path, damage: str) -> None:
@@ -153,7 +162,7 @@ class TestFiles:
         middle = len(content) // 2
         path.write_bytes(content[:middle] if damage == "cut" else content[:4096] + b"\7" * (len(content) - 4096))
         with pytest.raises(UserError, match=r"is damaged.*\.recover"):
-            Store(str(path)).look_up(MODEL, [key(number) for number in range(3000)])
+            look_up(Store(str(path)), MODEL, [key(number) for number in range(3000)])
 
     def test_read_only(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """What it has is read, also where its folder cannot be written; nothing is added."""
@@ -162,10 +171,10 @@ class TestFiles:
             with monkeypatch.context() as patch:
                 patch.setattr(os, "access", refused)
                 store = Store(str(path))
-                assert store.look_up(MODEL, [key(1), key(2)]) == [value(1), None]
+                assert look_up(store, MODEL, [key(1), key(2)]) == [value(1), None]
                 with pytest.raises(StoreWriteError, match="readonly"):
                     store.add(MODEL, rows(2))
-                assert store.look_up(MODEL, [key(1), key(2)]) == [value(1), None]
+                assert look_up(store, MODEL, [key(1), key(2)]) == [value(1), None]
         empty = path.with_name("empty.db")
         empty.touch()
         monkeypatch.setattr(os, "access", lambda file, mode: False)
@@ -229,7 +238,7 @@ class TestProcesses:
 mine = int({number})
 for start in range(0, 600, 20):
     store.add(MODEL, rows(*range(start + mine * 300, start + mine * 300 + 20)))
-    store.look_up(MODEL, [key(n) for n in range(0, 1500, 7)])
+    look_up(store, MODEL, [key(n) for n in range(0, 1500, 7)])
 """
         processes = [writer(body.replace("{number}", str(number)), path) for number in range(4)]
         with ThreadPoolExecutor(4) as pool:

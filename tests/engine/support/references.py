@@ -1,6 +1,7 @@
 """What the tests of the reference's sources share: passes and models counted, and stores read."""
 
 import sqlite3
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -63,12 +64,12 @@ def stored(path: Path) -> dict[bytes, bytes]:
 
 def overwrite(path: Path, shift: float) -> None:
     """Shift every log-prob of a store, with checks that fit: numbers of another model."""
-    from fused_dpo_engine.reference.store import _packed, _unpacked
+    from fused_dpo_engine.reference.store import Scored, _packed
 
     database = sqlite3.connect(path)
     for key, value in database.execute("SELECT sequence, value FROM logps").fetchall():
-        scored = _unpacked(key, value)
-        shifted = _packed(key, scored._replace(logp=scored.logp + shift))
+        logp, tokens, _ = struct.unpack("<fII", value)
+        shifted = _packed(key, Scored(logp + shift, tokens))
         database.execute("UPDATE logps SET value = ? WHERE sequence = ?", (shifted, key))
     database.commit()
     database.close()

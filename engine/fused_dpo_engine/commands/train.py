@@ -13,7 +13,7 @@ import torch
 import transformers
 from rich.console import Console
 
-from fused_dpo.losses import loss_spec, needs_reference
+from fused_dpo.losses import loss_spec
 from fused_dpo_engine.batching.planning import check_rankings
 from fused_dpo_engine.batching.schedule import Schedule
 from fused_dpo_engine.config.commands import TrainConfig
@@ -40,9 +40,7 @@ from fused_dpo_engine.model.parity import pairs_to_test, self_test
 from fused_dpo_engine.model.policy import Policy
 from fused_dpo_engine.model.source import find_source
 from fused_dpo_engine.model.tensor_parallel import check_tensor_parallel
-from fused_dpo_engine.reference.kept import Kept
-from fused_dpo_engine.reference.keys import scorer_settings
-from fused_dpo_engine.reference.run import RunReference
+from fused_dpo_engine.reference.run import find_references
 from fused_dpo_engine.reports.tables import summary_table
 from fused_dpo_engine.training.memory import fits, memory_warning
 from fused_dpo_engine.training.optimizer import check_optimizer
@@ -115,7 +113,7 @@ def _train(config: TrainConfig, ranks: Ranks) -> Summary:
     schedule = Schedule(pairs, config.run, config.packing, num_ranks=ranks.data_size, rank=ranks.data_rank)
     _warn_of_passes(config, schedule, console)
     packing = config.packing
-    references = _find_references(config, device, strategy_name, schedule, held_out, ranks, console)
+    references = find_references(config, frozen, device, strategy_name, schedule, held_out, console, ranks)
     hold = partial(
         share_out,
         strategy=strategy_name,
@@ -247,36 +245,6 @@ def _reference_options(config: TrainConfig) -> ModelOptions | None:
     if not config.model.ref_model:
         return None
     return dataclasses.replace(config.model, model=config.model.ref_model)
-
-
-def _find_references(
-    config: TrainConfig,
-    device: torch.device,
-    strategy: str,
-    schedule: Schedule,
-    held_out: list[TokenPair],
-    ranks: Ranks,
-    console: Console,
-) -> RunReference | None:
-    """Find what is known of the reference before its model is loaded; None for a loss that takes none."""
-    if not needs_reference(config.loss.loss_type):
-        return None
-    frozen = _reference_options(config)
-    kept = None
-    if config.reference.reference_store is not None:
-        settings = partial(
-            scorer_settings,
-            config.model if frozen is None else frozen,
-            config.lora,
-            device,
-            frozen=frozen is not None,
-            packing=config.packing.packing,
-            strategy=strategy,
-        )
-        kept = Kept(config.reference.reference_store, settings, config.loss.ld_alpha, ranks, console)
-    plain = config.loss.ld_alpha in (None, 1.0)  # columns are sums in which every token counts the same
-    take_brought = config.reference.reference_columns == "auto" and plain
-    return RunReference(schedule, held_out, kept, console, ranks, take_brought=take_brought)
 
 
 def _layout(config: TrainConfig, policy: Policy) -> str:

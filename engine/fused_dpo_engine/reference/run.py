@@ -10,13 +10,17 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from fused_dpo.losses import needs_reference
 from fused_dpo_engine.batching.planning import PlannedBatch, build_batch
 from fused_dpo_engine.batching.schedule import Schedule
+from fused_dpo_engine.config.commands import TrainConfig
+from fused_dpo_engine.config.options import ModelOptions
 from fused_dpo_engine.data.pairs import TokenPair
 from fused_dpo_engine.distributed.ranks import Ranks
 from fused_dpo_engine.model.policy import Policy
 from fused_dpo_engine.reference.compare import BROUGHT, STORED, first_that_fit, refuse_apart, score_again
 from fused_dpo_engine.reference.kept import Kept
+from fused_dpo_engine.reference.keys import scorer_settings
 from fused_dpo_engine.reference.scoring import ReferenceLogps, score_reference
 
 TRIED_OF_STORE, TRIED_OF_DATA = 4, 8
@@ -198,3 +202,44 @@ class RunReference:
                 "the columns of reference log-probs are not of this model, of these tokens, or not sums over tokens; "
                 "--reference-columns never computes them anew",
             )
+
+
+def find_references(
+    config: TrainConfig,
+    frozen: ModelOptions | None,
+    device: torch.device,
+    strategy: str,
+    schedule: Schedule,
+    held_out: Sequence[TokenPair],
+    console: Console,
+    ranks: Ranks,
+) -> RunReference | None:
+    """Find what is known of a run's reference, before any model is loaded; None for a loss that takes none.
+
+    Args:
+        config: the run's settings, automatic choices made.
+        frozen: the reference, if it is a model of its own.
+        device: that the run computes on.
+        strategy: see `choose_strategy`.
+        schedule, held_out, console, ranks: see `RunReference`.
+
+    Raises:
+        UserError: the store cannot be used, or the weights of the reference cannot be read.
+    """
+    if not needs_reference(config.loss.loss_type):
+        return None
+    options, kept = config.reference, None
+    if options.reference_store is not None:
+        settings = partial(
+            scorer_settings,
+            frozen or config.model,
+            config.lora,
+            device,
+            frozen=frozen is not None,
+            packing=config.packing.packing,
+            strategy=strategy,
+        )
+        kept = Kept(options.reference_store, settings, config.loss.ld_alpha, ranks, console)
+    plain = config.loss.ld_alpha in (None, 1.0)  # columns are sums in which every token counts the same
+    take_brought = options.reference_columns == "auto" and plain
+    return RunReference(schedule, held_out, kept, console, ranks, take_brought=take_brought)

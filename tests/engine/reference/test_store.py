@@ -95,7 +95,7 @@ class TestValues:
         assert store.add(MODEL, rows(1, 2)) == 0
         assert store.add(MODEL, rows(2, 3)) == 0, "the same again"
         apart = value(2)._replace(logp=value(2).logp - 4)
-        assert store.add(MODEL, {key(2): apart, key(4): value(4)}) == pytest.approx(4 / value(2).tokens**0.5)
+        assert store.add(MODEL, {key(2): apart, key(4): value(4)}) == pytest.approx(4 / value(2).tokens ** 0.5)
         assert look_up(store, MODEL, [key(2), key(4)]) == [value(2), value(4)]
 
 

@@ -19,6 +19,19 @@ def run(code: str, cwd: Path | None = None, variables: Mapping[str, str] = Mappi
     return process.stdout
 
 
+def run_module(module: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a module on one thread, and wait for its end, whatever it is."""
+    roots = os.pathsep.join(str(ROOT / part) for part in ("kernels", "engine", ""))
+    return subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": roots, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
 def run_ranks(ranks: int, module: str, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
     """Start a module on some ranks by torchrun, each on one thread, and wait for their end, whatever it is."""
     roots = os.pathsep.join(str(ROOT / part) for part in ("kernels", "engine", ""))

@@ -56,9 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with _sigterm_as_interrupt():
             return _run(arguments)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         if os.environ.get("RANK", "0") == "0":
-            print("fused-dpo: interrupted", file=sys.stderr)
+            print(f"fused-dpo: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return 130
 
 

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 COMMANDS = {
     "benchmarks.step": ["--model", "random:llama-tiny"],
     "benchmarks.screens": [],
+    "benchmarks.checkpoints": ["--model", "m", "--data", "d"],
     "benchmarks.training": ["--model", "m", "--data", "d"],
     "benchmarks.tuning": [],
     "benchmarks.gpu_suite": ["--interpreter"],

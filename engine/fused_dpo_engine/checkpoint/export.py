@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from fused_dpo_engine.checkpoint.files import sync, sync_all
 from fused_dpo_engine.errors import SaveError
 
 MANIFEST = ".fused-dpo-files.json"
@@ -20,17 +21,16 @@ def save_model(
 ) -> None:
     """Save weights (safetensors), configuration and tokenizer; replaces what an earlier call has saved in `folder`.
 
-    Written beside it first: an interruption leaves the old folder or the new one, never half of one (a kill between the
-    two renames leaves both beside it, as `.NAME.old` and `.NAME.new`). Files that no call has saved stay, unless a new
-    one has their name. A model with adapters saves these alone, as peft does. `weights` are taken in the place of the
-    model's own, of which it may hold a share.
+    Written beside it first, and to the disk: an interruption leaves the old folder or the new one, never half of one (a
+    kill between the two renames leaves the old one beside it, for `recover_model`). Files that no call has saved stay,
+    unless a new one has their name. A model with adapters saves these alone, as peft does. `weights` are taken in the
+    place of the model's own, of which it may hold a share.
 
     Raises:
         SaveError: the system refuses; `folder` is as it was.
     """
-    fresh, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
-    for leftover in (fresh, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    recover_model(folder)
+    fresh, old = _beside(folder)
     try:
         model.save_pretrained(fresh, **({} if weights is None else {"state_dict": weights}))
         tokenizer.save_pretrained(fresh)
@@ -38,6 +38,7 @@ def save_model(
         for name in files_in(folder) - saved_in(folder) - files_in(fresh):
             (fresh / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(folder / name, fresh / name)
+        sync_all(fresh)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(fresh, ignore_errors=True)
         raise SaveError(folder, error) from error
@@ -49,7 +50,22 @@ def save_model(
         if old.exists():
             old.rename(folder)
         raise
+    sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_model(folder: Path) -> None:
+    """Give a folder that a killed `save_model` has moved out of the way its name back, and remove what else it left."""
+    fresh, old = _beside(folder)
+    if old.is_dir() and not folder.exists():
+        old.rename(folder)
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _beside(folder: Path) -> tuple[Path, Path]:
+    """Name the folders that are written beside one: the new one, and the old one out of the way."""
+    return folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
 
 
 def remove_model(folder: Path) -> None:

@@ -16,6 +16,8 @@ from rich.console import Console
 from fused_dpo.losses import loss_spec
 from fused_dpo_engine.batching.planning import check_rankings
 from fused_dpo_engine.batching.schedule import Schedule
+from fused_dpo_engine.checkpoint.files import write
+from fused_dpo_engine.checkpoint.folder import Checkpoints
 from fused_dpo_engine.config.commands import TrainConfig
 from fused_dpo_engine.config.options import LoraOptions, ModelOptions
 from fused_dpo_engine.config.paths import refuse_overlap
@@ -44,7 +46,9 @@ from fused_dpo_engine.reference.run import find_references
 from fused_dpo_engine.reports.tables import summary_table
 from fused_dpo_engine.training.memory import fits, memory_warning
 from fused_dpo_engine.training.optimizer import check_optimizer
-from fused_dpo_engine.training.run_folder import check_output, open_output, write
+from fused_dpo_engine.training.resume import check_same_run, find_checkpoint, finished, identify
+from fused_dpo_engine.training.run_folder import CONFIG, SUMMARY, open_output, reopen_output
+from fused_dpo_engine.training.state import read_reference
 from fused_dpo_engine.training.summary import Summary
 from fused_dpo_engine.training.trackers import check_trackers
 from fused_dpo_engine.training.trainer import Trainer
@@ -78,14 +82,17 @@ def _train(config: TrainConfig, ranks: Ranks) -> Summary:
     output = Path(config.run.output).expanduser()
     refuse_overlap(config.run.output, config.inputs)
     _check_models(config)
+    checkpoint = find_checkpoint(config.run, output, ranks, console.print)
     if ranks.is_main:
-        check_output(output, config.run.overwrite)
         check_trackers(config.run.report_to)
     check_optimizer(config.optimizer)
     if warning := dtype_warning(config.model, device):
         console.print(warning)
     tokenizer = load_tokenizer(config.model.model, config.model)
     config = _resolved(config, device)
+    if (summary := finished(config, output, ranks)) is not None:
+        console.print(f"{output} holds a run that has come to its end: nothing is left to do")
+        return summary
     strategy_name = choose_strategy(
         config.parallel.strategy,
         ranks,
@@ -110,10 +117,16 @@ def _train(config: TrainConfig, ranks: Ranks) -> Summary:
         check_rankings(side, config.packing)
         _check_margins(side, config)
     _check_same_everywhere(config, pairs + held_out, ranks, held=f"{strategy_name} {reduces_every_pass}")
+    keeps = config.run.checkpoint_every > 0 or config.run.checkpoint_minutes > 0
+    identity = identify(config, pairs, held_out, ranks) if keeps or checkpoint is not None else {}
+    if checkpoint is not None:
+        check_same_run(checkpoint, config, identity, ranks, console.print)
     schedule = Schedule(pairs, config.run, config.packing, num_ranks=ranks.data_size, rank=ranks.data_rank)
     _warn_of_passes(config, schedule, console)
     packing = config.packing
-    references = find_references(config, frozen, device, strategy_name, schedule, held_out, console, ranks)
+    references = None  # a checkpoint has them
+    if checkpoint is None:
+        references = find_references(config, frozen, device, strategy_name, schedule, held_out, console, ranks)
     hold = partial(
         share_out,
         strategy=strategy_name,
@@ -156,18 +169,38 @@ def _train(config: TrainConfig, ranks: Ranks) -> Summary:
     if frozen is None and references is not None:
         references.score(policy, beta=config.loss.beta if config.loss.loss_type == "sigmoid" else None)
     reference, held_out_reference = (None, None) if references is None else references.finish()
+    if checkpoint is not None:
+        reference = read_reference(checkpoint, "pairs", len(pairs), ranks)
+        held_out_reference = read_reference(checkpoint, "held-out pairs", len(held_out), ranks)
 
-    if ranks.is_main:
-        open_output(output)  # not before everything that can be wrong has been found
-        write(output / "config.json", config.as_json())
     trainer = Trainer(
-        policy, strategy, ranks, config, tokenizer, schedule, reference, held_out, held_out_reference, output
+        policy,
+        strategy,
+        ranks,
+        config,
+        tokenizer,
+        schedule,
+        reference,
+        held_out,
+        held_out_reference,
+        output,
+        Checkpoints(output, config.run.checkpoints_kept, ranks) if keeps else None,
+        identity,
     )
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
+    if ranks.is_main:  # not before everything that can be wrong has been found
+        warning = open_output(output) if checkpoint is None else reopen_output(output, checkpoint)
+        if warning:
+            console.print(warning)
+        # As settings of another run it is to begin that one.
+        settings = dataclasses.replace(config, run=dataclasses.replace(config.run, resume="never"))
+        write(output / CONFIG, settings.as_json())
     try:
         summary = trainer.train()
     finally:
         if ranks.is_main:
-            write(output / "summary.json", json.dumps(trainer.summary.as_dict(), indent=2))
+            write(output / SUMMARY, json.dumps(trainer.summary.as_dict(), indent=2))
     console.print(summary_table(summary, config.run.best_metric))
     console.print(f"model: {output / 'model'}    metrics: {output / 'metrics.jsonl'}")
     return summary

@@ -287,7 +287,7 @@ class RunOptions:
     """Length of the run, evaluation and output."""
 
     output: str
-    """Folder for config.json, metrics.jsonl, summary.json, tensorboard/, model/ and best/."""
+    """Folder for config.json, metrics.jsonl, summary.json, tensorboard/, checkpoints/, model/ and best/."""
     overwrite: bool = False
     """Write into an output folder that already holds a run; its files are replaced."""
     max_steps: int | None = None
@@ -302,6 +302,17 @@ class RunOptions:
     """Evaluate every so many steps; 0: before the first and after the last step only."""
     save_steps: int = 0
     """Save model/ every so many steps; 0: at the end only."""
+    resume: str = "never"
+    """auto: go on from the newest checkpoint in --output that is whole, and begin where there is no run yet. PATH: from
+    this checkpoint, or the newest of this run's folder. never: begin anew."""
+    checkpoint_every: int = 0
+    """Write a checkpoint every so many steps: all that a run needs to go on as if nothing had been, 12 bytes a trained
+    weight."""
+    checkpoint_minutes: float = 30.0
+    """Write one when so many minutes have gone by since the last; 0: not by the clock. Unless both are 0, a run that is
+    interrupted writes one too."""
+    checkpoints_kept: int = 2
+    """How many of them are kept; while one is written there is one more."""
     best_metric: BestMetric = "eval_loss"
     """Metric by which best/ is chosen (the lowest loss, or the highest accuracy or margin)."""
     early_stopping_patience: int = 0
@@ -311,7 +322,8 @@ class RunOptions:
     The run has the output folder's name, in the project fused-dpo or what WANDB_PROJECT says."""
 
     def __post_init__(self) -> None:
-        for name, least in (("pairs_per_step", 1), ("eval_steps", 0), ("save_steps", 0)):
+        least_values = {"pairs_per_step": 1, "eval_steps": 0, "save_steps": 0, "checkpoint_every": 0}
+        for name, least in {**least_values, "checkpoints_kept": 1}.items():
             value = getattr(self, name)
             require(value >= least, f"{name.replace('_', '-')} must be at least {least}, got {value}.")
         require(self.max_steps is None or self.max_steps >= 1, f"max-steps must be at least 1, got {self.max_steps}.")
@@ -326,6 +338,16 @@ class RunOptions:
             f"report-to none goes with no other tracker, got {' '.join(self.report_to)}.",
         )
         require(self.early_stopping_patience >= 0, "early-stopping-patience must not be negative.")
+        require(
+            0 <= self.checkpoint_minutes < math.inf,
+            f"checkpoint-minutes must not be negative, and finite, got {self.checkpoint_minutes}.",
+        )
+        require(
+            not (self.overwrite and self.resume == "auto"),
+            "overwrite begins a run anew, resume auto goes on with it; give one of them.",
+        )
+        require(self.resume != "", "resume must be auto, never, or a folder, got ''.")
+        _expand_home(self, "resume")
 
 
 @dataclass(frozen=True)

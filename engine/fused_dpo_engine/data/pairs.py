@@ -148,6 +148,15 @@ class TokenizedPairs:
     report: TokenizationReport
 
 
+def digest_pairs(pairs: Iterable[TokenPair]) -> str:
+    """Digest all that training sees of the pairs and their order, into 32 hexadecimal digits."""
+    seen = hashlib.blake2b(digest_size=16)
+    for pair in pairs:
+        rest = (pair.prompt_length, pair.margin, pair.ranking, *map(len, pair.keys))
+        seen.update(repr(rest).encode() + b"".join(pair.keys))
+    return seen.hexdigest()
+
+
 def split_pairs(pairs: Sequence[TokenPair], fraction: float, seed: int) -> tuple[list[TokenPair], list[TokenPair]]:
     """Split into training and held-out pairs, those with the same prompt tokens on the same side.
 

@@ -1,6 +1,8 @@
 """What becomes of a job when one of its processes fails: one message, from the first, and an end for all."""
 
+import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -35,7 +37,7 @@ def processes(tensor_parallel: int, timeout_minutes: float, *, alone: bool) -> I
     """
     timeout = timedelta(minutes=timeout_minutes)
     ours = not dist.is_initialized()
-    interrupts.wanted = False
+    interrupts.wanted = interrupts.insisted = False
     ranks = join_ranks(tensor_parallel, timeout, alone=alone)
     failures = Failures(timeout) if ranks.size > 1 else None
     finished = ranks.size == 1
@@ -78,21 +80,40 @@ class Failures:
             return True
 
 
+_STOPPING = "\nfused-dpo: stopping after this step"
+_AGAIN = "; once more to stop at once"
+
+
 class _Interrupts:
     """Requests to stop, from the keyboard or a scheduler."""
 
     def __init__(self) -> None:
         self.wanted = False
         """Whether one has come that was put off."""
+        self.insisted = False
+        """Whether a second one has ended what was to be finished first."""
 
     @contextmanager
-    def put_off(self) -> Iterator[None]:
-        """Take note of requests within the block and go on: ranks have to stop together, between two steps."""
+    def put_off(self, *, once: bool) -> Iterator[None]:
+        """Take note of requests within the block and go on, so that a run stops between two steps.
+
+        Args:
+            once: let the second request end the block at once. Not for several ranks, which have to stop together, and
+                where torchrun sends on what each of them may have got from the terminal before.
+
+        Raises:
+            KeyboardInterrupt: at the second request.
+        """
         if threading.current_thread() is not threading.main_thread():  # no other may set handlers
             yield
             return
 
         def note(*_: object) -> None:
+            if self.wanted and once:
+                self.insisted = True
+                raise KeyboardInterrupt
+            if not self.wanted and os.environ.get("RANK", "0") == "0":
+                print(_STOPPING + (_AGAIN if once else ""), file=sys.stderr)
             self.wanted = True
 
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -89,8 +89,9 @@ class Ranks:
         if self.size > 1:  # those that share pairs too, which have to know the very same
             rows = [torch.empty_like(row) for _ in range(self.size)]
             dist.all_gather(rows, row)
-            rows = rows[:: self.tensor_parallel]
-        return [dict(zip([*on_device, *on_host], values, strict=True)) for values in torch.stack(rows).tolist()]
+        # Of those that share pairs the largest: all have the same of these, and each its memory and its signals.
+        shares = torch.stack(rows).view(self.data_size, self.tensor_parallel, -1).amax(1)
+        return [dict(zip([*on_device, *on_host], values, strict=True)) for values in shares.tolist()]
 
     def fill_in(self, values: Tensor) -> Tensor:
         """Put what other ranks have where this one has NaN; all that have a number have the same."""

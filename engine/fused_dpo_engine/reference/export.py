@@ -1,13 +1,13 @@
 """A data set with the reference's log-probs as columns, under TRL's names, for whoever trains on it elsewhere."""
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from fused_dpo_engine.checkpoint.files import sync
 from fused_dpo_engine.config.options import DataOptions
 from fused_dpo_engine.data.pairs import TokenPair
 from fused_dpo_engine.data.references import COLUMNS
@@ -75,9 +75,9 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
             _write_parquet(fresh, rows)
         else:
             _write_jsonl(fresh, rows)
-        with open(fresh, "rb") as file:
-            os.fsync(file.fileno())
+        sync(fresh)
         fresh.replace(path)
+        sync(path.parent)
     except OSError as error:
         raise SaveError(path, error) from error
     finally:

@@ -2,9 +2,12 @@
 
 import contextlib
 import json
+import os
 import sys
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +19,9 @@ from fused_dpo_engine.distributed.ranks import Ranks
 from fused_dpo_engine.errors import SaveError
 from fused_dpo_engine.model.policy import HeadStats
 from fused_dpo_engine.training.trackers import Trackers
+
+METRICS = "metrics.jsonl"
+"""In the folder of a run: a JSON object a step."""
 
 
 class PairMetrics:
@@ -138,9 +144,10 @@ class SlotMetrics:
 class MetricsWriter:
     """Appends one JSON object a step to metrics.jsonl, each line complete once written, and feeds the trackers."""
 
-    def __init__(self, folder: Path, config: TrainConfig) -> None:
-        self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-        self._trackers = Trackers(config.run.report_to, folder, json.loads(config.as_json()))
+    def __init__(self, folder: Path, config: TrainConfig, resumed: Mapping[str, Any] | None = None) -> None:
+        self._file = (folder / METRICS).open("a", encoding="utf-8")
+        trackers = None if resumed is None else resumed["trackers"]
+        self._trackers = Trackers(config.run.report_to, folder, json.loads(config.as_json()), trackers)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record a step's metrics.
@@ -149,15 +156,38 @@ class MetricsWriter:
             SaveError: the system refuses.
         """
         try:
+            if not os.fstat(self._file.fileno()).st_nlink:
+                self._begin_anew()
             self._file.write(json.dumps({"step": step, **metrics}) + "\n")
             self._file.flush()
         except OSError as error:
             raise SaveError(self._file.name, error) from error
         self.plot(step, metrics)
 
+    def _begin_anew(self) -> None:
+        """Make another file, where somebody has removed the one that was being written, or its folder."""
+        path = Path(self._file.name)
+        warnings.warn(f"{path} was removed under the run, which goes on; the steps so far are lost.", stacklevel=3)
+        self._file.close()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", encoding="utf-8")
+
     def plot(self, step: int, metrics: Mapping[str, float]) -> None:
         """Feed the trackers alone."""
         self._trackers.log({_tag(name): value for name, value in metrics.items()}, step)
+
+    def place(self) -> dict[str, Any]:
+        """Wait until all is on the disk, and tell what a run that goes on from here has to know.
+
+        Raises:
+            SaveError: the system refuses.
+        """
+        self._trackers.flush()
+        try:
+            os.fsync(self._file.fileno())
+            return {"bytes": os.fstat(self._file.fileno()).st_size, "trackers": self._trackers.ids}
+        except OSError as error:
+            raise SaveError(self._file.name, error) from error
 
     def close(self) -> None:
         """Finish the file and the trackers; what could not be written has raised its error before."""
@@ -174,6 +204,10 @@ class NoWriter:
 
     def plot(self, step: int, metrics: Mapping[str, float]) -> None:
         """Do nothing."""
+
+    def place(self) -> dict[str, Any]:
+        """Tell nothing."""
+        return {}
 
     def close(self) -> None:
         """Do nothing."""

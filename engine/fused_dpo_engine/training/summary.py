@@ -2,6 +2,9 @@
 
 from dataclasses import asdict, dataclass, field
 
+DONE, EARLY = "all steps done", "early stopping"
+"""How the reason begins why a run has come to its end."""
+
 
 @dataclass
 class Summary:
@@ -23,13 +26,18 @@ class Summary:
     shared: float = 0.0
     """Share of the tokens that prefix sharing did not have to compute."""
     peak_memory_gib: float = 0.0
-    stopped: str = "all steps done"
+    stopped: str = DONE
     saved: dict[str, str] = field(default_factory=dict)
     """Of model/ and best/: the step after which it was saved, or why it could not be."""
     eval_before: dict[str, float] = field(default_factory=dict)
     eval_after: dict[str, float] = field(default_factory=dict)
     best_step: int | None = None
     best_value: float | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has come to its end, and nothing has ended it."""
+        return self.stopped.startswith((DONE, EARLY))
 
     def as_dict(self) -> dict[str, object]:
         """Give all fields, for JSON."""

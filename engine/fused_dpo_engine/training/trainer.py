@@ -4,8 +4,10 @@ import math
 import sys
 import time
 import warnings
-from contextlib import nullcontext
+from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from fused_dpo_engine.batching.batch import PairBatch
 from fused_dpo_engine.batching.planning import build_batch, count_rows
 from fused_dpo_engine.batching.schedule import Schedule, Step
 from fused_dpo_engine.checkpoint.export import save_model
+from fused_dpo_engine.checkpoint.folder import Checkpoint, Checkpoints
 from fused_dpo_engine.config.commands import TrainConfig
 from fused_dpo_engine.data.pairs import TokenPair
 from fused_dpo_engine.distributed.failures import interrupts
@@ -27,10 +30,12 @@ from fused_dpo_engine.errors import SaveError, TrainingDivergedError
 from fused_dpo_engine.model.parallel import weights_to_save
 from fused_dpo_engine.model.policy import Policy, SequenceLogps
 from fused_dpo_engine.reference.scoring import ReferenceLogps
+from fused_dpo_engine.training.keeper import Keeper
 from fused_dpo_engine.training.memory import explain_out_of_memory
 from fused_dpo_engine.training.metrics import MetricsWriter, NoWriter, PairMetrics, SlotMetrics, peak_memory_gib
 from fused_dpo_engine.training.optimizer import build_optimizer
-from fused_dpo_engine.training.summary import Summary
+from fused_dpo_engine.training.state import RunState
+from fused_dpo_engine.training.summary import DONE, EARLY, Summary
 
 
 class Trainer:
@@ -47,6 +52,8 @@ class Trainer:
         held_out: held-out pairs, possibly none.
         held_out_reference: their reference log-probs; None for a loss that takes none.
         output: the run's folder.
+        checkpoints: where the run is kept; None for a run that is not.
+        identity: what the run trains on, for its checkpoints.
     """
 
     def __init__(
@@ -61,6 +68,8 @@ class Trainer:
         held_out: list[TokenPair],
         held_out_reference: ReferenceLogps | None,
         output: Path,
+        checkpoints: Checkpoints | None = None,
+        identity: Mapping[str, str | None] = MappingProxyType({}),
     ) -> None:
         self.policy, self.strategy, self.ranks = policy, strategy, ranks
         self.config, self.tokenizer, self.output = config, tokenizer, output
@@ -76,30 +85,67 @@ class Trainer:
         self._stopped_together = ranks.size == 1
         """Whether what has ended the run has ended it on all ranks, between two steps."""
         self._asked_to_stop = False
+        self._updating = False
+        """Whether weights may be those of no step."""
+        self._written = 0
+        """The last step whose metrics are written."""
+        self._keeper = Keeper(
+            config,
+            checkpoints,
+            RunState(
+                policy,
+                self.optimizer,
+                self.lr_scheduler,
+                self.loss,
+                {"pairs": reference, "held-out pairs": held_out_reference if held_out else None},
+                ranks,
+            ),
+            identity,
+        )
+        self._resumed: Mapping[str, Any] | None = None
+        """The record of the checkpoint from which the run goes on."""
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on after a checkpoint's last step; to be called before `train`, on all ranks.
+
+        Raises:
+            UserError: see `RunState.restore`.
+        """
+        record = self._resumed = checkpoint.record
+        self._keeper.restore(checkpoint)
+        self.summary = Summary(**{**record["summary"], "stopped": DONE})
+        self._written = self.summary.steps
+        self._slots.take([record["slots"]])
+        self._evaluations_without_gain = record["evaluations_without_gain"]
 
     def train(self) -> Summary:
         """Run all steps, or until early stopping; saves model/ at the end, however that comes about.
 
-        Several ranks put off what asks them to stop until the end of a step. Where one fails alone, those that hold the
-        whole model still save it; shares of it are not gathered then, and model/ stays as it was saved last.
+        What asks the run to stop is put off until the end of a step. Then a checkpoint is written, as it is after an
+        error from which a run could go on. Where a rank fails alone, those that hold the whole model still save it;
+        shares of it are not gathered then, and model/ stays as it was saved last.
 
         Raises:
+            KeyboardInterrupt: the run was asked to stop; the message says where it goes on. Without a message it was
+                asked twice, and nothing was saved.
             TrainingDivergedError: loss or gradient is not a number; the weights before that step are in model/.
             SaveError: model/ or best/ could not be written; what was there before still is.
             OutOfMemoryError: the message says what would help; the weights before that step are in model/.
         """
-        alone = self.ranks.size == 1 and not self.strategy.weights_are_shared_out
-        with nullcontext() if alone else interrupts.put_off():
-            return self._train()
-
-    def _train(self) -> Summary:
-        run = self.config.run
+        resumed = self._resumed and self._resumed["metrics"]
         try:
-            writer = MetricsWriter(self.output, self.config) if self.ranks.is_main else NoWriter()
+            writer = MetricsWriter(self.output, self.config, resumed) if self.ranks.is_main else NoWriter()
         except BaseException as error:  # trackers may ask for a login, or wait for a network
             self.summary.stopped = self._reason(error)
             raise
+        alone = self.ranks.size == 1 and not self.strategy.weights_are_shared_out
+        with interrupts.put_off(once=alone):
+            return self._train(writer)
+
+    def _train(self, writer: MetricsWriter | NoWriter) -> Summary:
+        run, first = self.config.run, self.summary.steps + 1
         bar = tqdm(
+            initial=first - 1,
             total=self.total_steps,
             desc="training",
             unit="step",
@@ -107,17 +153,18 @@ class Trainer:
             disable=not self.ranks.is_main,
         )
         try:
-            if self.held_out:
+            if self.held_out and first == 1:
                 self.summary.eval_before = self.evaluate()
                 writer.plot(0, self.summary.eval_before)
-            for number, step in enumerate(self.schedule, start=1):
+            for number, step in enumerate(islice(self.schedule, first - 1, None), start=first):
                 metrics = self._step(number, step)
                 last = number == self.total_steps
                 if self.held_out and (last or (run.eval_steps and number % run.eval_steps == 0)):
                     metrics |= self._evaluate_and_keep_best(number)
                     if self._evaluations_without_gain >= run.early_stopping_patience > 0:
-                        self.summary.stopped, last = f"early stopping after step {number}", True
+                        self.summary.stopped, last = f"{EARLY} after step {number}", True
                 writer.write(number, metrics)
+                self._written = number
                 bar.set_postfix(
                     loss=f"{metrics['loss']:.4f}",
                     accuracy=f"{metrics['rewards/accuracies']:.2f}",
@@ -127,17 +174,19 @@ class Trainer:
                 bar.update()
                 if last:
                     break
+                if self._asked_to_stop or self._keeper.due(number):
+                    self._keep(writer)
                 if self._asked_to_stop:
                     self._stopped_together = True
-                    raise KeyboardInterrupt
+                    raise KeyboardInterrupt(self._where_it_goes_on())
                 if run.save_steps and number % run.save_steps == 0:
                     self._save("model")
             self._save("model")
         except BaseException as error:
             self.summary.stopped = self._reason(error)
-            # Whatever stopped the run, the weights are those of the last whole step: a step changes them at its end.
-            if not self.summary.saved.get("model", "").startswith("failed"):
-                self._save_what_is_there()
+            # Else, whatever stopped the run, the weights are those of the last whole step: it changes them at its end.
+            if not (self._updating or interrupts.insisted):
+                self._save_what_is_there(writer, error)
             raise
         finally:
             bar.close()
@@ -145,14 +194,40 @@ class Trainer:
             self.summary.peak_memory_gib = max(self.summary.peak_memory_gib, peak_memory_gib(self.policy.device))
         return self.summary
 
-    def _save_what_is_there(self) -> None:
-        """Save model/ after something went wrong; if that fails too, say so, and let the first error be raised."""
-        if self.strategy.weights_are_shared_out and not self._stopped_together:
-            return
+    def _save_what_is_there(self, writer: MetricsWriter | NoWriter, error: BaseException) -> None:
+        """Save what a run can go on from after an error, and model/.
+
+        If that fails too, say so, and let the first error be raised.
+        """
+        diverged = isinstance(error, TrainingDivergedError)  # and would again
+        together = self._stopped_together
         try:
-            self._save("model", together=self._stopped_together)
+            if together and not diverged and self._written == self.summary.steps:
+                self._keep(writer)
+            readable = together or not self.strategy.weights_are_shared_out
+            if readable and not self.summary.saved.get("model", "").startswith("failed"):
+                self._save("model", together=together)
+        except Exception as failure:  # a device that has failed, say, gives nothing any more
+            warnings.warn(str(failure), stacklevel=2)
+
+    def _keep(self, writer: MetricsWriter | NoWriter) -> None:
+        """Write a checkpoint. One that cannot be written ends no run: those before it are still there."""
+        progress = {
+            "summary": self.summary.as_dict(),
+            "slots": self._slots.numbers(),
+            "evaluations_without_gain": self._evaluations_without_gain,
+        }
+        try:
+            self._keeper.keep(self.summary.steps, progress, writer)
         except SaveError as error:
-            warnings.warn(str(error), stacklevel=2)
+            warnings.warn(f"no checkpoint after step {self.summary.steps}: {error}", stacklevel=2)
+
+    def _where_it_goes_on(self) -> str:
+        """Say what a run that was asked to stop leaves."""
+        done, kept = self.summary.steps, self._keeper.last_step
+        if kept is None:
+            return f"interrupted after step {done}; there is no checkpoint to go on from"
+        return f"interrupted after step {done}; --resume auto goes on after step {kept}"
 
     def _reason(self, error: BaseException) -> str:
         """Say why the run stopped, for the summary."""
@@ -190,6 +265,7 @@ class Trainer:
         grad_norm = clip_gradients(self.parameters, self.config.optimizer.max_grad_norm or math.inf)
         learning_rate = self.lr_scheduler.get_last_lr()[0]
         others = {"grad_norm": grad_norm, "stop": float(interrupts.wanted), "memory": peak_memory_gib(device)}
+        others["checkpoint"] = float(self.ranks.is_main and self._keeper.time_is_up)
         metrics, shares = sums.read(len(indices), self.ranks, **others, **here.numbers())
         metrics["grad_norm"] = shares[0]["grad_norm"]
         if not all(map(math.isfinite, (metrics["loss"], *(share["grad_norm"] for share in shares)))):
@@ -197,9 +273,11 @@ class Trainer:
             self._stopped_together = True
             raise self._diverged(number, metrics, outputs)
         self._asked_to_stop = any(share["stop"] for share in shares)
+        self._keeper.wanted = any(share["checkpoint"] for share in shares)
         slots = SlotMetrics(packing.tokens_per_batch)
         for layout in (slots, self._slots):
             layout.take(shares)
+        self._updating = True
         self.optimizer.step()
         self.lr_scheduler.step()
         self.optimizer.zero_grad()
@@ -208,6 +286,7 @@ class Trainer:
         summary, run_slots = self.summary, self._slots
         summary.steps, summary.pairs, summary.tokens = number, summary.pairs + len(indices), run_slots.tokens
         summary.fill, summary.padding, summary.shared = run_slots.fill, run_slots.padding, run_slots.shared
+        self._updating = False
         summary.seconds += seconds
         summary.peak_memory_gib = max(share["memory"] for share in shares)
         summary.tokens_per_second = summary.tokens / summary.seconds

@@ -14,6 +14,7 @@ import transformers
 from fused_dpo.hardware import has_bf16_units
 from fused_dpo.losses import LOSSES
 from fused_dpo_engine.cli import main
+from fused_dpo_engine.training.trainer import Trainer
 from tests.engine.support.runs import FIRST_LOSS
 from tests.engine.support.toys import ROOT, options, read_metrics, read_weights
 
@@ -130,14 +131,18 @@ class TestCommands:
         assert status == 130
 
     def test_sigterm_is_an_interruption(self, train, tmp_path, monkeypatch):
-        def terminated(*_):
+        step = Trainer._step
+
+        def terminated(*arguments):
             os.kill(os.getpid(), signal.SIGTERM)
+            return step(*arguments)
 
         before = signal.getsignal(signal.SIGTERM)
-        monkeypatch.setattr("fused_dpo_engine.training.trainer.Trainer._step", terminated)
+        monkeypatch.setattr(Trainer, "_step", terminated)
         outcome = train()
         assert outcome.status == 130
-        assert outcome.err.rstrip().endswith("fused-dpo: interrupted")
+        assert "fused-dpo: stopping after this step; once more to stop at once" in outcome.err
+        assert outcome.err.rstrip().endswith("fused-dpo: interrupted after step 1; --resume auto goes on after step 1")
         summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
         assert summary["stopped"] == "interrupted"
         assert signal.getsignal(signal.SIGTERM) == before

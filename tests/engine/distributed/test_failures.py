@@ -170,12 +170,37 @@ class TestInterrupts:
         before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
         assert not interrupts.wanted
         try:
-            with interrupts.put_off():
+            with interrupts.put_off(once=False):
                 os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGINT)
                 assert interrupts.wanted
             assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
         finally:
             interrupts.wanted = False
+
+    def test_the_second_ends_the_block_at_once(self, capfd):
+        try:
+            with interrupts.put_off(once=True):
+                os.kill(os.getpid(), signal.SIGINT)
+                assert interrupts.wanted
+                with pytest.raises(KeyboardInterrupt):
+                    os.kill(os.getpid(), signal.SIGTERM)
+            assert interrupts.insisted
+        finally:
+            interrupts.wanted = interrupts.insisted = False
+        assert capfd.readouterr().err.split() == [
+            "fused-dpo:",
+            "stopping",
+            "after",
+            "this",
+            "step;",
+            "once",
+            "more",
+            "to",
+            "stop",
+            "at",
+            "once",
+        ]
 
     def test_a_new_run_has_none(self, train_tiny, monkeypatch):
         monkeypatch.setattr(interrupts, "wanted", True)

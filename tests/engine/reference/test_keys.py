@@ -92,6 +92,10 @@ NOTHING: dict[str, Any] = {
     "best_metric": "eval_rewards/margins",
     "early_stopping_patience": 2,
     "report_to": ("none",),
+    "resume": "auto",
+    "checkpoint_every": 3,
+    "checkpoint_minutes": 4.0,
+    "checkpoints_kept": 5,
     "reference_store": "x.db",
     "reference_columns": "never",
 }

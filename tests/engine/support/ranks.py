@@ -4,7 +4,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +79,28 @@ def no_room(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(train, "fits", lambda *_, **how: how.get("reduces_every_pass", True))
 
 
+def asked_to_stop(patch: pytest.MonkeyPatch) -> None:
+    """Ask one rank in step 3 to stop, as a scheduler may."""
+    from fused_dpo_engine.distributed.failures import interrupts
+    from fused_dpo_engine.training.trainer import Trainer
+
+    step = Trainer._step
+
+    def asked(self: Trainer, number: int, *arguments: Any) -> Any:
+        interrupts.wanted = interrupts.wanted or (number == 3 and self.ranks.rank == self.ranks.size - 1)
+        return step(self, number, *arguments)
+
+    patch.setattr(Trainer, "_step", asked)
+
+
 CHANGES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "outside": past_the_wrapper,
     "local mean": local_mean,
     "traced": traced_alone,
     "no room": no_room,
+    "asked to stop": asked_to_stop,
 }
-"""Two mistakes that the tests must be able to see, a compiler that takes less time, and a small device."""
+"""Two mistakes that the tests must be able to see, a compiler that takes less time, a small device, and an end."""
 
 
 def main() -> None:
@@ -108,7 +123,8 @@ def main() -> None:
         with pytest.MonkeyPatch.context() as patch:
             if case["change"]:
                 CHANGES[case["change"]](patch)
-            command.train(parse("train", case["options"]))
+            with suppress(KeyboardInterrupt):
+                command.train(parse("train", case["options"]))
         digests[name] = [""] * dist.get_world_size()
         dist.all_gather_object(digests[name], digest(made.pop().policy.parameters()))
     if dist.get_rank() == 0:

@@ -1,7 +1,9 @@
 """What the tests of whole runs on the toy data share."""
 
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +28,23 @@ CLOCK = ("seconds", "tokens_per_second", "peak_memory_gib")
 
 def without_clock(metrics: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{name: value for name, value in line.items() if name not in CLOCK} for line in metrics]
+
+
+def summary_without_clock(output: Path) -> dict[str, Any]:
+    """What a run came to, in its folder."""
+    summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
+    return {name: value for name, value in summary.items() if name not in CLOCK}
+
+
+def curve_points(output: Path) -> Iterator[tuple[str, int, float | None]]:
+    """All points of TensorBoard's curves, in the order of their files; without values where those are of the clock."""
+    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+
+    for file in sorted((output / "tensorboard").glob("events*")):
+        for event in LegacyEventFileLoader(str(file)).Load():
+            for value in event.summary.value:
+                is_clock = value.tag.removeprefix("train/") in CLOCK or value.tag == "settings/text_summary"
+                yield value.tag, event.step, None if is_clock else value.simple_value
 
 
 def toy_pairs() -> list[TokenPair]:

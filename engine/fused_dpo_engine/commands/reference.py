@@ -1,6 +1,7 @@
 """`fused-dpo reference` as a function: a reference store filled, tried, and exported, without a run."""
 
 import dataclasses
+import warnings
 
 import torch
 import transformers
@@ -10,15 +11,16 @@ from fused_dpo_engine.batching.schedule import Schedule
 from fused_dpo_engine.config.commands import ReferenceConfig
 from fused_dpo_engine.config.options import RunOptions
 from fused_dpo_engine.data.load import load_pairs
-from fused_dpo_engine.data.pairs import TokenPair
+from fused_dpo_engine.data.pairs import TokenPair, digest_pairs
 from fused_dpo_engine.distributed.failures import processes
 from fused_dpo_engine.distributed.ranks import Ranks
 from fused_dpo_engine.distributed.strategy import choose_strategy
+from fused_dpo_engine.errors import UserError
 from fused_dpo_engine.model.build import build_policy
 from fused_dpo_engine.model.layers import decoder_layers
 from fused_dpo_engine.model.loading import choose_device, choose_max_length, dtype_warning, load_tokenizer
 from fused_dpo_engine.model.parallel import share_out
-from fused_dpo_engine.model.parity import pairs_to_test, self_test
+from fused_dpo_engine.model.parity import check_vocabulary, pairs_to_test, self_test
 from fused_dpo_engine.model.policy import Policy
 from fused_dpo_engine.reference.compare import verify
 from fused_dpo_engine.reference.export import check_export, export
@@ -35,7 +37,10 @@ def reference(config: ReferenceConfig) -> None:
         SaveError: the store or the export could not be written.
     """
     parallel = config.parallel
-    with processes(parallel.tensor_parallel, parallel.timeout_minutes, alone=parallel.offload) as ranks:
+    joined = processes(parallel.tensor_parallel, parallel.timeout_minutes, alone=parallel.offload)
+    with joined as ranks, warnings.catch_warnings():
+        if not ranks.is_main:  # the main one has the same to say
+            warnings.simplefilter("ignore")
         _reference(config, ranks)
 
 
@@ -57,6 +62,7 @@ def _reference(config: ReferenceConfig, ranks: Ranks) -> None:
     data = dataclasses.replace(config.data, max_length=max_length)
     pairs, held_out = load_pairs(data, config.seed, tokenizer, console)
     every = pairs + held_out
+    _check_same_everywhere(config, every, ranks)
     schedule = Schedule([], RunOptions(output="", seed=config.seed), config.packing, **_share(ranks))
     kept = _open(config, device, strategy, ranks, console)
     known = RunReference(schedule, every, kept, console, ranks, take_brought=False)
@@ -73,6 +79,16 @@ def _reference(config: ReferenceConfig, ranks: Ranks) -> None:
         of_data = pairs if config.data.eval_data else every
         count = len(of_data)
         console.print(export(config.export, config.data, of_data, logps[:count]))
+
+
+def _check_same_everywhere(config: ReferenceConfig, pairs: list[TokenPair], ranks: Ranks) -> None:
+    """Refuse processes that have read other settings or other pairs: they tell each other log-probs by their place."""
+    seen = ranks.gather_objects((repr(config), digest_pairs(pairs) if ranks.size > 1 else ""))
+    if other := next((rank for rank, its in enumerate(seen) if its != seen[0]), None):
+        raise UserError(
+            f"process {other} has read other settings or other pairs than process 0; give all machines the same "
+            f"options, files and releases of the packages."
+        )
 
 
 def _share(ranks: Ranks) -> dict[str, int]:
@@ -103,6 +119,7 @@ def _load(config: ReferenceConfig, device: torch.device, strategy: str, ranks: R
         trained=not frozen,
         loaded_on=torch.device("cpu") if in_parts else device,
     )
+    check_vocabulary(policy, pairs)
     held = share_out(policy, strategy, ranks, device, offload=config.parallel.offload, reduces_every_pass=True)
     self_test(policy, [pairs[i] for i in pairs_to_test(pairs, config.packing)], config.packing, held.gathered())
     if config.model.compile and not frozen:

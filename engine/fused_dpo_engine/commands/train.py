@@ -38,7 +38,7 @@ from fused_dpo_engine.model.loading import (
     load_tokenizer,
 )
 from fused_dpo_engine.model.parallel import share_out
-from fused_dpo_engine.model.parity import pairs_to_test, self_test
+from fused_dpo_engine.model.parity import check_vocabulary, pairs_to_test, self_test
 from fused_dpo_engine.model.policy import Policy
 from fused_dpo_engine.model.source import find_source
 from fused_dpo_engine.model.tensor_parallel import check_tensor_parallel
@@ -145,14 +145,14 @@ def _train(config: TrainConfig, ranks: Ranks) -> Summary:
         references.say_not_loaded()
     elif frozen is not None and references is not None:
         scorer = load(frozen, LoraOptions(), trained=False)
-        _check_vocabulary(scorer, pairs + held_out)
+        check_vocabulary(scorer, pairs + held_out)
         if in_parts:
             hold(scorer)
         references.score(scorer)
         del scorer
         gc.collect()  # the model and its modules refer to each other
     policy = load(config.model, config.lora)
-    _check_vocabulary(policy, pairs + held_out)
+    check_vocabulary(policy, pairs + held_out)
     trainable = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     console.print(
         f"model: {type(policy.causal_lm).__name__}, {trainable / 1e6:.1f} M trainable weights, {config.model.dtype} on "
@@ -285,14 +285,3 @@ def _layout(config: TrainConfig, policy: Policy) -> str:
         return f"padded batches, attention {policy.causal_lm.config._attn_implementation}"
     shared = "prefixes shared" if config.packing.prefix_sharing else "prefixes not shared"
     return f"packed, {shared}, attention {policy.attention_name}"
-
-
-def _check_vocabulary(policy: Policy, pairs: list[TokenPair]) -> None:
-    size = policy.causal_lm.get_input_embeddings().weight.shape[0]
-    for pair in pairs:
-        largest = max(int(pair.chosen_ids.max()), int(pair.rejected_ids.max()))
-        if largest >= size:
-            raise UserError(
-                f"{pair.where}: token id {largest} lies outside the model's {size} embeddings; the tokenizer does not "
-                f"belong to this model."
-            )

@@ -108,7 +108,9 @@ class TestFill:
         assert "leave out --ref-model" in reference(lora_rank=2, ref_model="x").message
         assert "must lie in [0, 1]" in reference(ld_alpha=2).message
         assert "verify must be 0" in reference(verify=-1).message
-        assert reference(store=tmp_path).status == 2
+        assert "is a folder" in reference(store=tmp_path).message
+        small = save_folder(tmp_path / "small", vocab_size=200)
+        assert "lies outside the model's 200 embeddings" in reference(model=small).message
 
 
 class TestVerify:

@@ -171,8 +171,8 @@ class RunReference:
         line = f"reference store: {len(found)} sequences computed again, at most {worst.size:.2g} nat apart"
         if beta is not None:
             signed = {key: difference.now - difference.before for key, difference in found.items()}
-            losses = [math.log1p(math.exp(-beta * (signed[index, 0] - signed[index, 1]))) for index in tried]
-            line += f"; their loss is within {abs(sum(losses) / len(losses) - math.log(2)):.1e} of ln 2"
+            losses = [np.logaddexp(0, -beta * (signed[index, 0] - signed[index, 1])) for index in tried]
+            line += f"; their loss is within {abs(np.mean(losses) - math.log(2)):.1e} of ln 2"
         self.console.print(line)
         refuse_apart(
             found.values(),

@@ -154,6 +154,10 @@ def test_entries_of_another_model_are_refused(run, train, store: Path, tmp_path:
     assert "has other log-probs than this model gives" in outcome.message
     assert "0.5 nat apart, and rounding explains" in outcome.message
     assert not (tmp_path / "refused").exists(), "it ends before the run's folder is made"
+    overwrite(store, -1e30)
+    outcome = train(reference_store=store, output=tmp_path / "refused")
+    assert outcome.status == 2
+    assert "1e+30 nat apart" in outcome.message
 
 
 def test_a_damaged_store_is_named(train, store: Path) -> None:

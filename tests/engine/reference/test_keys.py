@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from fused_dpo_engine.attention.models import attention_needs
 from fused_dpo_engine.cli import parse
 from fused_dpo_engine.config.commands import TrainConfig
 from fused_dpo_engine.config.options import LoraOptions, ModelOptions
@@ -20,6 +22,7 @@ from tests.engine.model.test_adapters import save_adapters
 from tests.engine.support.toys import make_pair, options, save_folder
 
 CPU = torch.device("cpu")
+ATTENTION = keys._attention
 
 DECIDES: dict[str, Any] = {
     "dtype": "bfloat16",
@@ -196,6 +199,27 @@ def test_the_model_counts_and_its_name_does_not(tiny_llama: Path, tmp_path: Path
 
 def test_the_device_counts(tiny_llama: Path) -> None:
     assert settings(tiny_llama, device="cuda") != settings(tiny_llama)
+
+
+@pytest.mark.parametrize("changes", [{}, {"head_dim": 16, "num_key_value_heads": 1}])
+def test_a_gpus_attention_is_found_without_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, int]
+) -> None:
+    """By what the loaded model would ask for."""
+    folder = save_folder(tmp_path / "model", **changes)
+    asked = []
+
+    def named(model: Any, device: torch.device, dtype: torch.dtype, wanted: str) -> str:
+        asked.append((attention_needs(model), device.type, dtype, wanted))
+        return "varlen"
+
+    monkeypatch.setattr(keys, "_attention", ATTENTION)
+    monkeypatch.setattr(keys, "attention_for", named)
+    assert settings(folder, device="cuda")["attention"] == "varlen"
+    assert settings(folder)["attention"] == "sdpa", "no GPU"
+    needs = attention_needs(AutoModelForCausalLM.from_pretrained(folder))
+    assert asked == [(needs, "cuda", torch.float32, "auto")]
+    assert needs.head_dim == changes.get("head_dim", 8)
 
 
 def test_adapters_merged_or_attached_are_other_scorers(tiny_llama: Path, tmp_path: Path) -> None:

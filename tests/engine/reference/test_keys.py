@@ -203,7 +203,7 @@ def test_the_device_counts(tiny_llama: Path) -> None:
 
 @pytest.mark.parametrize("changes", [{}, {"head_dim": 16, "num_key_value_heads": 1}])
 def test_a_gpus_attention_is_found_without_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, int]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
     """By what the loaded model would ask for."""
     folder = save_folder(tmp_path / "model", **changes)

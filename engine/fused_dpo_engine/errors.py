@@ -18,11 +18,19 @@ class UnsupportedModelError(UserError):
 
 
 class OutOfMemoryError(UserError):
-    """An allocation failed in a step; the message says what would help."""
+    """An allocation failed in a forward pass of so many token slots; the message says what would help."""
+
+    def __init__(self, message: str, slots: int) -> None:
+        super().__init__(message)
+        self.slots = slots
 
 
 class TrainingDivergedError(RuntimeError):
-    """The loss or its gradient is no longer a number; the last good weights have been saved."""
+    """A loss, a gradient or an update is no longer a number; the message says which weights there are on disk."""
+
+    def __init__(self, step: int, message: str) -> None:
+        super().__init__(f"step {step}: {message}")
+        self.step = step
 
 
 class OtherRankFailedError(RuntimeError):

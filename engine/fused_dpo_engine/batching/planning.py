@@ -187,17 +187,27 @@ def spread_evenly(
     """
     batches = list(batches)
     while len(batches) % num_ranks:
-        parts = [ranking_groups(pairs, batch.indices) for batch in batches]
-        largest = max(range(len(batches)), key=lambda at: len(parts[at]))
-        half = len(parts[largest]) // 2
-        if half == 0:
+        largest = max(range(len(batches)), key=lambda at: len(ranking_groups(pairs, batches[at].indices)))
+        halves = halve(pairs, batches[largest], options)
+        if len(halves) == 1:
             again = min(batches, key=lambda batch: batch.slots)._replace(counted=False)
             return batches + [again] * (-len(batches) % num_ranks)
-        halves = [
-            [index for ranking in side for index in ranking] for side in (parts[largest][:half], parts[largest][half:])
-        ]
-        batches[largest : largest + 1] = [PlannedBatch(half, count_slots(pairs, half, options)) for half in halves]
+        batches[largest : largest + 1] = halves
     return batches
+
+
+def halve(pairs: Sequence[TokenPair], batch: PlannedBatch, options: PackingOptions) -> list[PlannedBatch]:
+    """Split a batch in two of as many rankings, or pairs, each.
+
+    Returns:
+        Both, or the batch alone where it holds a single one.
+    """
+    rankings = ranking_groups(pairs, batch.indices)
+    if len(rankings) == 1:
+        return [batch]
+    half = len(rankings) // 2
+    sides = [[index for ranking in side for index in ranking] for side in (rankings[:half], rankings[half:])]
+    return [batch._replace(indices=side, slots=count_slots(pairs, side, options)) for side in sides]
 
 
 def build_batch(pairs: Sequence[TokenPair], indices: Sequence[int], options: PackingOptions) -> PairBatch:

@@ -6,7 +6,9 @@ import torch
 
 from fused_dpo_engine.attention.models import attention_for
 from fused_dpo_engine.config.options import LoraOptions, ModelOptions
+from fused_dpo_engine.errors import UserError
 from fused_dpo_engine.model.adapters import add_adapters, load_adapters, merge_adapters
+from fused_dpo_engine.model.finite import first_not_finite
 from fused_dpo_engine.model.layers import checkpoint_layers
 from fused_dpo_engine.model.liger import apply_liger
 from fused_dpo_engine.model.loading import check_head_is_readable, check_model, choose_dtype, load_model
@@ -41,7 +43,7 @@ def build_policy(
         loaded_on: where the weights are put for now; None for `device`.
 
     Raises:
-        UserError: the model cannot be loaded or trained so.
+        UserError: the model cannot be loaded or trained so, or one of its weights is not finite.
     """
     compute_dtype = choose_dtype(options, device)
     if trained:
@@ -69,6 +71,11 @@ def build_policy(
     if options.offload_activations and trained:
         offload = ActivationOffload(model.parameters(), model.config.get_text_config().hidden_size)
     check_head_is_readable(model, options.model)
+    if broken := first_not_finite(model.named_parameters()):
+        raise UserError(
+            f"{options.model}: the weight {broken} holds numbers that are not finite. Its file is damaged, or was "
+            f"saved after training had diverged; take another checkpoint."
+        )
     return Policy(
         model,
         compute_dtype,

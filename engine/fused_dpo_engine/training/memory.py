@@ -125,6 +125,6 @@ def _out_of_memory(
     try:
         changes = rank(shape_of_run(config), settings_of(config, cuda=cuda, **parallel))
     except Exception:  # as above; the first error is the one to tell of
-        return OutOfMemoryError(f"{where}: {what} What may help: {_MAY_HELP}.")
+        return OutOfMemoryError(f"{where}: {what} What may help: {_MAY_HELP}.", tokens)
     helps = ", ".join(f"{change.option} ({change.saves / GIB:.2g} GiB)" for change in changes) or "a smaller model"
-    return OutOfMemoryError(f"{where}: {what} By the estimate, what saves most first: {helps}.")
+    return OutOfMemoryError(f"{where}: {what} By the estimate, what saves most first: {helps}.", tokens)

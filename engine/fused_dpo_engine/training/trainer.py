@@ -5,6 +5,7 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
@@ -15,8 +16,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from fused_dpo import DPOLoss, LossOutput
+from fused_dpo.losses import loss_spec
 from fused_dpo_engine.batching.batch import PairBatch
-from fused_dpo_engine.batching.planning import build_batch, count_rows
+from fused_dpo_engine.batching.planning import PlannedBatch, build_batch, count_rows
 from fused_dpo_engine.batching.schedule import Schedule, Step
 from fused_dpo_engine.checkpoint.export import save_model
 from fused_dpo_engine.checkpoint.folder import Checkpoint, Checkpoints
@@ -30,10 +32,12 @@ from fused_dpo_engine.errors import SaveError, TrainingDivergedError
 from fused_dpo_engine.model.parallel import weights_to_save
 from fused_dpo_engine.model.policy import Policy, SequenceLogps
 from fused_dpo_engine.reference.scoring import ReferenceLogps
+from fused_dpo_engine.training.divergence import broken_weight, error_of_step, error_of_update
 from fused_dpo_engine.training.keeper import Keeper
 from fused_dpo_engine.training.memory import explain_out_of_memory
 from fused_dpo_engine.training.metrics import MetricsWriter, NoWriter, PairMetrics, SlotMetrics, peak_memory_gib
 from fused_dpo_engine.training.optimizer import build_optimizer
+from fused_dpo_engine.training.splitting import Splitting
 from fused_dpo_engine.training.state import RunState
 from fused_dpo_engine.training.summary import DONE, EARLY, Summary
 
@@ -81,6 +85,16 @@ class Trainer:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.summary = Summary(planned_steps=self.total_steps)
         self._slots = SlotMetrics(config.packing.tokens_per_batch)
+        self.splitting = Splitting(
+            self.pairs,
+            config.packing,
+            # Several ranks would part: each takes as many passes as the others, and one that fails alone has left the
+            # collectives of the pass. FSDP2 with one rank is in the middle of gathering weights.
+            allowed=ranks.size == 1
+            and not strategy.weights_are_shared_out
+            and policy.router_loss is None
+            and not loss_spec(config.loss.loss_type).across_pairs,
+        )
         self._evaluations_without_gain = 0
         self._stopped_together = ranks.size == 1
         """Whether what has ended the run has ended it on all ranks, between two steps."""
@@ -117,6 +131,7 @@ class Trainer:
         self._written = self.summary.steps
         self._slots.take([record["slots"]])
         self._evaluations_without_gain = record["evaluations_without_gain"]
+        self.splitting.split_above = record["split_above"]
 
     def train(self) -> Summary:
         """Run all steps, or until early stopping; saves model/ at the end, however that comes about.
@@ -128,7 +143,8 @@ class Trainer:
         Raises:
             KeyboardInterrupt: the run was asked to stop; the message says where it goes on. Without a message it was
                 asked twice, and nothing was saved.
-            TrainingDivergedError: loss or gradient is not a number; the weights before that step are in model/.
+            TrainingDivergedError: loss or gradient is not finite, and the weights before that step are in model/; or an
+                update has left weights that are not, and model/ is as it was.
             SaveError: model/ or best/ could not be written; what was there before still is.
             OutOfMemoryError: the message says what would help; the weights before that step are in model/.
         """
@@ -211,12 +227,18 @@ class Trainer:
             warnings.warn(str(failure), stacklevel=2)
 
     def _keep(self, writer: MetricsWriter | NoWriter) -> None:
-        """Write a checkpoint. One that cannot be written ends no run: those before it are still there."""
+        """Write a checkpoint. One that cannot be written ends no run: those before it are still there.
+
+        Raises:
+            TrainingDivergedError: see `_refuse_broken_weights`.
+        """
         progress = {
             "summary": self.summary.as_dict(),
             "slots": self._slots.numbers(),
             "evaluations_without_gain": self._evaluations_without_gain,
+            "split_above": self.splitting.split_above,
         }
+        self._refuse_broken_weights("checkpoint")  # nothing goes on from these, and it would take the place of others
         try:
             self._keeper.keep(self.summary.steps, progress, writer)
         except SaveError as error:
@@ -232,7 +254,7 @@ class Trainer:
     def _reason(self, error: BaseException) -> str:
         """Say why the run stopped, for the summary."""
         if isinstance(error, TrainingDivergedError):
-            return f"diverged at step {self.summary.steps + 1}"
+            return f"diverged at step {error.step}"
         if isinstance(error, SaveError):
             return "not saved"
         return "interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {type(error).__name__}"
@@ -241,27 +263,9 @@ class Trainer:
         """Take one optimizer step, the run's `number`th, on the mean loss of its pairs."""
         started = time.perf_counter()
         device, packing, indices = self.policy.device, self.config.packing, step.indices
-        chosen_tokens = sum(self.pairs[i].chosen_length for i in indices)
-        sums, here = PairMetrics(), SlotMetrics(packing.tokens_per_batch)
-        outputs: list[tuple[PairBatch, LossOutput]] = []
-        for planned in step.batches:
-            last = planned is step.batches[-1]
-            how: Any = {"cuda": device.type == "cuda", **self.strategy.in_estimate}
-            explained = explain_out_of_memory(self.config, planned.slots, **how)
-            with explained, self.strategy.micro_batch(last=last):
-                batch = build_batch(self.pairs, planned.indices, packing).to(device)
-                scores = self.strategy.module(batch)
-                output = self._loss_of(batch, scores, self.reference, len(indices), chosen_tokens)
-                aux_loss = None
-                if self.policy.router_loss is not None and scores.router is not None:
-                    # A mean over rows, so every pass weighs by the rows that it has of the step's.
-                    aux_loss = scores.router * (count_rows(self.pairs, planned, packing) / step.rows)
-                    output = output._replace(loss=output.loss + self.policy.router_loss.coefficient * aux_loss)
-                # Gradients are averaged over ranks, and the loss is this rank's share of a sum.
-                (output.loss * (self.ranks.data_size if planned.counted else 0)).backward()
-            sums.add(output, scores.plain, batch, scores.head, aux_loss, counted=planned.counted)
-            outputs.append((batch, output))
-            here.add(batch, counted=planned.counted)
+        batches, sums, here, outputs = self.splitting.attempt(
+            number, step.batches, lambda batches: self._accumulate(step, batches)
+        )
         grad_norm = clip_gradients(self.parameters, self.config.optimizer.max_grad_norm or math.inf)
         learning_rate = self.lr_scheduler.get_last_lr()[0]
         others = {"grad_norm": grad_norm, "stop": float(interrupts.wanted), "memory": peak_memory_gib(device)}
@@ -271,7 +275,8 @@ class Trainer:
         if not all(map(math.isfinite, (metrics["loss"], *(share["grad_norm"] for share in shares)))):
             self.optimizer.zero_grad()
             self._stopped_together = True
-            raise self._diverged(number, metrics, outputs)
+            self._refuse_broken_weights("model")  # no pair is to blame then
+            raise error_of_step(number, metrics, outputs, self.pairs, self.output, self.ranks)
         self._asked_to_stop = any(share["stop"] for share in shares)
         self._keeper.wanted = any(share["checkpoint"] for share in shares)
         slots = SlotMetrics(packing.tokens_per_batch)
@@ -295,7 +300,7 @@ class Trainer:
             "epoch": summary.pairs / len(self.pairs),
             "pairs": len(indices),
             "tokens": slots.tokens,
-            "micro_batches": len(step.batches),
+            "micro_batches": len(batches),
             "packing/fill": slots.fill,
             "packing/padding": slots.padding,
             "packing/shared": slots.shared,
@@ -303,6 +308,42 @@ class Trainer:
             "tokens_per_second": slots.tokens / seconds,
             "peak_memory_gib": summary.peak_memory_gib,
         }
+
+    def _accumulate(
+        self, step: Step, batches: list[PlannedBatch]
+    ) -> tuple[list[PlannedBatch], PairMetrics, SlotMetrics, list[tuple[PairBatch, LossOutput]]]:
+        """Take forward and backward passes over batches that hold the step's pairs, from gradients of 0.
+
+        Returns:
+            The batches, and what was measured in them.
+        """
+        device, packing, indices = self.policy.device, self.config.packing, step.indices
+        chosen_tokens = sum(self.pairs[i].chosen_length for i in indices)
+        sums, here = PairMetrics(), SlotMetrics(packing.tokens_per_batch)
+        self.optimizer.zero_grad()  # those of an attempt that failed
+        outputs: list[tuple[PairBatch, LossOutput]] = []
+        for planned in batches:
+            last = planned is batches[-1]
+            with self._explained(planned), self.strategy.micro_batch(last=last):
+                batch = build_batch(self.pairs, planned.indices, packing).to(device)
+                scores = self.strategy.module(batch)
+                output = self._loss_of(batch, scores, self.reference, len(indices), chosen_tokens)
+                aux_loss = None
+                if self.policy.router_loss is not None and scores.router is not None:
+                    # A mean over rows, so every pass weighs by the rows that it has of the step's.
+                    aux_loss = scores.router * (count_rows(self.pairs, planned, packing) / step.rows)
+                    output = output._replace(loss=output.loss + self.policy.router_loss.coefficient * aux_loss)
+                # Gradients are averaged over ranks, and the loss is this rank's share of a sum.
+                (output.loss * (self.ranks.data_size if planned.counted else 0)).backward()
+            sums.add(output, scores.plain, batch, scores.head, aux_loss, counted=planned.counted)
+            outputs.append((batch, output))
+            here.add(batch, counted=planned.counted)
+        return batches, sums, here, outputs
+
+    def _explained(self, planned: PlannedBatch) -> AbstractContextManager[None]:
+        """Say what to change where memory runs out in a forward pass within the block."""
+        how: Any = {"cuda": self.policy.device.type == "cuda", **self.strategy.in_estimate}
+        return explain_out_of_memory(self.config, planned.slots, **how)
 
     def _loss_of(
         self,
@@ -341,9 +382,10 @@ class Trainer:
         chosen_tokens = sum(pair.chosen_length for pair in self.held_out)
         self.loss.eval()
         for planned in self.schedule.plan_share(self.held_out):
-            batch = build_batch(self.held_out, planned.indices, self.config.packing).to(self.policy.device)
-            scores = self.policy(batch)
-            output = self._loss_of(batch, scores, self.held_out_reference, len(self.held_out), chosen_tokens)
+            with self._explained(planned):
+                batch = build_batch(self.held_out, planned.indices, self.config.packing).to(self.policy.device)
+                scores = self.policy(batch)
+                output = self._loss_of(batch, scores, self.held_out_reference, len(self.held_out), chosen_tokens)
             sums.add(output, scores.plain, batch, counted=planned.counted)
         self.loss.train()
         means, _ = sums.read(len(self.held_out), self.ranks)
@@ -363,8 +405,14 @@ class Trainer:
         return metrics
 
     def _save(self, name: str, *, together: bool = True) -> None:
-        """Save the model by the main rank; the others wait for it and fail with it, unless it is called alone."""
+        """Save the model by the main rank; the others wait for it and fail with it, unless it is called alone.
+
+        Raises:
+            SaveError: the system refuses.
+            TrainingDivergedError: a weight is not finite; nothing is written.
+        """
         folder, reason = self.output / name, None
+        self._refuse_broken_weights(name, together=together)
         weights = weights_to_save(self.strategy, self.policy)
         if self.ranks.is_main:
             try:
@@ -381,18 +429,13 @@ class Trainer:
             raise SaveError(folder, OSError(reason))
         self.summary.saved[name] = f"after step {self.summary.steps}"
 
-    def _diverged(
-        self, number: int, metrics: dict[str, float], outputs: list[tuple[PairBatch, LossOutput]]
-    ) -> TrainingDivergedError:
-        culprits = [
-            self.pairs[batch.pair_indices[i]].where
-            for batch, output in outputs
-            for i in (~output.losses.isfinite()).nonzero().flatten().tolist()
-        ]
-        culprits = list(dict.fromkeys(place for share in self.ranks.gather_objects(culprits) for place in share))
-        pairs = ", ".join(culprits[:8]) + (f" and {len(culprits) - 8} more" if len(culprits) > 8 else "")
-        return TrainingDivergedError(
-            f"step {number}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: training has diverged, in "
-            f"{'pairs ' + pairs if culprits else 'the gradient alone'}. The weights before this step are in "
-            f"{self.output / 'model'}. A lower --learning-rate or --dtype float32 usually helps."
-        )
+    def _refuse_broken_weights(self, name: str, *, together: bool = True) -> None:
+        """Raise TrainingDivergedError, in the place of a save as `name`, if the last update has left no numbers."""
+        broken = broken_weight(self.policy.model, self.ranks, together=together)
+        if broken is None:
+            return
+        saved, number = self.summary.saved, self.summary.steps
+        error = error_of_update(number, broken, self.output, saved)
+        saved |= dict.fromkeys({name, "model"} - {"checkpoint"}, f"failed after step {number}: {broken} is not finite")
+        self._stopped_together = together
+        raise error

@@ -112,6 +112,13 @@ class TestJobs:
         assert (failed.summary["steps"], failed.summary["stopped"]) == (1, "diverged at step 2")
         assert failed.summary["saved"]["model"] == "after step 1"
 
+    def test_weights_that_an_update_has_broken_are_not_saved(self, job):
+        failed = job("diverge", "fsdp2", learning_rate=1e39)
+        assert failed.seconds < 30
+        assert failed.finished.stderr.count("fused-dpo: step 1: after its update") == 1
+        assert (failed.summary["steps"], failed.summary["stopped"]) == (1, "diverged at step 1")
+        assert not (failed.output / "model").exists()
+
     def test_what_a_user_can_mend_is_told_once(self, job, tmp_path):
         failed = job("", "ddp", data=tmp_path / "nowhere.jsonl")
         message = f"fused-dpo: {tmp_path / 'nowhere.jsonl'}: no such file"

@@ -61,11 +61,11 @@ def test_killed_at_random_moments(start, tmp_path):
     # Some are killed a second time, on the way on from the first.
     kills = {f"run {number}": [moment() for _ in range(1 + number % 2)] for number in range(KILLS * 2 // 3)}
     ends = start(kills)
-    killed = [end.status for case in ends for end in case[:-1]]
-    assert set(killed) <= {-9, 0}, "killed, or done before its moment"
-    assert killed.count(-9) > 0.8 * len(killed)
+    by_operation = [case[0].status for name, case in zip(kills, ends, strict=True) if "operation" in kills[name][0]]
+    assert set(by_operation) == {-9}
+    assert {end.status for case in ends for end in case[:-1]} <= {-9, 0}, "killed, or done before its moment"
     resumed = sum("going on after step" in (tmp_path / f"{name}.log").read_text() for name in kills)
-    assert resumed > 0.4 * len(kills)
+    assert resumed > 0.3 * len(kills)
     for name, case in zip(kills, ends, strict=True):
         assert case[-1].status == 0, (tmp_path / f"{name}.log").read_text()
         assert_same_run(tmp_path / name, tmp_path / "whole")

@@ -87,3 +87,11 @@ class TestFailedAllocation:
         with pytest.raises(UserError, match="out of memory in a forward pass of"):
             train_tiny()
         assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+    def test_in_an_evaluation(self, train_tiny, monkeypatch):
+        def fail(*_: Any) -> None:
+            raise MemoryError("none left")
+
+        monkeypatch.setattr("fused_dpo_engine.training.trainer.Trainer._loss_of", fail)
+        with pytest.raises(UserError, match=r"out of memory in a forward pass of \d+ tokens"):
+            train_tiny(eval_fraction=0.25)

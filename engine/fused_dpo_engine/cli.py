@@ -29,6 +29,11 @@ COMMANDS = {
         "TrainConfig",
         "Train a language model on preference pairs by Direct Preference Optimization.",
     ),
+    "reference": Command(
+        "score a data set by the reference model, before any training; fills a file that `train` takes",
+        "ReferenceConfig",
+        "Score preference pairs by the reference model of a run, and keep the log-probs in a reference store.",
+    ),
     "plan": Command(
         "print what the forward passes over a data set take, before any training",
         "PlanConfig",
@@ -42,7 +47,7 @@ COMMANDS = {
     "env": Command("print versions, devices and what the kernels can use here"),
 }
 USAGE = "usage: fused-dpo COMMAND [options]\n\ncommands:\n" + "".join(
-    f"  {name:<8}  {command.summary}\n" for name, command in COMMANDS.items()
+    f"  {name:<9}  {command.summary}\n" for name, command in COMMANDS.items()
 )
 
 

@@ -119,9 +119,9 @@ class Schedule:
     def _evenly(self, batches: list[PlannedBatch]) -> list[PlannedBatch]:
         return spread_evenly(self.pairs, batches, self.packing, self.num_ranks)
 
-    def plan_share(self, pairs: Sequence[TokenPair]) -> list[PlannedBatch]:
-        """Plan forward passes over other pairs, and take this rank's, as many as every other rank has."""
-        batches = plan_pairs(pairs, range(len(pairs)), self.packing)
+    def plan_share(self, pairs: Sequence[TokenPair], indices: Sequence[int] | None = None) -> list[PlannedBatch]:
+        """Plan forward passes over other pairs, or some of them, and take this rank's, as many as every rank has."""
+        batches = plan_pairs(pairs, range(len(pairs)) if indices is None else indices, self.packing)
         return spread_evenly(pairs, batches, self.packing, self.num_ranks)[self.rank :: self.num_ranks]
 
     def _plan_windows(self, order: list[int], epoch: int) -> list[list[PlannedBatch]]:

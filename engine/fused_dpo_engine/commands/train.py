@@ -13,7 +13,7 @@ import torch
 import transformers
 from rich.console import Console
 
-from fused_dpo.losses import loss_spec, needs_reference
+from fused_dpo.losses import loss_spec
 from fused_dpo_engine.batching.planning import check_rankings
 from fused_dpo_engine.batching.schedule import Schedule
 from fused_dpo_engine.checkpoint.files import write
@@ -38,11 +38,11 @@ from fused_dpo_engine.model.loading import (
     load_tokenizer,
 )
 from fused_dpo_engine.model.parallel import share_out
-from fused_dpo_engine.model.parity import pairs_to_test, self_test
+from fused_dpo_engine.model.parity import check_vocabulary, pairs_to_test, self_test
 from fused_dpo_engine.model.policy import Policy
 from fused_dpo_engine.model.source import find_source
 from fused_dpo_engine.model.tensor_parallel import check_tensor_parallel
-from fused_dpo_engine.reference.scoring import score_run
+from fused_dpo_engine.reference.run import find_references
 from fused_dpo_engine.reports.tables import summary_table
 from fused_dpo_engine.training.memory import fits, memory_warning
 from fused_dpo_engine.training.optimizer import check_optimizer
@@ -124,7 +124,9 @@ def _train(config: TrainConfig, ranks: Ranks) -> Summary:
     schedule = Schedule(pairs, config.run, config.packing, num_ranks=ranks.data_size, rank=ranks.data_rank)
     _warn_of_passes(config, schedule, console)
     packing = config.packing
-    reference = held_out_reference = None
+    references = None  # a checkpoint has them
+    if checkpoint is None:
+        references = find_references(config, frozen, device, strategy_name, schedule, held_out, console, ranks)
     hold = partial(
         share_out,
         strategy=strategy_name,
@@ -139,19 +141,18 @@ def _train(config: TrainConfig, ranks: Ranks) -> Summary:
     load = partial(
         build_policy, device=device, ld_alpha=config.loss.ld_alpha, packing=packing.packing, loaded_on=loaded_on
     )
-    if checkpoint is not None:
-        reference = read_reference(checkpoint, "pairs", len(pairs), ranks)
-        held_out_reference = read_reference(checkpoint, "held-out pairs", len(held_out), ranks)
-    elif frozen is not None:
+    if frozen is not None and references is not None and not references.needs_model:
+        references.say_not_loaded()
+    elif frozen is not None and references is not None:
         scorer = load(frozen, LoraOptions(), trained=False)
-        _check_vocabulary(scorer, pairs + held_out)
+        check_vocabulary(scorer, pairs + held_out)
         if in_parts:
             hold(scorer)
-        reference, held_out_reference = score_run(scorer, schedule, held_out, console, ranks)
+        references.score(scorer)
         del scorer
         gc.collect()  # the model and its modules refer to each other
     policy = load(config.model, config.lora)
-    _check_vocabulary(policy, pairs + held_out)
+    check_vocabulary(policy, pairs + held_out)
     trainable = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     console.print(
         f"model: {type(policy.causal_lm).__name__}, {trainable / 1e6:.1f} M trainable weights, {config.model.dtype} on "
@@ -165,8 +166,12 @@ def _train(config: TrainConfig, ranks: Ranks) -> Summary:
         policy.compile_backbone(layers=list(decoder_layers(policy.causal_lm)) if strategy_name == "fsdp2" else ())
     if ranks.size > 1:
         console.print(f"{ranks.size} processes, {strategy.name}")
-    if reference is None and needs_reference(config.loss.loss_type) and checkpoint is None:
-        reference, held_out_reference = score_run(policy, schedule, held_out, console, ranks)
+    if frozen is None and references is not None:
+        references.score(policy, beta=config.loss.beta if config.loss.loss_type == "sigmoid" else None)
+    reference, held_out_reference = (None, None) if references is None else references.finish()
+    if checkpoint is not None:
+        reference = read_reference(checkpoint, "pairs", len(pairs), ranks)
+        held_out_reference = read_reference(checkpoint, "held-out pairs", len(held_out), ranks)
 
     trainer = Trainer(
         policy,
@@ -280,14 +285,3 @@ def _layout(config: TrainConfig, policy: Policy) -> str:
         return f"padded batches, attention {policy.causal_lm.config._attn_implementation}"
     shared = "prefixes shared" if config.packing.prefix_sharing else "prefixes not shared"
     return f"packed, {shared}, attention {policy.attention_name}"
-
-
-def _check_vocabulary(policy: Policy, pairs: list[TokenPair]) -> None:
-    size = policy.causal_lm.get_input_embeddings().weight.shape[0]
-    for pair in pairs:
-        largest = max(int(pair.chosen_ids.max()), int(pair.rejected_ids.max()))
-        if largest >= size:
-            raise UserError(
-                f"{pair.where}: token id {largest} lies outside the model's {size} embeddings; the tokenizer does not "
-                f"belong to this model."
-            )

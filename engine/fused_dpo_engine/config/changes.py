@@ -7,9 +7,9 @@ from fused_dpo.losses import loss_spec
 
 FREE = frozenset(
     {"output", "overwrite", "resume", "checkpoint_every", "checkpoint_minutes", "checkpoints_kept", "save_steps"}
-    | {"report_to", "timeout_minutes", "trust_remote_code"}
+    | {"report_to", "timeout_minutes", "trust_remote_code", "reference_store", "reference_columns"}
 )
-"""Changes nothing that is trained."""
+"""Changes nothing that is trained; a checkpoint has the reference's log-probs, wherever they came from."""
 BY_CONTENT = frozenset(
     {"model", "ref_model", "data", "split", "eval_data", "eval_split", "eval_fraction", "max_length"}
     | {"truncate_prompts", "pairs", "skip_bad_rows", "chat_template", "columns", "score"}

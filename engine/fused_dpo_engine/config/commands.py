@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from fused_dpo_engine.config.options import (
     OptimizerOptions,
     PackingOptions,
     ParallelOptions,
+    ReferenceOptions,
     RunOptions,
     require,
 )
@@ -40,6 +42,7 @@ class TrainConfig:
     packing: PackingOptions
     parallel: ParallelOptions
     run: RunOptions
+    reference: ReferenceOptions
 
     def __post_init__(self) -> None:
         run, data = self.run, self.data
@@ -73,6 +76,10 @@ class TrainConfig:
         require(
             not self.model.ref_model or needs_reference(self.loss.loss_type),
             f"{self.loss.loss_type} takes no reference; leave out --ref-model, or give another --loss-type.",
+        )
+        require(
+            not self.reference.reference_store or needs_reference(self.loss.loss_type),
+            f"{self.loss.loss_type} takes no reference; leave out --reference-store, or give another --loss-type.",
         )
         require(
             data.pairs == "best" or not loss_spec(self.loss.loss_type).ranked,
@@ -134,6 +141,57 @@ class PlanConfig:
     def model_options(self) -> ModelOptions:
         """The model, as functions that load one take it."""
         return ModelOptions(model=self.model, trust_remote_code=self.trust_remote_code)
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    """Fill a reference store: score preference pairs by the reference of a run, before the run."""
+
+    model: ModelOptions
+    lora: LoraOptions
+    data: DataOptions
+    packing: PackingOptions
+    parallel: ParallelOptions
+    store: str
+    """File that keeps the log-probs; made if there is none, and added to if there is."""
+    ld_alpha: float | None = None
+    """Weight (0 to 1) of response tokens beyond the length of the shorter response (LD-DPO); by default off."""
+    verify: int = 0
+    """Score so many of the data's stored sequences again, chosen by --seed, and print the largest difference."""
+    export: str | None = None
+    """Write --data with the columns ref_chosen_logps and ref_rejected_logps to this file (.jsonl or .parquet)."""
+    overwrite: bool = False
+    """Replace the file that --export names."""
+    seed: int = 0
+    """Seed of the sample that --verify takes, and of the held-out split."""
+
+    def __post_init__(self) -> None:
+        for name in ("store", "export"):
+            value = getattr(self, name)
+            require(value != "", f"{name} must name a file, got ''.")
+            if value is not None:
+                object.__setattr__(self, name, os.path.expanduser(value))  # frozen for everybody else
+        require(self.verify >= 0, f"verify must be 0 (none) or positive, got {self.verify}.")
+        require(0 <= self.seed < 2**63, f"seed must lie in [0, 2^63), got {self.seed}.")
+        require(self.ld_alpha is None or 0 <= self.ld_alpha <= 1, f"ld-alpha must lie in [0, 1], got {self.ld_alpha}.")
+        require(
+            self.export is None or self.export.lower().endswith((".jsonl", ".parquet")),
+            f"export writes .jsonl or .parquet, got {self.export}; give the file one of these endings.",
+        )
+        require(
+            self.export is None or self.ld_alpha in (None, 1.0),
+            "export writes plain sums of log-probs, which is what the columns mean elsewhere; leave out --ld-alpha.",
+        )
+        require(
+            not (self.lora.lora_rank and self.model.ref_model),
+            "with LoRA the reference is the model with its adapters off; leave out --ref-model.",
+        )
+        _require_room(self.data, self.packing)
+
+    @property
+    def scored(self) -> ModelOptions:
+        """The model that is the reference."""
+        return dataclasses.replace(self.model, model=self.model.ref_model or self.model.model, ref_model=None)
 
 
 @dataclass(frozen=True)

@@ -348,3 +348,19 @@ class RunOptions:
         )
         require(self.resume != "", "resume must be auto, never, or a folder, got ''.")
         _expand_home(self, "resume")
+
+
+@dataclass(frozen=True)
+class ReferenceOptions:
+    """Where the log-probs of the reference come from, if they are not computed."""
+
+    reference_store: str | None = None
+    """File that keeps the reference's log-probs by what decides them (made if there is none): what it has is not
+    computed again, by this run or by others, and what it lacks is written while it is computed."""
+    reference_columns: Literal["auto", "never"] = "auto"
+    """auto: take log-probs that the data brings in ref_chosen_logps and ref_rejected_logps (or reference_...) as the
+    reference's, after some have been computed again and compared. never: leave them out."""
+
+    def __post_init__(self) -> None:
+        require(self.reference_store != "", "reference-store must name a file, got ''.")
+        _expand_home(self, "reference_store")

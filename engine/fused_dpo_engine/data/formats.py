@@ -20,6 +20,7 @@ from fused_dpo_engine.data.messages import (
     require_assistant,
     without_nulls,
 )
+from fused_dpo_engine.data.references import Brought, read_brought
 from fused_dpo_engine.errors import DataError, bad_row, short
 
 REPEATED = 8
@@ -62,6 +63,8 @@ class Preference:
     """Columns that all of this came from."""
     implied: bool = False
     """The prompt is text that the answers share."""
+    brought: Brought | None = None
+    """Log-probs of a reference; None where the row has no column for them."""
 
     @property
     def chosen(self) -> Text:
@@ -99,7 +102,8 @@ def _parsed(row: Row) -> Preference:
     if media := [name for name in MEDIA if row.values.get(name)]:
         raise bad_row(where, f"the row has {', '.join(media)}; text alone can be trained on", "not text")
     columns = read_columns(row.values, where)
-    used = columns.used | ({"tools", "chat_template_kwargs"} & row.values.keys())
+    brought = read_brought(row.values)
+    used = columns.used | ({"tools", "chat_template_kwargs"} & row.values.keys()) | (brought.used if brought else set())
     tools = parsed_tools(columns.tools or row.values.get("tools"), where)
     arguments = _template_arguments(row.values.get("chat_template_kwargs"), where)
     names = _names(columns)
@@ -111,7 +115,7 @@ def _parsed(row: Row) -> Preference:
         if isinstance(answer, list):
             require_assistant(answer, name, where)
     implied = columns.prompt is None and isinstance(prompt, str)
-    return Preference(prompt, answers, where, columns.answers.scores, tools, arguments, used, implied)
+    return Preference(prompt, answers, where, columns.answers.scores, tools, arguments, used, implied, brought)
 
 
 def _names(columns: Columns) -> list[str]:

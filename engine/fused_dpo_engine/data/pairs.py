@@ -30,6 +30,8 @@ class TokenPair:
     """int64, ascending, positions in `chosen_ids`, each at least `prompt_length`; None: all of these."""
     rejected_scored: np.ndarray | None = None
     """int64, the same for `rejected_ids`."""
+    reference: tuple[float, float] | None = None
+    """Log-probs of the reference that the data brings, of exactly what is scored of the two sequences."""
 
     @property
     def sides(self) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
@@ -93,8 +95,9 @@ class TokenizationReport:
     `merged_boundaries` counts rows whose prompt, tokenized alone, does not begin both sequences.
     `implied_prompts` counts rows without a prompt, whose answers share their beginning; `unused_columns` names columns
     that held something which no row's pair came from. `spelled_rows` counts rows whose texts spell special tokens of
-    the tokenizer, which become these tokens, as they do when the model serves. `chosen_tokens` and `rejected_tokens`
-    count scored tokens.
+    the tokenizer, which become these tokens, as they do when the model serves. `brought` counts pairs with a column of
+    reference log-probs, `brought_taken` those of them that are about the pair as it is scored. `chosen_tokens` and
+    `rejected_tokens` count scored tokens.
     """
 
     max_length: int
@@ -108,6 +111,8 @@ class TokenizationReport:
     implied_prompts: int
     unused_columns: tuple[str, ...]
     spelled_rows: int
+    brought: int
+    brought_taken: int
     prompt_tokens: LengthStatistics
     chosen_tokens: LengthStatistics
     rejected_tokens: LengthStatistics
@@ -131,6 +136,10 @@ class TokenizationReport:
             lines.append(
                 f"{self.spelled_rows} rows spell special tokens in their texts, and are trained on these tokens"
             )
+        if self.brought:
+            left = self.brought - self.brought_taken
+            why = f", {left} cannot be taken: cut, merged, of several answers, or not two log-probs" if left else ""
+            lines.append(f"reference log-probs: {self.brought} pairs bring theirs{why}")
         lines.append(f"prompt tokens: {self.prompt_tokens}")
         lines.append(f"chosen tokens: {self.chosen_tokens}")
         lines.append(f"rejected tokens: {self.rejected_tokens}")

@@ -40,6 +40,10 @@ class Rendered(NamedTuple):
     where: str
     scores: tuple[float, ...] | None
     """Of the answers, best first; None where the row has none."""
+    reference: tuple[float, float] | None = None
+    """Log-probs of the reference that the row brings along, of chosen and rejected."""
+    brings_reference: bool = False
+    """Whether it has a column for them, usable or not."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,11 @@ class Renderer:
         Raises:
             DataError: the template refuses a conversation, or leaves out a part of it.
         """
+        rendered = self._texts(preference)
+        brought = preference.brought
+        return rendered if brought is None else rendered._replace(reference=brought.logps, brings_reference=True)
+
+    def _texts(self, preference: Preference) -> Rendered:
         prompt, answers, where = preference.prompt, preference.answers, preference.where
         if isinstance(prompt, str):
             texts = tuple(prompt + cast(str, answer) for answer in answers)

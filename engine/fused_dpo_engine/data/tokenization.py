@@ -101,6 +101,7 @@ def tokenize_pairs(
 
     pairs: list[TokenPair] = []
     merged_boundaries, prompt_cuts, response_cuts = 0, [], []
+    brought, brought_taken = 0, 0
     for batch in _batches(preferences, progress):
         rendered = []
         for preference in batch:
@@ -113,7 +114,14 @@ def tokenize_pairs(
                 if truncate_prompts:
                     prompt_cut = sequences.cut_prompt(max_length, cast("int | None", tokenizer.bos_token_id))
                 cuts = sequences.cut_answers(max_length)
-                pairs += sequences.pairs(pairing, len(pairs) if rankings else None)
+                made = sequences.pairs(pairing, len(pairs) if rankings else None)
+                if item.brings_reference:
+                    brought += len(made)
+                    # Numbers of other tokens than those that are scored here would be those of another sequence.
+                    if item.reference and len(item.answers) == 2 and not (merged or prompt_cut or any(cuts)):
+                        brought_taken += 1
+                        made = [replace(pair, reference=item.reference) for pair in made]
+                pairs += made
                 merged_boundaries += merged
                 prompt_cuts.append(prompt_cut)
                 response_cuts.extend(cuts)
@@ -133,6 +141,8 @@ def tokenize_pairs(
         implied_prompts=implied,
         unused_columns=_unused(rows, used | set((columns or {}).values())),
         spelled_rows=spelled,
+        brought=brought,
+        brought_taken=brought_taken,
         prompt_tokens=length_statistics(pair.prompt_length for pair in pairs),
         chosen_tokens=length_statistics(pair.chosen_length for pair in pairs),
         rejected_tokens=length_statistics(pair.rejected_length for pair in pairs),

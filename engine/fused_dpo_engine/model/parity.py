@@ -35,6 +35,22 @@ def pairs_to_test(pairs: Sequence[TokenPair], options: PackingOptions) -> list[i
     return taken
 
 
+def check_vocabulary(policy: Policy, pairs: Sequence[TokenPair]) -> None:
+    """Refuse pairs with tokens that the model does not know.
+
+    Raises:
+        UserError: names the first of them.
+    """
+    size = policy.causal_lm.get_input_embeddings().weight.shape[0]
+    for pair in pairs:
+        largest = max(int(pair.chosen_ids.max()), int(pair.rejected_ids.max()))
+        if largest >= size:
+            raise UserError(
+                f"{pair.where}: token id {largest} lies outside the model's {size} embeddings; the tokenizer does not "
+                f"belong to this model."
+            )
+
+
 @torch.no_grad()
 def self_test(
     policy: Policy,

@@ -1,16 +1,13 @@
 """Log-probs of the frozen reference, scored once before training by the very code that trains."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from rich.console import Console
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from fused_dpo_engine.batching.batch import PairBatch
-from fused_dpo_engine.batching.planning import PlannedBatch, build_batch
-from fused_dpo_engine.batching.schedule import Schedule
 from fused_dpo_engine.data.pairs import TokenPair
 from fused_dpo_engine.distributed.ranks import Ranks
 from fused_dpo_engine.errors import UserError
@@ -38,6 +35,7 @@ def score_reference(
     total: int,
     progress: bool,
     ranks: Ranks | None = None,
+    keep: Callable[[list[int], Tensor], None] | None = None,
 ) -> ReferenceLogps:
     """Score the pairs of `batches` with the policy's model, its adapters off.
 
@@ -51,6 +49,7 @@ def score_reference(
         total: number of pairs in the batches, for the progress bar.
         progress: show one.
         ranks: processes that have the other shares; None for one alone.
+        keep: takes the indices and log-probs [n, 2] of every pass as it is done, those that are no numbers left out.
 
     Raises:
         UserError: a log-prob is not a number.
@@ -62,7 +61,11 @@ def score_reference(
         for batch in batches:
             logps = policy(batch.to(policy.device)).logps.view(-1, 2).cpu()
             result[batch.pair_indices] = logps
-            bad += [batch.pair_indices[i] for i in (~logps.isfinite().all(1)).nonzero().flatten().tolist()]
+            good = logps.isfinite().all(1)
+            fine = [index for index, is_good in zip(batch.pair_indices, good.tolist(), strict=True) if is_good]
+            bad += [index for index in batch.pair_indices if index not in fine]
+            if keep is not None:
+                keep(fine, logps[good])
             if bad and ranks.size == 1:
                 break
             bar.update(batch.num_pairs)
@@ -72,35 +75,3 @@ def score_reference(
         where = ", ".join(pairs[index].where for index in everywhere[:3])
         raise UserError(f"the reference gives no finite log-prob to {where}; its weights may be damaged.")
     return ReferenceLogps(ranks.fill_in(result))
-
-
-def score_run(
-    policy: Policy, schedule: Schedule, held_out: list[TokenPair], console: Console, ranks: Ranks
-) -> tuple[ReferenceLogps, ReferenceLogps]:
-    """Score every pair that a run will see, in the forward passes that it will take.
-
-    Args:
-        policy: as in `score_reference`.
-        schedule: of the run; the training pairs are scored in its first pass over them.
-        held_out: pairs to evaluate on, possibly none.
-        console: for reports and progress.
-        ranks: processes that share the pairs.
-
-    Returns:
-        Log-probs of the training pairs and of the held-out pairs.
-
-    Raises:
-        UserError: as in `score_reference`.
-    """
-    pairs, packing = schedule.pairs, schedule.packing
-    console.print(f"reference: log-probs of {len(pairs) + len(held_out)} pairs, once")
-
-    def score(side: Sequence[TokenPair], plan: list[PlannedBatch]) -> ReferenceLogps:
-        batches = (build_batch(side, planned.indices, packing) for planned in plan)
-        total = sum(len(planned.indices) for planned in plan)
-        return score_reference(policy, side, batches, total, console.is_terminal and ranks.is_main, ranks)
-
-    return (
-        score(pairs, [planned for step in schedule.first_pass() for planned in step.batches]),
-        score(held_out, schedule.plan_share(held_out)),
-    )

@@ -15,12 +15,13 @@ from torch import distributed as dist
 from tests.fresh_process import run_ranks
 
 
-def run_cases(ranks: int, folder: Path, cases: dict[str, dict[str, Any]]) -> None:
-    """Run `{name: {"options": [...], "change": a key of CHANGES or None}}`."""
+def run_cases(ranks: int, folder: Path, cases: dict[str, dict[str, Any]]) -> str:
+    """Run `{name: {"options": [...], "change": a key of CHANGES or None}}`; what they said on stderr."""
     file = folder / f"{ranks}.json"
     file.write_text(json.dumps(cases), encoding="utf-8")
     finished = run_ranks(ranks, "tests.engine.support.ranks", file)
     assert finished.returncode == 0, finished.stderr[-8000:]
+    return finished.stderr
 
 
 def read_digests(ranks: int, folder: Path) -> dict[str, list[str]]:

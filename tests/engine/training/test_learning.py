@@ -166,7 +166,7 @@ class TestLearning:
             return score_reference(policy, pairs, batches, *arguments, **settings)
 
         monkeypatch.setattr(Policy, "forward", recorded)
-        monkeypatch.setattr("fused_dpo_engine.reference.scoring.score_reference", recorded_score)
+        monkeypatch.setattr("fused_dpo_engine.reference.run.score_reference", recorded_score)
         train_tiny(max_steps=6)
         assert sorted(i for indices in scored for i in indices) == list(range(24))
         assert trained[: len(scored)] == scored

@@ -176,7 +176,7 @@ class TestBadInput:
     def test_a_reference_that_gives_no_numbers(self, train, tmp_path):
         folder = save_folder(tmp_path / "model")
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder)
-        torch.nn.init.constant_(model.model.norm.weight, torch.nan)
+        torch.nn.init.constant_(model.model.norm.weight, 3e38)  # a number, of which others become none
         model.save_pretrained(folder)
         outcome = train(ref_model=folder)
         self.check(outcome, "gives no finite log-prob to", tmp_path / "run")

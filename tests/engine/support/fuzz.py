@@ -107,13 +107,13 @@ def _change(draw: random.Random, holder: Any, key: Any) -> None:
     elif kind == 1 and isinstance(holder, dict):
         holder[draw.choice(KEYS)] = holder.pop(key)
     elif kind == 2 and isinstance(holder, dict):
-        holder[draw.choice(KEYS)] = draw.choice((*TEXTS, *OTHERS))
+        holder[draw.choice(KEYS)] = copy.deepcopy(draw.choice((*TEXTS, *OTHERS)))
     elif kind == 3:
-        holder[key] = draw.choice(OTHERS)
+        holder[key] = copy.deepcopy(draw.choice(OTHERS))  # the next change may be within it
     elif kind == 4:
         holder[key] = draw.choice((json.dumps(old, default=str), [old], {"content": old}, [old, old], str(old)))
     elif kind == 5 and isinstance(holder, list):
-        holder.insert(key, draw.choice(holder))
+        holder.insert(key, copy.deepcopy(draw.choice(holder)))
     elif kind == 6 and key in ("role", "from"):
         holder[key] = draw.choice(ROLES)
     elif kind == 7:

@@ -59,6 +59,16 @@ WAYS: dict[str, Way] = {
     "both": Way({"gradient_checkpointing": True, "offload_activations": True}, bits=True),
     "saved on the way": Way({"save_steps": 2}, bits=True),
     "checkpoints on the way": Way({"checkpoint_every": 3}, bits=True),
+    "a filled store": Way(
+        {"reference_store": "{folder}/filled.db", "overwrite": True},
+        bits=True,
+        before=({"reference_store": "{folder}/filled.db", "tokens_per_batch": 60, "seed": 5},),
+    ),
+    "resumed": Way(
+        {"checkpoint_every": 3, "resume": "{folder}/resumed/checkpoints/step-00000003"},
+        bits=True,
+        before=({"checkpoint_every": 3},),
+    ),
     "overwritten": Way({"overwrite": True}, bits=True, before=({"seed": 5, "max_steps": 2},)),
 }
 
@@ -81,7 +91,8 @@ class Runs:
 
     def run(self, name: str, **changes: Any) -> Path:
         output = self.folder / name
-        assert main(["train", *options(**{**self.common, **changes, "output": output})]) == 0
+        given = [argument.format(folder=self.folder) for argument in options(**changes)]
+        assert main(["train", *options(**{**self.common, "output": output}), *given]) == 0
         return output
 
     def differences(self, output: Path) -> tuple[dict[str, float], float]:

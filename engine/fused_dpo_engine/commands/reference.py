@@ -10,12 +10,11 @@ from rich.console import Console
 from fused_dpo_engine.batching.schedule import Schedule
 from fused_dpo_engine.config.commands import ReferenceConfig
 from fused_dpo_engine.config.options import RunOptions
-from fused_dpo_engine.data.load import load_pairs
-from fused_dpo_engine.data.pairs import TokenPair, digest_pairs
+from fused_dpo_engine.data.load import check_same_everywhere, load_pairs
+from fused_dpo_engine.data.pairs import TokenPair
 from fused_dpo_engine.distributed.failures import processes
 from fused_dpo_engine.distributed.ranks import Ranks
 from fused_dpo_engine.distributed.strategy import choose_strategy
-from fused_dpo_engine.errors import UserError
 from fused_dpo_engine.model.build import build_policy
 from fused_dpo_engine.model.layers import decoder_layers
 from fused_dpo_engine.model.loading import choose_device, choose_max_length, dtype_warning, load_tokenizer
@@ -62,7 +61,7 @@ def _reference(config: ReferenceConfig, ranks: Ranks) -> None:
     data = dataclasses.replace(config.data, max_length=max_length)
     pairs, held_out = load_pairs(data, config.seed, tokenizer, console)
     every = pairs + held_out
-    _check_same_everywhere(config, every, ranks)
+    check_same_everywhere(repr(config), every, ranks)
     schedule = Schedule([], RunOptions(output="", seed=config.seed), config.packing, **_share(ranks))
     kept = _open(config, device, strategy, ranks, console)
     known = RunReference(schedule, every, kept, console, ranks, take_brought=False)
@@ -79,16 +78,6 @@ def _reference(config: ReferenceConfig, ranks: Ranks) -> None:
         of_data = pairs if config.data.eval_data else every
         count = len(of_data)
         console.print(export(config.export, config.data, of_data, logps[:count]))
-
-
-def _check_same_everywhere(config: ReferenceConfig, pairs: list[TokenPair], ranks: Ranks) -> None:
-    """Refuse processes that have read other settings or other pairs: they tell each other log-probs by their place."""
-    seen = ranks.gather_objects((repr(config), digest_pairs(pairs) if ranks.size > 1 else ""))
-    if other := next((rank for rank, its in enumerate(seen) if its != seen[0]), None):
-        raise UserError(
-            f"process {other} has read other settings or other pairs than process 0; give all machines the same "
-            f"options, files and releases of the packages."
-        )
 
 
 def _share(ranks: Ranks) -> dict[str, int]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import gc
-import hashlib
 import json
 import warnings
 from functools import partial
@@ -21,7 +20,7 @@ from fused_dpo_engine.checkpoint.folder import Checkpoints
 from fused_dpo_engine.config.commands import TrainConfig
 from fused_dpo_engine.config.options import LoraOptions, ModelOptions
 from fused_dpo_engine.config.paths import refuse_overlap
-from fused_dpo_engine.data.load import load_pairs
+from fused_dpo_engine.data.load import check_same_everywhere, load_pairs
 from fused_dpo_engine.data.pairs import TokenPair
 from fused_dpo_engine.distributed.failures import processes
 from fused_dpo_engine.distributed.ranks import Ranks
@@ -116,7 +115,8 @@ def _train(config: TrainConfig, ranks: Ranks) -> Summary:
     for side in (pairs, held_out):
         check_rankings(side, config.packing)
         _check_margins(side, config)
-    _check_same_everywhere(config, pairs + held_out, ranks, held=f"{strategy_name} {reduces_every_pass}")
+    _check_held_alike(f"{strategy_name} {reduces_every_pass}", ranks)
+    check_same_everywhere(config.as_json(), pairs + held_out, ranks)
     keeps = config.run.checkpoint_every > 0 or config.run.checkpoint_minutes > 0
     identity = identify(config, pairs, held_out, ranks) if keeps or checkpoint is not None else {}
     if checkpoint is not None:
@@ -228,27 +228,12 @@ def _resolved(config: TrainConfig, device: torch.device) -> TrainConfig:
     )
 
 
-def _check_same_everywhere(config: TrainConfig, pairs: list[TokenPair], ranks: Ranks, held: str) -> None:
-    """Refuse processes that have read other settings or other data: they would train apart without a word.
-
-    Every rank reads the data itself, from its own machine, and chooses by the memory of its own device how the model is
-    `held`.
-    """
-    ways = ranks.gather_objects(held)
-    if len(set(ways)) > 1:
+def _check_held_alike(held: str, ranks: Ranks) -> None:
+    """Refuse processes that hold the model in different ways; each chooses by the memory of its own device."""
+    if len(set(ranks.gather_objects(held))) > 1:
         raise UserError(
             "the processes choose different ways to hold the model, as their devices have different memory; give "
             "--strategy ddp, or --strategy fsdp2 with --offload."
-        )
-    digest = hashlib.sha256(config.as_json().encode())
-    for pair in pairs if ranks.size > 1 else ():
-        digest.update(pair.chosen_ids.tobytes() + b"|" + pair.rejected_ids.tobytes())
-    seen = ranks.gather_objects(digest.hexdigest())
-    other = next((rank for rank, its in enumerate(seen) if its != seen[0]), None)
-    if other is not None:
-        raise UserError(
-            f"process {other} has read other settings or other pairs than process 0; give all machines the same "
-            f"options, files and releases of the packages."
         )
 
 

@@ -1,5 +1,6 @@
 """From settings to token pairs: what `train` and `plan` have in common."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -7,9 +8,10 @@ from transformers import PreTrainedTokenizerBase
 
 from fused_dpo_engine.config.options import DataOptions
 from fused_dpo_engine.data.columns import renaming
-from fused_dpo_engine.data.pairs import TokenizedPairs, TokenPair, split_pairs
+from fused_dpo_engine.data.pairs import TokenizedPairs, TokenPair, digest_pairs, split_pairs
 from fused_dpo_engine.data.sources import read_rows
 from fused_dpo_engine.data.tokenization import tokenize_pairs
+from fused_dpo_engine.distributed.ranks import Ranks
 from fused_dpo_engine.errors import UserError
 
 
@@ -57,6 +59,23 @@ def load_pairs(
         console.print(f"held out: {len(held_out)} of {len(pairs) + len(held_out)} pairs")
         return pairs, held_out
     return pairs, []
+
+
+def check_same_everywhere(settings: str, pairs: Sequence[TokenPair], ranks: Ranks) -> None:
+    """Refuse processes that have read other settings or other data, each from its own machine.
+
+    They would train apart without a word, and tell each other numbers of pairs by their place.
+
+    Raises:
+        UserError: some have; the same on all ranks.
+    """
+    seen = ranks.gather_objects((settings, digest_pairs(pairs) if ranks.size > 1 else ""))
+    other = next((rank for rank, its in enumerate(seen) if its != seen[0]), None)
+    if other is not None:
+        raise UserError(
+            f"process {other} has read other settings or other pairs than process 0; give all machines the same "
+            f"options, files and releases of the packages."
+        )
 
 
 def find_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -116,10 +116,9 @@ class TestSameEverywhere:
     """Every rank reads settings and data itself."""
 
     def test_other_data_is_refused(self, toy_settings, tmp_path, monkeypatch):
-
         def gather(_: Ranks, value: Any) -> list[Any]:
-            is_digest = isinstance(value, str) and len(value) == 64
-            return [value, "other"] if is_digest else [value]
+            of_data = isinstance(value, tuple) and all(isinstance(part, str) for part in value)
+            return [value, ("other", "")] if of_data else [value]
 
         monkeypatch.setattr(Ranks, "gather_objects", gather)
         with pytest.raises(UserError, match="process 1 has read other settings or other pairs than process 0"):
@@ -127,7 +126,6 @@ class TestSameEverywhere:
         assert not (tmp_path / "run").exists()
 
     def test_another_way_to_hold_the_model_is_refused(self, toy_settings, tmp_path, monkeypatch):
-
         def gather(_: Ranks, value: Any) -> list[Any]:
             return [value, "fsdp2 True"] if isinstance(value, str) else [value]
 

@@ -111,7 +111,6 @@ def check_model(options: ModelOptions, lora: LoraOptions, *, packing: bool = Tru
             adapters that cannot be trained on.
     """
     source = find_source(options.model)
-    check_files(source)
     config, _ = _checked_config(source, options, packing)
     if source.adapters is not None:
         check_adapters(source.adapters, lora)
@@ -120,8 +119,9 @@ def check_model(options: ModelOptions, lora: LoraOptions, *, packing: bool = Tru
 
 
 def _checked_config(source: Source, options: ModelOptions, packing: bool) -> tuple[Any, type | None]:
-    """Read a model's configuration, check what it tells, and find the class of the model if it tells that."""
+    """Read a model's configuration, check its files and what it tells, and find the model's class if it tells that."""
     config = read_config(source, options)
+    check_files(source)  # not before: of a name that the Hub does not know, each file takes as long to be missed
     check_architecture(config, source.base)
     cls = causal_class_of(config)
     if packing and cls is not None:
@@ -149,7 +149,6 @@ def load_model(
         UserError: it cannot be loaded, or its architecture cannot run packed.
     """
     source = find_source(name)
-    check_files(source)
     own, cls = _checked_config(source, options, packing)
     config = copy.deepcopy(own)
     switch_dropout_off(config)

@@ -41,7 +41,7 @@ def long_run(folder: Path, model: Path, steps: int, leak: str = "") -> dict[str,
 def test_two_thousand_steps(tmp_path, tiny_llama):
     grown = long_run(tmp_path, tiny_llama, 2000)
     assert grown["memory"] < BOUND
-    assert grown["files"] == grown["threads"] == 0
+    assert max(grown["files"], grown["threads"]) <= 0
 
 
 def test_control_what_stays_is_seen(tmp_path, tiny_llama):

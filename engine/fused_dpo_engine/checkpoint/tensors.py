@@ -6,6 +6,7 @@ but what describes tensors, so that somebody else's checkpoint cannot run code.
 
 import pickle
 import warnings
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,16 @@ class _Unpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         raise pickle.UnpicklingError(f"{module}.{name} does not describe a tensor")
+
+
+def _member(kind: Any, name: str) -> Enum:
+    """Find a member of an enumeration, which the first releases of Python 3.11 pickle as an attribute of it."""
+    if not (isinstance(kind, type) and issubclass(kind, Enum)):
+        raise pickle.UnpicklingError(f"an attribute of {kind} does not describe a tensor")
+    return kind[name]
 
 
 _PATHS = {"Path", "PosixPath", "WindowsPath"}

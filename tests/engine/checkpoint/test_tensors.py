@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,43 @@ def test_an_index_that_would_run_code_is_refused(tmp_path):
     assert not proof.exists()
     pickle.loads(harmful)
     assert proof.exists(), "control: it would have"
+
+
+class ByAttribute(pickle.Pickler):
+    """Pickles members of enumerations as Python 3.11.2 does."""
+
+    def reducer_override(self, value: Any) -> Any:
+        return (getattr, (type(value), value.name)) if isinstance(value, Enum) else NotImplemented
+
+
+def rewrite_index(folder: Path) -> None:
+    """Pickle an index once more, as another Python would."""
+    index = pickle.loads((folder / INDEX).read_bytes())
+    with (folder / INDEX).open("wb") as file:
+        ByAttribute(file).dump(index)
+
+
+def test_an_index_of_another_python(tmp_path):
+    save_tensors(tmp_path, TENSORS, ONE)
+    rewrite_index(tmp_path)
+    assert b"getattr" in (tmp_path / INDEX).read_bytes()
+    read = {name: torch.ones_like(tensor) for name, tensor in TENSORS.items()}
+    load_tensors(tmp_path, read, ONE)
+    assert {name: bits(tensor) for name, tensor in read.items()} == {n: bits(t) for n, t in TENSORS.items()}
+
+
+class Attribute:
+    """Is unpickled to an attribute of a class that describes tensors, from which others can be reached."""
+
+    def __reduce__(self) -> Any:
+        return (getattr, (torch.Size, "__class__"))
+
+
+def test_attributes_of_what_is_no_enumeration_are_refused(tmp_path):
+    save_tensors(tmp_path, TENSORS, ONE)
+    (tmp_path / INDEX).write_bytes(pickle.dumps(Attribute()))
+    with pytest.raises(UserError, match=r"an attribute of .* does not describe a tensor"):
+        shapes_in(tmp_path)
 
 
 def test_bytes_among_the_tensors_are_refused(tmp_path):

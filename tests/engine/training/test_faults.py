@@ -110,9 +110,14 @@ class TestFolder:
         assert [path.name for path in (run.output / "checkpoints").iterdir()] == ["step-00000004"]
 
     @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
-    def test_made_read_only_under_the_run(self, train_tiny, before_step, tmp_path):
-        output = tmp_path / "run"
-        before_step(3, lambda _: output.chmod(0o500))
+    def test_made_read_only_under_the_run(self, train_tiny, before_step, tmp_path, monkeypatch):
+        folders = (tmp_path / "run", tmp_path / "run" / "checkpoints")
+
+        def close(_: Trainer) -> None:
+            for folder in folders:
+                folder.chmod(0o500)
+
+        before_step(4, close)
         try:
             with (
                 pytest.warns(UserWarning, match="Permission denied"),
@@ -120,7 +125,9 @@ class TestFolder:
             ):
                 train_tiny(**SETTINGS)
         finally:
-            output.chmod(0o700)
+            for folder in folders:
+                folder.chmod(0o700)
+        monkeypatch.undo()
         assert train_tiny(resume="auto", **SETTINGS).metrics[-1]["step"] == 5
 
     def test_killed_between_two_renames(self, tmp_path):

@@ -12,7 +12,7 @@ ROUNDING = 1e-3
 
 
 class Brought(NamedTuple):
-    """What a row has in such columns."""
+    """Holds the reference's log-probs that one row brings along, as far as they can be read."""
 
     logps: tuple[float, float] | None
     """Chosen, rejected; None unless both are there and are log-probs."""

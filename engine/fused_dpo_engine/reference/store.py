@@ -44,7 +44,7 @@ class Scored(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What is known of some sequences."""
+    """Holds the stored log-probs and token counts of the sequences that were looked up."""
 
     logps: np.ndarray
     """fp32 [sequences], NaN where nothing is known."""

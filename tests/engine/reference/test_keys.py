@@ -205,7 +205,7 @@ def test_the_device_counts(tiny_llama: Path) -> None:
 def test_a_gpus_attention_is_found_without_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
-    """By what the loaded model would ask for."""
+    """Asks for the backend with what the loaded model needs, but loads none of its weights."""
     folder = save_folder(tmp_path / "model", **changes)
     asked = []
 

@@ -35,7 +35,7 @@ def rows(*numbers: int) -> dict[bytes, Scored]:
 
 
 def look_up(store: Store, settings: dict[str, str], keys: list[bytes]) -> list[Scored | None]:
-    """What is known of each key."""
+    """Look keys up, check that both columns agree on what is missing, and give None for that."""
     known = store.look_up(settings, keys)
     assert known.logps.dtype == np.float32
     assert ((known.tokens == 0) == np.isnan(known.logps)).all()

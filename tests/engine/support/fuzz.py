@@ -284,7 +284,7 @@ def wrong_span(ids: Any, positions: Any, answer: Expected, tokenizer: Any, slack
 
 
 class Outcome(NamedTuple):
-    """Of a row."""
+    """Tells what became of a row: pairs or a refusal, and whether the oracle objects."""
 
     kind: str
     """The reason why it was refused, or "pairs"."""

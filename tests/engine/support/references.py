@@ -18,7 +18,7 @@ from fused_dpo_engine.reference import run
 
 @dataclass
 class Counts:
-    """What a run did for its reference."""
+    """Counts the pairs scored, the passes taken and the models loaded for a run's reference."""
 
     scored: list[int] = field(default_factory=list)
     """Pairs of each scoring pass over a side of the data."""

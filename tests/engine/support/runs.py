@@ -15,7 +15,7 @@ from fused_dpo_engine.data.formats import Row
 from fused_dpo_engine.data.pairs import TokenPair
 from fused_dpo_engine.data.tokenization import tokenize_pairs
 from fused_dpo_engine.model.policy import Policy, SequenceLogps
-from tests.engine.support.toys import byte_tokenizer, toy_rows
+from tests.engine.support.toys import assert_same_weights, byte_tokenizer, read_metrics, read_weights, toy_rows
 
 LN2 = math.log(2)
 FIRST_LOSS = pytest.approx(LN2, abs=5e-7)
@@ -45,6 +45,17 @@ def curve_points(output: Path) -> Iterator[tuple[str, int, float | None]]:
             for value in event.summary.value:
                 is_clock = value.tag.removeprefix("train/") in CLOCK or value.tag == "settings/text_summary"
                 yield value.tag, event.step, None if is_clock else value.simple_value
+
+
+def assert_same_run(got: Path, expected: Path) -> None:
+    """Compare two runs' folders but for the clock, bit for bit: metrics, summary, models, curves."""
+    assert without_clock(read_metrics(got)) == without_clock(read_metrics(expected)), got
+    assert summary_without_clock(got) == summary_without_clock(expected)
+    for name in ("model", "best"):
+        assert (got / name).exists() == (expected / name).exists()
+        if (expected / name).exists():
+            assert_same_weights(read_weights(got / name), read_weights(expected / name))
+    assert list(curve_points(got)) == list(curve_points(expected))
 
 
 def toy_pairs() -> list[TokenPair]:

@@ -308,6 +308,13 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def flip(path: Path) -> None:
+    """Change one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
 def assert_same_weights(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """Bit for bit."""
     assert got.keys() == expected.keys()

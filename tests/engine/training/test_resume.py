@@ -1,52 +1,21 @@
-"""Runs that are cut off and go on: the same bits as one that was not, or a refusal that says what has changed."""
+"""Runs that are cut off and go on: where they go on, and with the same bits as one that was not cut off."""
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from fused_dpo_engine.batching.schedule import Schedule
-from fused_dpo_engine.checkpoint.folder import Checkpoints
-from fused_dpo_engine.config.changes import BY_CONTENT, FREE, PASSES, ROUNDING, changed
 from fused_dpo_engine.config.options import PackingOptions, RunOptions
 from fused_dpo_engine.distributed.failures import interrupts
-from fused_dpo_engine.distributed.ranks import Ranks
 from fused_dpo_engine.errors import UserError
 from fused_dpo_engine.training.summary import Summary
 from fused_dpo_engine.training.trainer import Trainer
-from tests.engine.support.runs import curve_points, summary_without_clock, toy_pairs, without_clock
-from tests.engine.support.toys import Run, assert_same_weights, options, toy_rows, write_rows
-
-
-class Cut(BaseException):
-    """Ends a process as a kill would: nothing of ours handles it."""
-
-
-@pytest.fixture
-def cut(monkeypatch) -> Callable[[int], AbstractContextManager[None]]:
-    """Let the run in the block end before a step, with nothing saved after that."""
-
-    @contextmanager
-    def before_step(number: int) -> Iterator[None]:
-        step = Trainer._step
-
-        def cut_off(self: Trainer, at: int, *more: Any) -> Any:
-            if at == number:
-                raise Cut
-            return step(self, at, *more)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Trainer, "_step", cut_off)
-            patch.setattr(Trainer, "_save_what_is_there", lambda *_: None)
-            with suppress(Cut):
-                yield
-
-    return before_step
+from tests.engine.support.runs import assert_same_run, curve_points, toy_pairs, without_clock
+from tests.engine.support.toys import Run, assert_same_weights
 
 
 @pytest.fixture
@@ -62,16 +31,6 @@ def run_in_two(train_tiny, cut, tmp_path) -> Callable[..., tuple[Run, Run]]:
         return whole, train_tiny("parts", resume="auto", **settings)
 
     return run
-
-
-def assert_same_run(got: Run, expected: Run) -> None:
-    """But for the clock, bit for bit."""
-    assert without_clock(got.metrics) == without_clock(expected.metrics)
-    assert summary_without_clock(got.output) == summary_without_clock(expected.output)
-    for name in ("model", "best"):
-        assert (got.output / name).exists() == (expected.output / name).exists()
-        if (expected.output / name).exists():
-            assert_same_weights(got.weights(name), expected.weights(name))
 
 
 EVALUATED = {"eval_fraction": 0.25, "eval_steps": 1, "early_stopping_patience": 3, "pairs_per_step": 4}
@@ -94,12 +53,12 @@ class TestSameBits:
     @pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
     def test_as_if_it_had_not_been_cut_off(self, run_in_two, settings):
         whole, resumed = run_in_two(**settings)
-        assert_same_run(resumed, whole)
+        assert_same_run(resumed.output, whole.output)
 
     def test_another_reference_model(self, run_in_two, tiny_llama, tmp_path):
         other = shutil.copytree(tiny_llama, tmp_path / "other")
         whole, resumed = run_in_two(ref_model=other)
-        assert_same_run(resumed, whole)
+        assert_same_run(resumed.output, whole.output)
 
     def test_cut_off_twice(self, train_tiny, cut):
         settings = {"max_steps": 6, "checkpoint_every": 2}
@@ -108,12 +67,12 @@ class TestSameBits:
             train_tiny("parts", **settings)
         with cut(6):
             train_tiny("parts", resume="auto", **settings)
-        assert_same_run(train_tiny("parts", resume="auto", **settings), whole)
+        assert_same_run(train_tiny("parts", resume="auto", **settings).output, whole.output)
 
     def test_before_the_first_checkpoint(self, run_in_two, capfd):
         """It begins anew, although the folder holds a run."""
         whole, resumed = run_in_two(before=2)
-        assert_same_run(resumed, whole)
+        assert_same_run(resumed.output, whole.output)
         assert "no checkpoint in" in capfd.readouterr().err
 
     def test_asked_to_stop(self, train_tiny, tmp_path, monkeypatch):
@@ -131,7 +90,7 @@ class TestSameBits:
             with pytest.raises(KeyboardInterrupt, match="interrupted after step 3; --resume auto goes on after step 3"):
                 train_tiny("parts", **settings)
         assert [path.name for path in (tmp_path / "parts" / "checkpoints").iterdir()] == ["step-00000003"]
-        assert_same_run(train_tiny("parts", resume="auto", **settings), whole)
+        assert_same_run(train_tiny("parts", resume="auto", **settings).output, whole.output)
 
     def test_by_the_clock(self, train_tiny, monkeypatch):
         run = train_tiny(checkpoint_minutes=1e-9, max_steps=3)
@@ -159,7 +118,7 @@ class TestSameBits:
         )
         whole, resumed = run_in_two()
         with pytest.raises(AssertionError):
-            assert_same_run(resumed, whole)
+            assert_same_run(resumed.output, whole.output)
 
     def test_random_numbers_go_on(self, train_tiny, cut, monkeypatch):
         """Nothing here draws any in a step, but somebody's model may."""
@@ -199,11 +158,11 @@ class TestWhereItGoesOn:
         whole = train_tiny("whole", **settings)
         before = {path: path.stat().st_mtime_ns for path in whole.output.rglob("*")}
         resumed = train_tiny("other", resume=whole.output / "checkpoints" / "step-00000002", **settings)
-        assert_same_run(resumed, whole)
+        assert_same_run(resumed.output, whole.output)
         assert list(curve_points(resumed.output)) == list(curve_points(whole.output))
         assert {path: path.stat().st_mtime_ns for path in whole.output.rglob("*")} == before
         again = train_tiny("again", resume=whole.output, **settings)  # the newest of its checkpoints
-        assert_same_run(again, whole)
+        assert_same_run(again.output, whole.output)
 
     def test_from_an_older_one_of_the_same_run(self, train_tiny, tmp_path):
         settings = {"max_steps": 7, "checkpoint_every": 2, "checkpoints_kept": 3}
@@ -264,192 +223,6 @@ class TestWhereItGoesOn:
         outcome = train(overwrite=True, resume="auto")
         assert outcome.status == 2
         assert "give one of them" in outcome.err
-
-
-class TestDamage:
-    @pytest.fixture
-    def stopped(self, train_tiny, cut, tmp_path) -> tuple[Run, Path]:
-        """A whole run, and the folder of one with checkpoints of steps 2 and 4."""
-        settings = {"max_steps": 6, "checkpoint_every": 2}
-        whole = train_tiny("whole", **settings)
-        with cut(6):
-            train_tiny("parts", **settings)
-        return whole, tmp_path / "parts"
-
-    def test_the_one_before_is_taken(self, stopped, train_tiny, capfd):
-        """Every file of a checkpoint counts: a bit, the end, the file itself."""
-        whole, output = stopped
-        newest = output / "checkpoints" / "step-00000004"
-        assert (output / "checkpoints" / "step-00000002").is_dir()
-        copy = shutil.copytree(output, output.with_name("copy"))
-        files = sorted(path.name for path in newest.iterdir())
-        assert {"run.json", "checksums.json", ".metadata"} < set(files)
-        for number, (name, damage) in enumerate((name, damage) for name in files for damage in (flip, cut_end, remove)):
-            shutil.rmtree(output)
-            shutil.copytree(copy, output)
-            damage(newest / name)
-            checkpoint, damaged = Checkpoints(output, 2, Ranks()).newest()
-            assert checkpoint is not None
-            assert checkpoint.step == 2, (number, name, damage)
-            assert str(newest) in damaged[0]
-        resumed = train_tiny("parts", resume="auto", max_steps=6, checkpoint_every=2)
-        assert f"warning: checkpoint {newest} is damaged" in capfd.readouterr().err
-        assert_same_run(resumed, whole)
-
-    def test_all_of_them(self, stopped, train_tiny, capfd):
-        whole, output = stopped
-        for folder in (output / "checkpoints").iterdir():
-            flip(folder / ".metadata")
-        resumed = train_tiny("parts", resume="auto", max_steps=6, checkpoint_every=2)
-        assert "the run begins anew" in capfd.readouterr().err
-        assert_same_run(resumed, whole)
-
-    def test_the_one_that_was_asked_for(self, stopped, train_tiny):
-        _, output = stopped
-        folder = output / "checkpoints" / "step-00000004"
-        flip(folder / "run.json")
-        with pytest.raises(UserError, match=r"is damaged: run\.json is not what was written"):
-            train_tiny("parts", resume=folder, max_steps=6, checkpoint_every=2)
-
-    def test_metrics_are_gone(self, stopped, train_tiny, capfd):
-        """The run goes on, and says what is missing."""
-        whole, output = stopped
-        (output / "metrics.jsonl").unlink()
-        resumed = train_tiny("parts", resume="auto", max_steps=6, checkpoint_every=2)
-        assert "lacks steps before the checkpoint" in capfd.readouterr().err
-        assert [line["step"] for line in resumed.metrics] == [5, 6]
-        assert_same_weights(resumed.weights(), whole.weights())
-
-    def test_a_line_that_is_torn(self, stopped, train_tiny):
-        whole, output = stopped
-        with (output / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write('{"step": 6, "lo')
-        assert_same_run(train_tiny("parts", resume="auto", max_steps=6, checkpoint_every=2), whole)
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def cut_end(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-2])
-
-
-def remove(path: Path) -> None:
-    path.unlink()
-
-
-class TestAnotherRun:
-    @pytest.fixture
-    def begun(self, train_tiny, cut) -> Callable[..., Run]:
-        """A run of four steps, cut off; goes on with other settings."""
-        settings = {"max_steps": 4, "checkpoint_every": 2}
-        with cut(4):
-            train_tiny("run", **settings)
-        return lambda **changes: train_tiny("run", **{**settings, "resume": "auto", **changes})
-
-    @pytest.mark.parametrize(
-        ("change", "named"),
-        [
-            ({"learning_rate": 2e-3}, "--learning-rate: 0.001, is now 0.002"),
-            ({"beta": 0.2, "max_steps": 5}, "--beta: 0.1, is now 0.2; --max-steps: 4, is now 5"),
-            ({"seed": 1}, "--seed: 0, is now 1"),
-            ({"lora_rank": 2}, "--lora-rank: 0, is now 2"),
-            ({"eval_fraction": 0.25}, "the held-out pairs are others"),
-            ({"max_length": 20}, "the pairs of --data are others"),
-        ],
-        ids=str,
-    )
-    def test_settings(self, begun, change, named):
-        with pytest.raises(UserError) as caught:
-            begun(**change)
-        assert named in str(caught.value)
-
-    def test_a_changed_row(self, begun, tmp_path):
-        rows = toy_rows(24)
-        rows[7]["chosen"] += "!"
-        with pytest.raises(UserError, match="the pairs of --data are others"):
-            begun(data=write_rows(tmp_path / "other.jsonl", rows))
-
-    def test_rows_in_another_order(self, begun, tmp_path):
-        with pytest.raises(UserError, match="the pairs of --data are others"):
-            begun(data=write_rows(tmp_path / "other.jsonl", toy_rows(24)[::-1]))
-
-    def test_a_changed_model(self, begun, tiny_llama, tmp_path):
-        other = shutil.copytree(tiny_llama, tmp_path / "other")
-        flip(other / "model.safetensors")
-        with pytest.raises(UserError, match="the weights of --model are others"):
-            begun(model=other)
-
-    def test_the_same_elsewhere(self, begun, tiny_llama, toy_data, tmp_path):
-        """Another place of the same model and pairs is no change."""
-        data = shutil.copy(toy_data, tmp_path / "moved.jsonl")
-        assert begun(model=shutil.copytree(tiny_llama, tmp_path / "moved"), data=data).metrics[-1]["step"] == 4
-
-    def test_rounding_alone_is_said(self, begun, capfd):
-        run = begun(tokens_per_batch=128, gradient_checkpointing=True)
-        assert run.metrics[-1]["step"] == 4
-        told = capfd.readouterr().err
-        assert "results will differ in their rounding" in told
-        assert "--gradient-checkpointing: False, is now True; --tokens-per-batch: 96, is now 128" in told
-
-    def test_another_device_is_said(self, begun, capfd, monkeypatch):
-        from fused_dpo_engine.training import resume
-
-        here = resume.environment
-        monkeypatch.setattr(resume, "environment", lambda config: {**here(config), "torch": "9.9"})
-        begun()
-        assert f"torch {torch.__version__}, now 9.9" in capfd.readouterr().err
-
-    def test_an_unchanged_run_says_nothing_of_rounding(self, begun, capfd):
-        begun()
-        told = capfd.readouterr().err
-        assert "going on after step 2" in told
-        assert "rounding" not in told
-
-    def test_every_option_is_known(self, toy_settings):
-        """A table that names an option which there is none of any more would let a change pass."""
-        from fused_dpo_engine.cli import parse
-
-        flat = parse("train", options(**toy_settings, output="x")).flat()
-        assert flat.keys() >= FREE | BY_CONTENT | ROUNDING
-        assert not FREE & BY_CONTENT
-        assert not (FREE | BY_CONTENT) & ROUNDING
-        assert PASSES <= ROUNDING
-
-    @pytest.mark.parametrize("settings", [{"loss_type": "aot"}, {"batches_per_step": 2}], ids=str)
-    def test_passes_are_a_matter_of_rounding_only_where_they_are(self, settings):
-        before = {"tokens_per_batch": 8, "loss_type": "sigmoid", "batches_per_step": None}
-        now = {**before, "tokens_per_batch": 16}
-        assert changed(before, now) == ([], ["--tokens-per-batch: 8, is now 16"])
-        assert changed({**before, **settings}, {**now, **settings}) == (["--tokens-per-batch: 8, is now 16"], [])
-
-
-class TestRotation:
-    def test_the_newest_are_kept(self, train_tiny):
-        run = train_tiny(max_steps=5, checkpoint_every=1, checkpoints_kept=2)
-        names = sorted(path.name for path in (run.output / "checkpoints").iterdir())
-        assert names == ["step-00000003", "step-00000004"]
-
-    def test_one_that_fails_removes_none(self, train_tiny, monkeypatch, tmp_path):
-        """Disk full in the third: training goes on, the second is still there, and nothing torn is left."""
-        from fused_dpo_engine.checkpoint import folder
-
-        save, calls = folder.save_tensors, []
-
-        def full(*arguments: Any) -> None:
-            save(*arguments)
-            calls.append(1)
-            if len(calls) == 3:
-                raise folder.SaveError(arguments[0], OSError(28, "No space left on device"))
-
-        monkeypatch.setattr(folder, "save_tensors", full)
-        with pytest.warns(UserWarning, match="no checkpoint after step 3: .*No space left on device"):
-            run = train_tiny(max_steps=4, checkpoint_every=1, checkpoints_kept=1)
-        assert [path.name for path in (run.output / "checkpoints").iterdir()] == ["step-00000002"]
-        assert Checkpoints(run.output, 1, Ranks()).newest()[0] is not None
 
 
 def test_schedule_is_a_function_of_seed_and_step():
